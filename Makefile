@@ -1,0 +1,40 @@
+# make train   train the default job on 4 local processes
+# make test    run the tests
+# make lint    check style
+# make types   check types
+# make clean   remove the virtual environment and everything made here
+#
+# Each sets up .venv by itself, once; PYTHON names the interpreter to make it with.
+
+PYTHON ?= python3
+NUM_PROCESSES ?= 4
+PYTEST_ARGS ?= -n 2
+
+export PIP_CONSTRAINT := constraints.txt
+
+.PHONY: train test lint types clean
+
+train: .venv/.train
+	.venv/bin/dcp train --num-processes $(NUM_PROCESSES) $(TRAIN_ARGS)
+
+test: .venv/.dev
+	.venv/bin/pytest $(PYTEST_ARGS)
+
+lint: .venv/.dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/.dev
+	.venv/bin/mypy
+
+.venv/.train: pyproject.toml constraints.txt scripts/make_venv.sh
+	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train
+	touch $@
+
+.venv/.dev: pyproject.toml constraints.txt scripts/make_venv.sh
+	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train,plots,dev
+	touch .venv/.train $@
+
+clean:
+	rm -rf .venv build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

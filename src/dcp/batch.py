@@ -1,0 +1,147 @@
+"""What is to be computed: the sequences of a batch, their masks, the shape of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dcp.masks import AttnMask, named_mask, shift_slices
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+LSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 4, "float16": 4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Heads of one attention layer and the dtype its tensors travel in.
+
+    ``num_kv_heads`` divides ``num_heads`` (equal: MHA; 1: MQA; between: GQA).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
+            )
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def q_token_bytes(self) -> int:
+        """Bytes of one token's queries, all heads."""
+        return self.num_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's keys and values, all KV heads."""
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+
+    @property
+    def out_token_bytes(self) -> int:
+        """Bytes of one token's partial output with its log-sum-exp, all heads."""
+        return self.q_token_bytes + self.num_heads * LSE_BYTES[self.dtype]
+
+
+class SequenceBatch:
+    """Sequences with one mask each, or several named masks where layers differ.
+
+    Args:
+        seqlens: tokens of each sequence; 0 is legal.
+        masks: a mask name for all (``"causal"``), a list with an :class:`AttnMask` or a name per
+            sequence, or ``{"global": …, "local": …}`` with either under each name.
+        weights: with named masks, how many layers use each (default 1 each); balance is over the
+            weighted sum.
+
+    Raises ``ValueError`` for a negative length or a mask of the wrong size.
+    """
+
+    def __init__(
+        self,
+        seqlens: Sequence[int] | np.ndarray,
+        masks: str | Sequence[AttnMask | str] | Mapping[str, Any] = "causal",
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.seqlens = np.asarray(list(seqlens), dtype=np.int64)
+        if (self.seqlens < 0).any():
+            raise ValueError(f"seqlens must be 0 or more, got {int(self.seqlens.min())}")
+        named = masks if isinstance(masks, Mapping) else {"default": masks}
+        if not named:
+            raise ValueError("masks is an empty mapping: name at least one mask")
+        self.masks = {name: self._one_per_sequence(name, given) for name, given in named.items()}
+        weights = dict(weights or {})
+        if unknown := set(weights) - set(self.masks):
+            raise ValueError(f"weights name unknown masks: {', '.join(sorted(unknown))}")
+        self.weights = {name: float(weights.get(name, 1.0)) for name in self.masks}
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.seqlens.sum())
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Global index of each sequence's first token, and the total: int64 ``[n + 1]``."""
+        return np.concatenate([[0], np.cumsum(self.seqlens)])
+
+    @property
+    def mask_names(self) -> list[str]:
+        return list(self.masks)
+
+    def area(self, name: str | None = None) -> int:
+        """(query, key) pairs of one mask over the batch."""
+        return sum(mask.area for mask in self.masks[name or self.mask_names[0]])
+
+    def global_bands(self, name: str) -> np.ndarray:
+        """All sequences' slices of one mask in global token coordinates: int64 ``[n, 6]``."""
+        shifted = [
+            shift_slices(mask.bands, offset, offset)
+            for mask, offset in zip(self.masks[name], self.offsets[:-1].tolist(), strict=True)
+        ]
+        return np.concatenate(shifted) if shifted else np.zeros((0, 6), dtype=np.int64)
+
+    def reordered(self, order: np.ndarray) -> SequenceBatch:
+        """The same sequences and masks in another order."""
+        masks = {name: [of[index] for index in order] for name, of in self.masks.items()}
+        return SequenceBatch(self.seqlens[order], masks, weights=self.weights)
+
+    def _one_per_sequence(self, name: str, given: Any) -> list[AttnMask]:
+        if isinstance(given, str):
+            made: dict[int, AttnMask] = {}  # equal lengths share one mask
+            for seqlen in self.seqlens.tolist():
+                if seqlen not in made:
+                    made[seqlen] = named_mask(given, seqlen)
+            return [made[seqlen] for seqlen in self.seqlens.tolist()]
+        if isinstance(given, AttnMask) or len(given) != len(self.seqlens):
+            count = 1 if isinstance(given, AttnMask) else len(given)
+            raise ValueError(f"mask {name!r}: {count} masks for {len(self.seqlens)} sequences")
+        masks = []
+        for index, (seqlen, mask) in enumerate(zip(self.seqlens.tolist(), given, strict=True)):
+            mask = named_mask(mask, seqlen) if isinstance(mask, str) else mask
+            if not isinstance(mask, AttnMask):
+                mask = AttnMask.from_ranges(mask)
+            if (mask.q_len, mask.k_len) != (seqlen, seqlen):
+                raise ValueError(
+                    f"mask {name!r} of sequence {index} is {mask.q_len} x {mask.k_len}, "
+                    f"the sequence has {seqlen} tokens"
+                )
+            masks.append(mask)
+        return masks
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.masks)
+        return f"SequenceBatch({len(self.seqlens)} sequences, {self.num_tokens} tokens, {names})"

@@ -1,0 +1,171 @@
+"""A batch cut into data blocks and compute blocks, as a struct of numpy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.masks import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
+
+
+@dataclass(frozen=True)
+class ComputeBlocks:
+    """Compute blocks of one mask: tiles (query block x key block), each times every head group.
+
+    A compute block is numbered ``tile * num_head_groups + group``. A tile exists exactly where the
+    mask has a pair. Tiles are sorted by (query block, key block).
+
+    Attributes:
+        q, k: data blocks of each tile, int64 ``[num_tiles]``.
+        area: (query, key) pairs of each tile, int64 ``[num_tiles]``.
+        slice_tile: tile of each slice below, ascending, int64 ``[n]``.
+        slices: the mask cut at block edges, in global token coordinates, int64 ``[n, 6]``.
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    area: np.ndarray
+    slice_tile: np.ndarray
+    slices: np.ndarray
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.q)
+
+
+@dataclass(frozen=True)
+class BlockTable:
+    """Data blocks and compute blocks of a batch.
+
+    Data blocks never cross a sequence and are numbered in global token order.
+
+    Attributes:
+        batch, spec: what was cut.
+        num_head_groups: head groups G; group ``g`` holds query heads ``[g * H/G, (g+1) * H/G)``.
+        sequence, offset, length: of each data block: its sequence, global index of its first
+            token, number of tokens (never 0); int64 ``[num_blocks]``.
+        masks: compute blocks by mask name.
+    """
+
+    batch: SequenceBatch
+    spec: AttentionSpec
+    num_head_groups: int
+    sequence: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    masks: dict[str, ComputeBlocks]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.length)
+
+    @property
+    def num_kv_groups(self) -> int:
+        """Distinct KV parts: head groups finer than a KV head share that head's keys and values."""
+        return min(self.num_head_groups, self.spec.num_kv_heads)
+
+    @property
+    def num_compute_blocks(self) -> int:
+        return sum(tiles.num_tiles for tiles in self.masks.values()) * self.num_head_groups
+
+    @property
+    def position(self) -> np.ndarray:
+        """Position of each data block's first token in its sequence, int64 ``[num_blocks]``."""
+        return self.offset - self.batch.offsets[self.sequence]
+
+
+def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> list[np.ndarray]:
+    """Each sequence in about ``ceil(seqlen / block_size)`` nearly equal blocks.
+
+    Cuts lie at multiples of ``multiple`` tokens (a kernel's tile; it divides ``block_size``), so
+    that only a sequence's last block has another length. With 1, lengths differ by at most one.
+    Returns the block lengths of every sequence. An empty sequence has no block.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be 1 or more, got {block_size}")
+    cuts = []
+    for seqlen in np.asarray(seqlens).tolist():
+        count = -(-seqlen // block_size)
+        edges = np.arange(count + 1) * seqlen // max(count, 1)
+        edges = np.minimum(-(-edges // multiple) * multiple, seqlen)
+        lengths = np.diff(edges)
+        cuts.append(lengths[lengths > 0])
+    return cuts
+
+
+def build_blocks(
+    batch: SequenceBatch,
+    spec: AttentionSpec,
+    *,
+    block_size: int | None = None,
+    block_lengths: Sequence[np.ndarray] | None = None,
+    num_head_groups: int = 1,
+) -> BlockTable:
+    """Cut ``batch`` into blocks of about ``block_size`` tokens, or of the lengths given.
+
+    Args:
+        block_lengths: block lengths of each sequence (they sum to its seqlen, each 1 or more).
+        num_head_groups: divides ``num_heads``, and divides or is divided by ``num_kv_heads``.
+    """
+    groups, kv_heads = num_head_groups, spec.num_kv_heads
+    if groups < 1 or spec.num_heads % groups or (kv_heads % groups and groups % kv_heads):
+        raise ValueError(
+            f"num_head_groups={groups} does not fit {spec.num_heads} heads in {kv_heads} KV heads"
+        )
+    if block_lengths is None:
+        if block_size is None:
+            raise ValueError("give block_size or block_lengths")
+        block_lengths = cut_evenly(batch.seqlens, block_size)
+    counts = np.array([len(lengths) for lengths in block_lengths], dtype=np.int64)
+    length = np.concatenate([*block_lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
+    assert [int(np.sum(x)) for x in block_lengths] == batch.seqlens.tolist(), "blocks miss tokens"
+    assert (length > 0).all(), "empty data block"
+    offset = np.cumsum(length) - length
+    tiles = {name: _tiles(batch.global_bands(name), offset, length) for name in batch.mask_names}
+    sequence = np.repeat(np.arange(len(counts)), counts)
+    return BlockTable(batch, spec, groups, sequence, offset, length, tiles)
+
+
+def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For runs of ``counts`` items: which run each item is of, and its index inside the run."""
+    run = np.repeat(np.arange(len(counts)), counts)
+    return run, np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> ComputeBlocks:
+    """Cut slices (global coordinates) at block edges: first at query blocks, then at key blocks."""
+    end = offset + length
+    first = np.searchsorted(end, bands[:, Q0], side="right")
+    last = np.searchsorted(offset, bands[:, Q1], side="left")
+    run, index = expand(last - first)
+    q = first[run] + index
+    rows = restrict_slices(bands[run], offset[q], end[q], bands[run, K0], bands[run, K1])
+    # the keys that this strip of the band reaches
+    rows[:, K0] = np.maximum(rows[:, K0], rows[:, Q0] + rows[:, LO])
+    rows[:, K1] = np.minimum(rows[:, K1], rows[:, Q1] + rows[:, HI])
+    keep = rows[:, K0] < rows[:, K1]
+    q, rows = q[keep], rows[keep]
+
+    first = np.searchsorted(end, rows[:, K0], side="right")
+    last = np.searchsorted(offset, rows[:, K1], side="left")
+    run, index = expand(last - first)
+    k, q = first[run] + index, q[run]
+    slices = restrict_slices(rows[run], offset[q], end[q], offset[k], end[k])
+    area = slice_area(slices)
+    keep = area > 0
+    key = (q * len(offset) + k)[keep]
+    slices, area = slices[keep], area[keep]
+
+    order = np.argsort(key, kind="stable")
+    tile_key, tile_of_slice = np.unique(key[order], return_inverse=True)
+    tile_area = np.bincount(tile_of_slice, weights=area[order], minlength=len(tile_key))
+    return ComputeBlocks(
+        q=tile_key // max(len(offset), 1),
+        k=tile_key % max(len(offset), 1),
+        area=tile_area.astype(np.int64),
+        slice_tile=tile_of_slice.astype(np.int64),
+        slices=slices[order],
+    )

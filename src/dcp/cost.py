@@ -1,0 +1,83 @@
+"""Seconds of attention work and of transfers: the rates that planning and simulation share."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dcp.batch import AttentionSpec
+from dcp.cluster import Cluster
+
+MODEL_WIDTH = 4096  # hidden size of the 8 B models that context parallelism starts with
+FORWARD_FLOPS = 4.0  # per pair, head and head_dim: two products of a multiply and an add
+
+
+def attention_seconds(
+    area: np.ndarray | float, spec: AttentionSpec, cluster: Cluster, *, backward: bool = False
+) -> np.ndarray | float:
+    """Seconds one device needs for ``area`` (query, key) pairs times all query heads."""
+    flops = FORWARD_FLOPS * (cluster.backward_ratio if backward else 1.0)
+    return area * (flops * spec.num_heads * spec.head_dim / cluster.device_flops)
+
+
+def linear_seconds(tokens: float, spec: AttentionSpec, cluster: Cluster) -> float:
+    """Forward + backward seconds of a layer's linear parts for ``tokens`` tokens of one device.
+
+    The usual transformer has 12 weights a layer per unit of width and of the rank's own heads, two
+    FLOPs a weight forward and four backward. The heads may be one tensor-parallel rank's: the model
+    is taken to be at least :data:`MODEL_WIDTH` wide.
+    """
+    own = spec.num_heads * spec.head_dim
+    return tokens * 12 * own * max(own, MODEL_WIDTH) * 6 / cluster.device_flops
+
+
+def bound_seconds(
+    *,
+    max_rank_area: float,
+    inter_node_bytes: float,
+    max_rank_recv_bytes: float,
+    spec: AttentionSpec,
+    cluster: Cluster,
+) -> float:
+    """A forward pass with nothing overlapped: busiest compute + node links + busiest receiver."""
+    return float(
+        attention_seconds(max_rank_area, spec, cluster)
+        + inter_node_bytes / (cluster.num_nodes * cluster.inter_node_bandwidth)
+        + max_rank_recv_bytes / cluster.intra_node_bandwidth
+    )
+
+
+KERNEL_TILE = 128  # rows and keys that a device's attention kernel handles at a time
+
+
+def item_seconds(
+    area: np.ndarray,
+    q_rows: np.ndarray,
+    kv_rows: np.ndarray,
+    spec: AttentionSpec,
+    cluster: Cluster,
+    *,
+    num_head_groups: int = 1,
+    backward: bool = False,
+) -> np.ndarray:
+    """Seconds of attention items of one head group inside a launch: a roofline.
+
+    Compute counts whole kernel tiles: edges are rounded up, and where the mask cuts an item, half
+    a tile is lost along each row of tiles that the cut crosses. Measured rates hold the cost of
+    odd sizes already, so with them edges are not rounded. Memory counts each operand once.
+    """
+    tile = cluster.kernel_tile
+    cut = area < q_rows * kv_rows
+    if not cluster.kernel_rates:
+        q_rows_run, kv_rows_run = (-(-rows // tile) * tile for rows in (q_rows, kv_rows))
+    else:
+        q_rows_run, kv_rows_run = q_rows, kv_rows
+    whole = q_rows_run * kv_rows_run
+    pairs = np.where(cut, area + np.minimum(q_rows_run, kv_rows_run) * tile / 2, whole)
+    flops = attention_seconds(np.minimum(pairs, whole), spec, cluster, backward=backward)
+    if cluster.kernel_rates:
+        sides, rates = np.array(cluster.kernel_rates).T
+        rate = np.interp(np.log(np.maximum(q_rows * kv_rows, 1)) / 2, np.log(sides), rates)
+        flops = flops * cluster.device_flops / rate
+    rows = q_rows * (spec.q_token_bytes + spec.out_token_bytes) + kv_rows * spec.kv_token_bytes
+    memory = rows * (2.0 if backward else 1.0) / cluster.memory_bandwidth
+    return np.maximum(flops, memory) / num_head_groups

@@ -1,0 +1,323 @@
+"""Compiled local search over a placement: the moves, and an annealer that picks among them.
+
+A compute block has two pins, a **piece** each: its query block's part (queries in, a partial
+output back) and its key block's part (keys and values in). With the number of compute blocks that
+need a piece on each rank and in each node at hand, the change that any single move makes is known
+in constant time. Everything larger (a row of compute blocks, a data block with its row, a swap) is
+a run of single moves, undone where the sum does not pay.
+
+The cost is in seconds of a forward pass: bytes between nodes over all node links, bytes received
+over all device links, and steep charges for ranks beyond their share of compute, tokens or
+received bytes. A piece needed by several ranks of a foreign node crosses the link once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+# rows of State.price
+INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, RECV_CAP, RECV_WEIGHT = range(8)
+# kinds of move, as indices of the annealer's mix
+ONE, ROW, COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(7)
+NUM_KINDS = 7
+
+
+class State(NamedTuple):
+    """A placement as flat arrays. Compute blocks of all masks and head groups count as one list.
+
+    Pieces: query parts of every (mask, data block, head group), then key parts of every (mask,
+    data block, KV group). ``V`` compute blocks, ``P`` pieces, ``B`` data blocks, ``N`` ranks.
+    """
+
+    pins: np.ndarray  # [V, 2] query piece, key piece
+    work: np.ndarray  # [V] share of the mean rank's compute
+    members: np.ndarray  # compute blocks of each piece, one piece after another
+    member_start: np.ndarray  # [P + 1]
+    piece_block: np.ndarray  # [P]
+    in_bytes: np.ndarray  # [P] to every rank that needs the piece
+    out_bytes: np.ndarray  # [P] from every rank that needs the piece
+    block_pieces: np.ndarray  # pieces of each block [B, pieces]
+    tokens: np.ndarray  # [B] share of the mean rank's tokens
+    node: np.ndarray  # [N]
+    node_start: np.ndarray  # [nodes + 1] first rank of each node
+    rank: np.ndarray  # [V] changes
+    owner: np.ndarray  # [B] changes
+    count: np.ndarray  # type: ignore[assignment]  # [P, N] compute blocks on each rank that need the piece
+    present: np.ndarray  # [P, nodes] ranks of each node that need the piece
+    load: np.ndarray  # [N] compute, in mean ranks
+    held: np.ndarray  # [N] tokens, in mean ranks
+    recv: np.ndarray  # [N] bytes received
+    price: np.ndarray  # [8] see the names above
+
+
+@njit(cache=True)
+def _random(seed, bound):
+    """Next integer below ``bound`` (xorshift; the whole state is ``seed[0]``)."""
+    x = seed[0]
+    x ^= x << np.uint64(13)
+    x ^= x >> np.uint64(7)
+    x ^= x << np.uint64(17)
+    seed[0] = x
+    return np.int64((x >> np.uint64(11)) % np.uint64(bound))
+
+
+@njit(cache=True)
+def _over(value, change, cap, weight):
+    """Change of the charge ``weight * max(0, value - cap) ** 2`` when ``value`` changes."""
+    before = max(0.0, value - cap)
+    after = max(0.0, value + change - cap)
+    return weight * (after * after - before * before)
+
+
+@njit(cache=True)
+def _pin_cost(s, piece, r, sign, others):
+    """Cost of ``piece`` beginning (+1) or ceasing (-1) to be needed on rank ``r``.
+
+    ``others`` counts the further ranks of that node which need it at that moment.
+    """
+    owner = s.owner[s.piece_block[piece]]
+    if r == owner:
+        return 0.0
+    into, out = s.in_bytes[piece], s.out_bytes[piece]
+    cost = sign * s.price[INTRA] * (into + out)
+    if s.node[r] != s.node[owner]:
+        cost += sign * s.price[INTER] * (out + (into if others == 0 else 0.0))
+    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
+    cost += _over(s.recv[r], sign * into, cap, weight)
+    if out:
+        cost += _over(s.recv[owner], sign * out, cap, weight)
+    return cost
+
+
+@njit(cache=True)
+def move_cost(s, v, b):
+    """Cost of running compute block ``v`` on rank ``b`` instead of where it runs."""
+    a = s.rank[v]
+    cost = _over(s.load[a], -s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cost += _over(s.load[b], s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    for pin in range(2):
+        piece = s.pins[v, pin]
+        leaves = s.count[piece, a] == 1
+        if leaves:
+            cost += _pin_cost(s, piece, a, -1, s.present[piece, s.node[a]] - 1)
+        if s.count[piece, b] == 0:
+            gone = 1 if leaves and s.node[a] == s.node[b] else 0
+            cost += _pin_cost(s, piece, b, 1, s.present[piece, s.node[b]] - gone)
+    return cost
+
+
+@njit(cache=True)
+def move(s, v, b):
+    """Run compute block ``v`` on rank ``b``."""
+    a = s.rank[v]
+    s.rank[v] = b
+    s.load[a] -= s.work[v]
+    s.load[b] += s.work[v]
+    for pin in range(2):
+        piece = s.pins[v, pin]
+        owner = s.owner[s.piece_block[piece]]
+        s.count[piece, a] -= 1
+        if s.count[piece, a] == 0:
+            s.present[piece, s.node[a]] -= 1
+            if a != owner:
+                s.recv[a] -= s.in_bytes[piece]
+                s.recv[owner] -= s.out_bytes[piece]
+        if s.count[piece, b] == 0:
+            s.present[piece, s.node[b]] += 1
+            if b != owner:
+                s.recv[b] += s.in_bytes[piece]
+                s.recv[owner] += s.out_bytes[piece]
+        s.count[piece, b] += 1
+
+
+@njit(cache=True)
+def shift_owner(s, block, b):
+    """Give data block ``block`` to rank ``b``; returns the cost of doing so."""
+    a = s.owner[block]
+    if a == b:
+        return 0.0
+    size = s.tokens[block]
+    cost = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    cost += _over(s.held[b], size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    s.held[a] -= size
+    s.held[b] += size
+    s.owner[block] = b
+    node_a, node_b = s.node[a], s.node[b]
+    recv_a = recv_b = 0.0
+    for piece in s.block_pieces[block]:
+        into, out = s.in_bytes[piece], s.out_bytes[piece]
+        if s.count[piece, a] > 0:
+            recv_a += into
+        if s.count[piece, b] > 0:
+            recv_b -= into
+        if out:
+            users = 0
+            for n in range(s.present.shape[1]):
+                users += s.present[piece, n]
+            recv_a -= out * (users - (s.count[piece, a] > 0))
+            recv_b += out * (users - (s.count[piece, b] > 0))
+        if node_a != node_b:
+            there, here = s.present[piece, node_a], s.present[piece, node_b]
+            crossing = into * (np.int64(there > 0) - np.int64(here > 0)) + out * (there - here)
+            cost += s.price[INTER] * crossing
+    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
+    cost += _over(s.recv[a], recv_a, cap, weight) + _over(s.recv[b], recv_b, cap, weight)
+    s.recv[a] += recv_a
+    s.recv[b] += recv_b
+    return cost + s.price[INTRA] * (recv_a + recv_b)
+
+
+@njit(cache=True)
+def _shift_members(s, first, last, a, b, moved, num_moved):
+    """Move those of ``members[first:last]`` on rank ``a`` to ``b``: cost, number moved."""
+    cost = 0.0
+    for i in range(first, last):
+        v = s.members[i]
+        if s.rank[v] == a:
+            cost += move_cost(s, v, b)
+            move(s, v, b)
+            moved[num_moved] = v
+            num_moved += 1
+    return cost, num_moved
+
+
+@njit(cache=True)
+def _shift_block(s, block, b, moved, num_moved):
+    """Give ``block`` and its owner's compute on its queries to rank ``b``."""
+    a = s.owner[block]
+    cost = shift_owner(s, block, b)
+    for piece in s.block_pieces[block]:
+        if s.out_bytes[piece] > 0:
+            first, last = s.member_start[piece], s.member_start[piece + 1]
+            more, num_moved = _shift_members(s, first, last, a, b, moved, num_moved)
+            cost += more
+    return cost, num_moved
+
+
+@njit(cache=True)
+def _target(s, v, seed):
+    """A rank that may want compute block ``v``: one that has one of its pieces, or a neighbour."""
+    piece = s.pins[v, _random(seed, 2)]
+    choice = _random(seed, 16)
+    if choice < 6:
+        return s.owner[s.piece_block[piece]]
+    if choice < 13:
+        start = s.member_start[piece]
+        return s.rank[s.members[start + _random(seed, s.member_start[piece + 1] - start)]]
+    if choice < 15:
+        node = s.node[s.rank[v]]
+        return s.node_start[node] + _random(seed, s.node_start[node + 1] - s.node_start[node])
+    return _random(seed, len(s.load))
+
+
+@njit(cache=True)
+def _accept(cost, heat, seed):
+    if cost <= 0.0:
+        return True
+    if heat <= 0.0 or cost > 20.0 * heat:
+        return False
+    return _random(seed, 1 << 30) < np.exp(-cost / heat) * (1 << 30)
+
+
+@njit(cache=True)
+def _try_one(s, v, b, heat, seed):
+    cost = move_cost(s, v, b)
+    if _accept(cost, heat, seed):
+        move(s, v, b)
+        return cost
+    return 0.0
+
+
+@njit(cache=True)
+def _try_group(s, kind, v, b, heat, seed, moved):
+    """Try the move ``kind`` around compute block ``v`` towards rank ``b``."""
+    a = s.rank[v]
+    piece = s.pins[v, 1 if kind == COLUMN else 0]
+    if kind in (ROW, COLUMN):
+        first, last = s.member_start[piece], s.member_start[piece + 1]
+        if _random(seed, 2):  # a part of the row
+            one, two = _random(seed, last - first + 1), _random(seed, last - first + 1)
+            first, last = first + min(one, two), first + max(one, two)
+        cost, num_moved = _shift_members(s, first, last, a, b, moved, 0)
+        if _accept(cost, heat, seed):
+            return cost
+        for i in range(num_moved):
+            move(s, moved[i], a)
+        return 0.0
+    block = s.piece_block[s.pins[v, _random(seed, 2)]]
+    return _try_blocks(s, kind, block, b, heat, seed, moved)
+
+
+@njit(cache=True)
+def _try_blocks(s, kind, block, b, heat, seed, moved):
+    """Try to give ``block`` to rank ``b``, alone or with its row, in exchange or not."""
+    a = s.owner[block]
+    if a == b:
+        return 0.0
+    other = -1
+    if kind in (OWNER_SWAP, BLOCK_SWAP):
+        for _ in range(64):  # a random block of rank b
+            guess = _random(seed, len(s.owner))
+            if s.owner[guess] == b:
+                other = guess
+                break
+        if other < 0:
+            return 0.0
+    first = second = 0
+    if kind in (OWNER, OWNER_SWAP):
+        cost = shift_owner(s, block, b)
+        if other >= 0:
+            cost += shift_owner(s, other, a)
+    else:
+        cost, first = _shift_block(s, block, b, moved, 0)
+        second = first
+        if other >= 0:
+            more, second = _shift_block(s, other, a, moved, first)
+            cost += more
+    if _accept(cost, heat, seed):
+        return cost
+    for i in range(first, second):
+        move(s, moved[i], b)
+    for i in range(first):
+        move(s, moved[i], a)
+    if other >= 0:
+        shift_owner(s, other, b)
+    shift_owner(s, block, a)
+    return 0.0
+
+
+@njit(cache=True)
+def anneal(s, steps, hot, cold, mix, random_state):
+    """Try ``steps`` moves while the heat falls from ``hot`` to ``cold`` seconds.
+
+    Args:
+        mix: cumulative chances in 1/1024 of each kind of move.
+        random_state: uint64 ``[1]``, not zero, changes.
+
+    Returns the change of the cost.
+    """
+    if len(s.rank) == 0 or len(s.load) < 2:
+        return 0.0
+    moved = np.empty(len(s.rank), dtype=np.int64)
+    total = 0.0
+    heat, fall = hot, 1.0
+    if hot > 0.0 and steps > 64:
+        fall = (max(cold, 1e-6 * hot) / hot) ** (64.0 / steps)
+    for step in range(steps):
+        if step % 64 == 63:
+            heat *= fall
+        v = _random(random_state, len(s.rank))
+        b = _target(s, v, random_state)
+        chance = _random(random_state, 1024)
+        kind = 0
+        while mix[kind] <= chance:
+            kind += 1
+        if kind == ONE:
+            if b != s.rank[v]:
+                total += _try_one(s, v, b, heat, random_state)
+        elif kind >= OWNER or b != s.rank[v]:
+            total += _try_group(s, kind, v, b, heat, random_state, moved)
+    return total

@@ -1,0 +1,341 @@
+"""A plan: the placement and schedule of one batch, as programs for every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dcp.batch import LSE_BYTES, AttentionSpec
+from dcp.cluster import Cluster
+from dcp.compile import MaskTables, compile_mask, local_offsets
+from dcp.placement import Placement
+from dcp.program import MaskProgram, RankPlan, runs
+from dcp.schedule import DKV, KV, OUT, Q, make_schedule
+from dcp.wire import pack, unpack
+
+if TYPE_CHECKING:
+    from dcp.simulate import Timeline
+
+
+@dataclass
+class Stats:
+    """Figures of a plan; volumes in bytes, of one forward pass of attention.
+
+    ``compute_balance`` and ``token_balance`` are max over ranks ÷ mean over ranks. With several
+    masks, compute and volume are sums over the masks weighted by the layers that use each.
+    ``max_rank_buffer_bytes``: the fullest rank's buffers in a forward pass; ``layer_seconds``: what
+    plans are chosen by (:func:`dcp.planner.layer_seconds`).
+    """
+
+    strategy: str = ""
+    block_size: int = 0
+    num_tokens: int = 0
+    num_compute_blocks: int = 0
+    planning_seconds: float = 0.0
+    compute_balance: float = 1.0
+    token_balance: float = 1.0
+    inter_node_bytes: int = 0
+    intra_node_bytes: int = 0
+    max_rank_recv_bytes: int = 0
+    max_rank_send_bytes: int = 0
+    max_rank_buffer_bytes: int = 0
+    num_divisions: int = 1
+    layer_seconds: float = 0.0
+    simulated: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``dcp plan --json`` prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All ranks' work for one batch, forward and backward. Made by :func:`dcp.plan`.
+
+    Attributes:
+        seqlens: tokens of each sequence, int64 ``[num_sequences]``.
+        spec, cluster: heads and machine it was made for.
+        num_head_groups: head groups a compute block is one of.
+        block_sequence, block_offset, block_length, owner: of each data block: its sequence, global
+            index of its first token, tokens, owning rank; int64 ``[num_blocks]``.
+        masks: compiled tables by mask name.
+        weights: layers that use each mask.
+        stats: figures of the plan.
+    """
+
+    seqlens: np.ndarray
+    spec: AttentionSpec
+    cluster: Cluster
+    num_head_groups: int
+    block_sequence: np.ndarray
+    block_offset: np.ndarray
+    block_length: np.ndarray
+    owner: np.ndarray
+    masks: dict[str, MaskTables]
+    weights: dict[str, float]
+    stats: Stats
+
+    @classmethod
+    def from_placement(
+        cls, placement: Placement, cluster: Cluster, *, strategy: str, num_divisions: int = 4
+    ) -> Plan:
+        """Schedule and compile a placement; ``stats.planning_seconds`` is left to the caller."""
+        blocks, batch = placement.blocks, placement.blocks.batch
+        masks = {}
+        for name in batch.mask_names:
+            schedule = make_schedule(placement, name, cluster, num_divisions=num_divisions)
+            masks[name] = compile_mask(placement, name, schedule, cluster.num_ranks)
+        plan = cls(
+            seqlens=batch.seqlens,
+            spec=blocks.spec,
+            cluster=cluster,
+            num_head_groups=blocks.num_head_groups,
+            block_sequence=blocks.sequence,
+            block_offset=blocks.offset,
+            block_length=blocks.length,
+            owner=placement.owner,
+            masks=masks,
+            weights=batch.weights,
+            stats=Stats(strategy=strategy, notes=dict(placement.notes)),
+        )
+        plan._measure()
+        return plan
+
+    # ------------------------------------------------------------------ the layout
+
+    @property
+    def num_ranks(self) -> int:
+        return self.cluster.num_ranks
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.seqlens.sum())
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.owner)
+
+    @cached_property
+    def rank_tokens(self) -> np.ndarray:
+        """Tokens each rank owns, int64 ``[num_ranks]``."""
+        return _sums(self.owner, self.block_length, self.num_ranks)
+
+    def token_indices(self, rank: int) -> np.ndarray:
+        """Global index of each local token of ``rank``, in local order: int64 ``[local]``."""
+        mine = self._blocks_of(rank)
+        return runs(self.block_offset[mine], self.block_length[mine])
+
+    def positions(self, rank: int) -> np.ndarray:
+        """Position of each local token inside its own sequence (for RoPE): int64 ``[local]``."""
+        mine = self._blocks_of(rank)
+        return runs(self.block_position[mine], self.block_length[mine])
+
+    def shard(self, rank: int, tensor: Any) -> Any:
+        """The rows of a global ``[num_tokens, …]`` tensor or array that ``rank`` owns."""
+        if len(tensor) != self.num_tokens:
+            raise ValueError(f"tensor has {len(tensor)} rows, the plan {self.num_tokens} tokens")
+        return tensor[self.token_indices(rank)]
+
+    def unshard(self, shards: Sequence[Any]) -> Any:
+        """The global tensor of all ranks' local ones, in rank order; inverse of :meth:`shard`."""
+        lengths = [len(shard) for shard in shards]
+        if lengths != self.rank_tokens.tolist():
+            raise ValueError(f"shards of {lengths} rows, the plan has {self.rank_tokens.tolist()}")
+        first, size = shards[0], (self.num_tokens, *shards[0].shape[1:])
+        whole = (
+            first.new_empty(size) if hasattr(first, "new_empty") else np.empty(size, first.dtype)
+        )
+        for rank, shard in enumerate(shards):
+            whole[self.token_indices(rank)] = shard
+        return whole
+
+    @cached_property
+    def block_position(self) -> np.ndarray:
+        """Position of each data block's first token in its sequence."""
+        start = np.cumsum(self.seqlens) - self.seqlens
+        return self.block_offset - start[self.block_sequence]
+
+    @cached_property
+    def local_offset(self) -> np.ndarray:
+        """Index of each data block's first token among its owner's tokens."""
+        return local_offsets(self.owner, self.block_length, self.num_ranks)
+
+    def _blocks_of(self, rank: int) -> np.ndarray:
+        if not 0 <= rank < self.num_ranks:
+            raise ValueError(f"rank {rank} is not one of the plan's {self.num_ranks} ranks")
+        return np.flatnonzero(self.owner == rank)
+
+    # ------------------------------------------------------------------ programs
+
+    def rank_plan(self, rank: int) -> RankPlan:
+        """What ``rank`` needs to run its share; the only thing that has to reach it."""
+        mine = self._blocks_of(rank)
+        return RankPlan(
+            rank=rank,
+            num_ranks=self.num_ranks,
+            num_tokens=self.num_tokens,
+            spec=self.spec,
+            num_head_groups=self.num_head_groups,
+            block_sequence=self.block_sequence[mine],
+            block_offset=self.block_offset[mine],
+            block_position=self.block_position[mine],
+            block_length=self.block_length[mine],
+            masks={name: _rank_program(tables, rank) for name, tables in self.masks.items()},
+            stats=self.stats.to_json(),
+        )
+
+    def simulate(self) -> Timeline:
+        """When every division and transfer of this plan would run on its cluster."""
+        from dcp.simulate import simulate  # a plan can be used without ever being timed
+
+        return simulate(self, self.cluster)
+
+    # ------------------------------------------------------------------ on disk
+
+    def to_bytes(self) -> bytes:
+        """The whole plan as one checked message (:mod:`dcp.wire`)."""
+        names = ("seqlens", "block_sequence", "block_offset", "block_length", "owner")
+        arrays = {name: getattr(self, name) for name in names}
+        for index, tables in enumerate(self.masks.values()):
+            arrays |= {f"{index}.{name}": getattr(tables, name) for name in _TABLE_ARRAYS}
+        meta = {
+            "spec": asdict(self.spec),
+            "cluster": asdict(self.cluster),
+            "num_head_groups": self.num_head_groups,
+            "masks": {n: [t.num_divisions, t.num_steps] for n, t in self.masks.items()},
+            "weights": self.weights,
+            "stats": self.stats.to_json(),
+        }
+        return pack("plan", meta, arrays)
+
+    @classmethod
+    def from_bytes(cls, message: bytes) -> Plan:
+        """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
+        meta, arrays = unpack("plan", message)
+        masks = {
+            name: MaskTables(*counts, *(arrays[f"{index}.{part}"] for part in _TABLE_ARRAYS))
+            for index, (name, counts) in enumerate(meta["masks"].items())
+        }
+        return cls(
+            seqlens=arrays["seqlens"],
+            spec=AttentionSpec(**meta["spec"]),
+            cluster=Cluster(**meta["cluster"]),
+            num_head_groups=meta["num_head_groups"],
+            block_sequence=arrays["block_sequence"],
+            block_offset=arrays["block_offset"],
+            block_length=arrays["block_length"],
+            owner=arrays["owner"],
+            masks=masks,
+            weights=meta["weights"],
+            stats=Stats(**meta["stats"]),
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to a file that :meth:`load` reads."""
+        Path(path).write_bytes(self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file; a damaged or foreign one raises :class:`dcp.wire.WireError`."""
+        return cls.from_bytes(Path(path).read_bytes())
+
+    # ------------------------------------------------------------------ figures
+
+    def rank_areas(self, mask: str) -> np.ndarray:
+        """(query, key) pairs, all heads, that each rank computes under a mask: ``[num_ranks]``."""
+        tables = self.masks[mask]
+        area = tables.tile_area[tables.items[:, 9]] / self.num_head_groups
+        return _sums(tables.items[:, 0], area, self.num_ranks)
+
+    def moved_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
+        """Bytes of each line of ``masks[mask].sends``: int64, 0 where the pass does not send it."""
+        sends = self.masks[mask].sends
+        return sends[:, 5] * self.row_bytes(backward=backward)[sends[:, 3]]
+
+    def row_bytes(self, *, backward: bool = False) -> np.ndarray:
+        """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
+        spec, bytes_ = self.spec, np.zeros(4, dtype=np.int64)
+        q = spec.q_token_bytes // self.num_head_groups
+        lse = spec.num_heads // self.num_head_groups * LSE_BYTES[spec.dtype]
+        kv = spec.kv_token_bytes // min(self.num_head_groups, spec.num_kv_heads)
+        bytes_[[Q, KV, OUT]] = (2 * q + 2 * lse, kv, q) if backward else (q, kv, q + lse)
+        bytes_[DKV] = kv if backward else 0
+        return bytes_
+
+    def _measure(self) -> None:
+        """Fill in every figure of ``stats`` that follows from the tables."""
+        stats, ranks = self.stats, self.num_ranks
+        compute, received, sent = np.zeros((3, ranks))
+        inter = intra = 0.0
+        node = self.cluster.node_of_rank
+        for name, tables in self.masks.items():
+            weight, sends = self.weights[name], tables.sends
+            volume = weight * self.moved_bytes(name)
+            compute += weight * self.rank_areas(name)
+            sent += _sums(sends[:, 0], volume, ranks)
+            received += _sums(sends[:, 2], volume, ranks)
+            crosses = node[sends[:, 0]] != node[sends[:, 2]]
+            inter += volume[crosses].sum()
+            intra += volume[~crosses].sum()
+        stats.num_tokens = self.num_tokens
+        stats.block_size = int(self.block_length.max(initial=0))
+        stats.num_compute_blocks = sum(len(tables.items) for tables in self.masks.values())
+        stats.compute_balance, stats.token_balance = balance(compute), balance(self.rank_tokens)
+        stats.inter_node_bytes, stats.intra_node_bytes = round(inter), round(intra)
+        stats.max_rank_recv_bytes = round(received.max())
+        stats.max_rank_send_bytes = round(sent.max())
+        held = [tables.buffer_rows @ self.row_bytes() for tables in self.masks.values()]
+        stats.max_rank_buffer_bytes = int(np.max(held))
+        stats.num_divisions = max(tables.num_divisions for tables in self.masks.values())
+
+    def __repr__(self) -> str:
+        s = self.stats
+        return (
+            f"Plan({s.strategy}, {self.num_tokens} tokens on {self.num_ranks} ranks, "
+            f"{s.num_compute_blocks} compute blocks, balance {s.compute_balance:.3f} compute "
+            f"{s.token_balance:.3f} tokens, {s.inter_node_bytes / 1e6:.1f} MB between nodes, "
+            f"{s.intra_node_bytes / 1e6:.1f} MB inside)"
+        )
+
+
+_TABLE_ARRAYS = tuple(MaskTables.__dataclass_fields__)[2:]  # all but the two counts
+
+
+def balance(load: np.ndarray) -> float:
+    """Maximum over mean; 1.0 is perfect, and so is no load at all."""
+    mean = load.mean()
+    return float(load.max() / mean) if mean > 0 else 1.0
+
+
+def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
+    return np.bincount(index, weights=values, minlength=size).astype(values.dtype)
+
+
+def _rank_program(tables: MaskTables, rank: int) -> MaskProgram:
+    """One rank's rows of the tables, with the slices of its tiles alone."""
+
+    def mine(table: np.ndarray) -> np.ndarray:
+        start, stop = np.searchsorted(table[:, 0], [rank, rank + 1])
+        return table[start:stop, 1:]
+
+    items = mine(tables.items)
+    tiles, local = np.unique(items[:, 8], return_inverse=True)
+    start, stop = tables.slice_start[tiles], tables.slice_start[tiles + 1]
+    ends = np.cumsum(stop - start)
+    bounds = np.stack([ends - (stop - start), ends], axis=1)
+    return MaskProgram(
+        num_steps=tables.num_steps,
+        items=np.concatenate([items[:, :8], bounds[local]], axis=1),
+        sends=mine(tables.sends),
+        receives=mine(tables.receives),
+        reduces=mine(tables.reduces),
+        resets=mine(tables.resets),
+        buffer_rows=tables.buffer_rows[rank],
+        slices=tables.slices[runs(start, stop - start)],
+    )

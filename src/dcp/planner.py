@@ -1,0 +1,259 @@
+"""Batch -> plan: build candidates, keep the best prediction, remember what was planned."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from time import perf_counter
+
+import numpy as np
+
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.cluster import Cluster
+from dcp.cost import attention_seconds, linear_seconds
+from dcp.placement import Placement, StrategyError, floor_seconds, get_strategy
+from dcp.plan import Plan
+
+# What "auto" tries. The planned ones in order of cost; the static ones only where their floor (a
+# time they cannot beat) leaves them a chance, so that auto is never worse than any of them.
+PLANNED = ("bisection", "hypergraph")
+STATIC = (
+    "data_parallel", "flexible_groups", "groups", "data_centric", "bucketed", "zigzag", "a2a_p2p",
+    "usp", "double_ring", "ulysses", "allgather", "magi", "ring",
+)  # fmt: skip
+DIVISIONS = (2, 3, 4, 6, 10, 16, 24)  # tried in turn, until two in a row are no better
+STATIC_DIVISIONS = (2, 4)  # the same for a static rule that leaves its divisions open
+MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
+PARTITION_SECONDS = (0.1, 2e-4)  # of a hypergraph candidate: fixed, per tile
+
+
+class Planner:
+    """Plans batches of one model on one cluster, and remembers the plans it made.
+
+    A plan depends only on the multiset of (length, mask) of the batch, so that a batch seen before
+    in any order costs nothing.
+
+    Args:
+        strategy: a name of :func:`dcp.placement.strategy_names`, or ``"auto"``: several are
+            planned and the one with the least :func:`layer_seconds` is kept.
+        block_size: most tokens of a data block, or ``"auto"``.
+        num_divisions: divisions of the schedule, or None: chosen by prediction.
+        seed: the same inputs and seed give the same plan.
+        time_budget: seconds on one core that ``"auto"`` may spend on candidates beyond the first;
+            held against an estimate, not a clock, so that plans do not depend on the machine.
+        cache_size: plans remembered, the least recently used are forgotten first.
+
+    Raises ``ValueError`` for an unknown strategy or a size below 1.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        cluster: Cluster,
+        *,
+        strategy: str = "auto",
+        block_size: int | str = "auto",
+        num_divisions: int | None = None,
+        seed: int = 0,
+        time_budget: float = 0.25,
+        cache_size: int = 64,
+    ) -> None:
+        if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
+            raise ValueError(f"block_size must be 'auto' or 1 or more, got {block_size!r}")
+        if num_divisions is not None and num_divisions < 1:
+            raise ValueError(f"num_divisions must be 1 or more, got {num_divisions}")
+        if strategy != "auto":
+            get_strategy(strategy)
+        self.spec, self.cluster = spec, cluster
+        self.strategy, self.seed, self.time_budget = strategy, seed, time_budget
+        self.block_size = None if block_size == "auto" else block_size
+        self.num_divisions = num_divisions
+        self.cache_size = cache_size
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+
+    def plan(self, batch: SequenceBatch) -> Plan:
+        """Owners, compute ranks, divisions and programs for one batch.
+
+        Raises :class:`~dcp.placement.StrategyError` if the named strategy cannot serve it.
+        """
+        _load_compiled()
+        started = perf_counter()
+        order, key = _canonical(batch)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._best(batch.reordered(order))
+            self._plans[key] = plan
+            while len(self._plans) > self.cache_size:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        seconds = perf_counter() - started
+        return _relabelled(plan, batch, order, seconds)
+
+    def _best(self, batch: SequenceBatch) -> Plan:
+        if self.strategy != "auto":
+            placement = self._place(self.strategy, batch)
+            return min(self._candidates(self.strategy, placement), key=_by_layer)
+        tried: dict[str, float | str] = {}
+        best: Plan | None = None
+        spent = 0.0
+        for name in (*PLANNED, *STATIC):
+            try:
+                if best is not None:
+                    spent += _expected_seconds(name, best)
+                    if name in PLANNED and spent > self.time_budget:
+                        raise _Skipped("beyond the time budget")
+                    if name in PLANNED and best.stats.max_rank_recv_bytes == 0:
+                        raise _Skipped("nothing moves already")
+                    self._need_chance(self._floor(name, batch), best)
+                    _need_size(name, batch, self.cluster)
+                placement = self._place(name, batch)
+                if best is not None:
+                    self._need_chance(self._placed_floor(placement), best)
+            except (_Skipped, StrategyError) as error:
+                tried[name] = str(error)
+                continue
+            candidate = min(self._candidates(name, placement), key=_by_layer)
+            tried[name] = candidate.stats.layer_seconds
+            if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
+                best = candidate
+        assert best is not None, "no strategy served the batch"
+        best.stats.notes["candidates"] = tried
+        return best
+
+    def _floor(self, name: str, batch: SequenceBatch) -> float:
+        """Seconds of a layer that the strategy cannot beat, tokens dealt out evenly."""
+        tokens = batch.num_tokens / self.cluster.num_ranks
+        attention = floor_seconds(name, batch, self.spec, self.cluster)
+        weight = sum(batch.weights.values())
+        return attention + weight * linear_seconds(tokens, self.spec, self.cluster)
+
+    def _placed_floor(self, placement: Placement) -> float:
+        """Seconds of a layer that a placement cannot beat: its busiest compute, its most tokens."""
+        blocks, ranks = placement.blocks, self.cluster.num_ranks
+        tokens = np.bincount(placement.owner, weights=blocks.length, minlength=ranks).max()
+        floor = 0.0
+        for name, weight in blocks.batch.weights.items():
+            area = np.repeat(blocks.masks[name].area, blocks.num_head_groups)
+            work = np.bincount(placement.rank[name], weights=area, minlength=ranks).max()
+            for backward in (False, True):
+                seconds = attention_seconds(work, self.spec, self.cluster, backward=backward)
+                floor += weight * float(seconds) / blocks.num_head_groups
+            floor += weight * linear_seconds(float(tokens), self.spec, self.cluster)
+        return floor
+
+    @staticmethod
+    def _need_chance(floor: float, best: Plan) -> None:
+        if floor >= best.stats.layer_seconds:
+            raise _Skipped(f"cannot be faster than {floor:.2e} s")
+
+    def _place(self, name: str, batch: SequenceBatch) -> Placement:
+        return get_strategy(name)(
+            batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed
+        )
+
+    def _candidates(self, name: str, placement: Placement) -> Iterator[Plan]:
+        """One strategy's placement with every number of divisions worth trying."""
+        fixed = self.num_divisions or placement.num_divisions
+        best, no_better = np.inf, 0
+        tried = STATIC_DIVISIONS if name in STATIC else DIVISIONS
+        for count in (fixed,) if fixed else tried:
+            plan = Plan.from_placement(placement, self.cluster, strategy=name, num_divisions=count)
+            plan.stats.simulated = plan.simulate().to_json()
+            seconds = plan.stats.layer_seconds = layer_seconds(plan)
+            yield plan
+            no_better = 0 if seconds < best else no_better + 1
+            best = min(best, seconds)
+            if no_better == 2 or plan.stats.num_divisions < count:  # or: nothing moves at all
+                return
+
+
+class _Skipped(Exception):
+    """A candidate is not planned; the message says why."""
+
+
+def _need_size(name: str, batch: SequenceBatch, cluster: Cluster) -> None:
+    """Skip rules that would cut every sequence over more ranks than can be planned in time."""
+    hops = len(batch.seqlens) * cluster.num_ranks**2
+    if name in STATIC and hops > MOST_HOPS:
+        raise _Skipped(f"{hops:.1e} transfers are too many to plan in time")
+
+
+def plan(
+    batch: SequenceBatch,
+    spec: AttentionSpec,
+    cluster: Cluster,
+    *,
+    strategy: str = "auto",
+    block_size: int | str = "auto",
+    num_divisions: int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Plan one batch: see :class:`Planner`, which also remembers plans."""
+    planner = Planner(
+        spec,
+        cluster,
+        strategy=strategy,
+        block_size=block_size,
+        num_divisions=num_divisions,
+        seed=seed,
+    )
+    return planner.plan(batch)
+
+
+@cache
+def _load_compiled() -> None:
+    """Load (the first time ever: compile) the compiled parts, so that no plan is charged for it."""
+    batch = SequenceBatch([40, 9, 1], "causal")
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8)
+    cluster = Cluster(num_nodes=2, devices_per_node=2)
+    placement = get_strategy("bisection")(batch, spec, cluster)
+    Plan.from_placement(placement, cluster, strategy="bisection").simulate()
+
+
+def _by_layer(plan: Plan) -> float:
+    return plan.stats.layer_seconds
+
+
+def layer_seconds(plan: Plan) -> float:
+    """Forward + backward seconds of a transformer layer: what plans are chosen by.
+
+    Attention as simulated, and the linear layers on the rank with most tokens: a plan that hurries
+    attention by heaping tokens on a few ranks would lose there what it gains.
+    """
+    attention = plan.stats.simulated["forward_seconds"] + plan.stats.simulated["backward_seconds"]
+    tokens = float(plan.rank_tokens.max(initial=0))
+    weight = sum(plan.weights.values())
+    return attention + weight * linear_seconds(tokens, plan.spec, plan.cluster)
+
+
+def _expected_seconds(name: str, so_far: Plan) -> float:
+    """What one more candidate would cost to plan, by the size of the best one so far."""
+    if name != "hypergraph":
+        return 0.0
+    fixed, per_tile = PARTITION_SECONDS
+    return fixed + per_tile * so_far.stats.num_compute_blocks
+
+
+def _canonical(batch: SequenceBatch) -> tuple[np.ndarray, tuple]:
+    """An order of the sequences that depends on (length, mask) alone, and the batch's identity."""
+    masks = [
+        [mask.bands.tobytes() for mask in per_sequence] for per_sequence in batch.masks.values()
+    ]
+    described = list(zip(batch.seqlens.tolist(), *masks, strict=True))
+    order = sorted(range(len(described)), key=described.__getitem__, reverse=True)
+    key = (tuple(batch.weights.items()), tuple(described[index] for index in order))
+    return np.array(order, dtype=np.int64), key
+
+
+def _relabelled(plan: Plan, batch: SequenceBatch, order: np.ndarray, seconds: float) -> Plan:
+    """The plan of the reordered batch, told in the numbers of ``batch``."""
+    sequence = order[plan.block_sequence] if len(order) else plan.block_sequence
+    return replace(
+        plan,
+        seqlens=batch.seqlens,
+        block_sequence=sequence,
+        block_offset=batch.offsets[sequence] + plan.block_position,
+        stats=replace(plan.stats, planning_seconds=seconds),
+    )

@@ -1,0 +1,5 @@
+"""Plans at work: executors, communicators, kernels."""
+
+from dcp.runtime.executor import AttentionExecutor, DCPAttention, LocalWorld
+
+__all__ = ["AttentionExecutor", "DCPAttention", "LocalWorld"]

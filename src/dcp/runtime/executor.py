@@ -1,0 +1,259 @@
+"""Planned attention on real ranks, and on all ranks of a plan inside one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dcp.plan import Plan
+from dcp.program import RankPlan
+from dcp.runtime import compiled
+from dcp.runtime.communicator import GroupCommunicator, LocalPost
+from dcp.runtime.compiled import sink_gradient
+from dcp.runtime.kernels import get_kernel
+from dcp.runtime.prepared import PreparedPlan
+from dcp.runtime.session import Call, Session
+from dcp.simulate import Span
+
+# Plans that an executor keeps for backward passes of compiled code, which cannot hold their plan.
+KEPT_PLANS = 64
+
+
+class AttentionExecutor:
+    """Runs one rank's programs over a process group.
+
+    Args:
+        group: a ``torch.distributed`` group (gloo or NCCL) with one process per rank of the plans;
+            None means the default group, or a single rank where none was initialised.
+        kernel: ``"auto"`` or a name of :data:`dcp.runtime.kernels.KERNELS`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, kernel: str = "auto") -> None:
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.num_ranks = dist.get_world_size(group) if group is not None else 1
+        self.kernel = kernel
+        self.spans: list[Span] | None = None  # set to a list to record every call's instructions
+        self.handle = compiled.register(self)
+        self.ticket = 0  # number of the plan in use, counted from 1
+        self._prepared: PreparedPlan | None = None
+        self._kept: dict[int, PreparedPlan] = {}
+        self._communicator = GroupCommunicator(group) if group else LocalPost().rank(0)
+
+    @property
+    def plan(self) -> RankPlan | None:
+        """The plan in use."""
+        return self._prepared.plan if self._prepared else None
+
+    def prepare(self, plan: Plan | RankPlan | PreparedPlan) -> None:
+        """Use ``plan`` from now on. Calls already begun keep the plan they began with.
+
+        What the kernel needs is built, and copied to the device, at the first call with a mask, or
+        beforehand by :meth:`ready`. Raises ``ValueError`` for another rank's plan.
+        """
+        prepared = plan if isinstance(plan, PreparedPlan) else PreparedPlan(self._mine(plan))
+        self._mine(prepared.plan)
+        self._prepared = prepared
+        self.ticket += 1
+        self._kept[self.ticket] = prepared
+        self._kept.pop(self.ticket - KEPT_PLANS, None)
+
+    def ready(
+        self, plan: Plan | RankPlan, like: Tensor, *, call: Call | None = None
+    ) -> PreparedPlan:
+        """``plan`` with all its tables on the device, to be given to :meth:`prepare` later.
+
+        For use ahead of time: while another batch is computed, in another thread or under another
+        CUDA stream. ``like`` is any tensor of the dtype and on the device of the calls to come.
+        """
+        prepared = PreparedPlan(self._mine(plan))
+        options = (call or Call()).options(prepared.plan.spec.head_dim, needs_grad=True)
+        kernel = get_kernel(self.kernel, like.device, like.dtype, options)
+        for mask in prepared.plan.masks:
+            for backward in (False, True):
+                prepared.instructions(mask, backward=backward)
+            prepared.work(mask, kernel, like.device, like.dtype)
+        return prepared
+
+    def _mine(self, plan: Plan | RankPlan) -> RankPlan:
+        rank_plan = plan.rank_plan(self.rank) if isinstance(plan, Plan) else plan
+        if (rank_plan.rank, rank_plan.num_ranks) != (self.rank, self.num_ranks):
+            raise ValueError(
+                f"the plan is for rank {rank_plan.rank} of {rank_plan.num_ranks}, "
+                f"this process is rank {self.rank} of {self.num_ranks}"
+            )
+        return rank_plan
+
+    def attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        *,
+        mask: str | None = None,
+        scale: float | None = None,
+        sink: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """:meth:`DCPAttention.apply` with this executor."""
+        return DCPAttention.apply(self, q, kv, mask, scale, sink=sink, **options)
+
+    def session(self, call: Call, *, ticket: int | None = None) -> Session:
+        """A call with the prepared plan, or with the one that had ``ticket``."""
+        if self._prepared is None:
+            raise ValueError("the executor has no plan yet: call executor.prepare(plan) first")
+        if ticket is not None and ticket not in self._kept:
+            raise ValueError(
+                f"the backward pass of plan {ticket} began after plan {self.ticket} was prepared: "
+                f"compiled code may be at most {KEPT_PLANS} plans behind"
+            )
+        return Session(
+            plans=[self._prepared if ticket is None else self._kept[ticket]],
+            communicators=[self._communicator],
+            drive=_exhaust,
+            split=lambda tensor: [tensor],
+            join=lambda tensors: tensors[0],
+            kernel=self.kernel,
+            spans=self.spans,
+            call=call,
+        )
+
+
+class LocalWorld:
+    """All ranks of a plan in this process, on any device: for tests, notebooks and one GPU."""
+
+    def __init__(self, plan: Plan, *, kernel: str = "auto") -> None:
+        self.plan, self.kernel = plan, kernel
+        self.spans: list[Span] | None = None  # set to a list to record every call's instructions
+        self._prepared = [PreparedPlan(plan.rank_plan(rank)) for rank in range(plan.num_ranks)]
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: str | None = None,
+        scale: float | None = None,
+        sink: Tensor | None = None,
+        return_lse: bool = False,
+        **options: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Differentiable attention in the global layout.
+
+        Args:
+            q: ``[tokens, heads, head_dim]``; k, v: ``[tokens, kv_heads, head_dim]``.
+            mask: a mask name of the batch; the first by default.
+            scale: of the scores; ``head_dim ** -0.5`` by default.
+            sink: ``[heads]``, see :meth:`DCPAttention.apply`.
+            return_lse: also return the log-sum-exp ``[tokens, heads]`` (not differentiable).
+            options: the others of :class:`Call`.
+        """
+        call = Call(mask, scale, **options)
+        out, lse = _attention(self, q, torch.stack([k, v], dim=1), sink, call)
+        return (out, lse) if return_lse else out
+
+    def session(self, call: Call) -> Session:
+        """A call with the world's plan."""
+        ranks = range(self.plan.num_ranks)
+        post = LocalPost()
+        return Session(
+            plans=self._prepared,
+            communicators=[post.rank(rank) for rank in ranks],
+            drive=post.run,
+            split=lambda tensor: [self.plan.shard(rank, tensor) for rank in ranks],
+            join=self.plan.unshard,
+            kernel=self.kernel,
+            spans=self.spans,
+            call=call,
+        )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, world: Any, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
+    ) -> Any:
+        ctx.session = world.session(call)
+        out, lse = ctx.session.forward(q, kv, sink, needs_grad=any(ctx.needs_input_grad))
+        ctx.save_for_backward(q, kv, sink, out, lse)
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
+        q, kv, sink, out, lse = ctx.saved_tensors
+        grad_q, grad_kv = ctx.session.backward(grad_out=grad_out, q=q, kv=kv, out=out, lse=lse)
+        grad_sink = None if sink is None else sink_gradient(grad_out, sink, out, lse)
+        return None, grad_q, grad_kv, grad_sink, None
+
+
+_attention = _Attention.apply
+
+
+def _attend(
+    executor: AttentionExecutor, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return compiled.attention(executor, q, kv, sink, call)
+    return _attention(executor, q, kv, sink, call)
+
+
+class DCPAttention:
+    """Planned attention as one differentiable operation."""
+
+    @staticmethod
+    def apply(
+        executor: AttentionExecutor,
+        q: Tensor,
+        kv: Tensor,
+        mask: str | None = None,
+        scale: float | None = None,
+        *,
+        sink: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attention of the rank's own tokens under the executor's plan.
+
+        Every rank of the group calls it, ranks without tokens too.
+
+        Args:
+            q: ``[local, heads, head_dim]``, rows in the order of ``plan.token_indices(rank)``.
+            kv: ``[local, 2, kv_heads, head_dim]``, keys first.
+            mask: a mask name of the batch; the first by default.
+            scale: of the scores; ``head_dim ** -0.5`` by default.
+            sink: ``[heads]``, a learned score that joins each row's sum of weights and carries no
+                value. The same on all ranks; its gradient is that of the rank's own tokens, to be
+                summed over ranks like every parameter's.
+            options: ``softcap``, ``deterministic``, ``dropout``: see :class:`Call`.
+
+        Returns ``[local, heads, head_dim]``. Raises ``ValueError`` for wrong shapes or dtypes, for
+        a mask the plan does not have, and for what no kernel can honour.
+        """
+        return _attend(executor, q, kv, sink, Call(mask, scale, **options))[0]
+
+    @staticmethod
+    def apply_with_lse(
+        executor: AttentionExecutor,
+        q: Tensor,
+        kv: Tensor,
+        mask: str | None = None,
+        scale: float | None = None,
+        *,
+        sink: Tensor | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`apply`, with the natural log-sum-exp ``[local, heads]`` (no gradient), the sink
+        counted in."""
+        return _attend(executor, q, kv, sink, Call(mask, scale, **options))
+
+
+def _exhaust(programs: list[Iterator[None]]) -> None:
+    for program in programs:
+        for _ in program:
+            raise AssertionError("a program on its own rank has nobody to yield to")

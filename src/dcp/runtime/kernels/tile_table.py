@@ -1,0 +1,213 @@
+"""Slices of divisions -> tables of tiles for a GPU kernel, in numpy, all divisions at once.
+
+An *outer tile* is a run of rows that one program keeps in registers: queries for outputs and query
+gradients, keys for key and value gradients. Its *entries* say which inner tiles it visits: a run
+of full ones, or one that is partly masked with the bands whose union is its mask. Inner tiles are
+counted from the first row that the outer tile sees, and empty ones have no entry.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcp.blocks import expand
+from dcp.masks import HI, K0, K1, LO, Q0, Q1
+from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
+
+# Columns of the tables, int32.
+TILE = ("row", "rows", "result_row", "first_entry", "end_entry")
+ENTRY = ("row", "num_tiles", "first_band", "num_bands", "shift")
+BAND = ("outer0", "outer1", "inner0", "inner1", "lo", "hi", "shift")
+WIDTH = 8  # every table row is padded to this many numbers, so that all are aligned
+
+FAR = 1 << 30  # beyond any row: bounds are clipped to it
+
+
+@dataclass(frozen=True)
+class TileTable:
+    """Tables of several divisions, each ``[n, WIDTH]`` int32.
+
+    Attributes:
+        tiles: outer tiles, longest work first within each division.
+        entries: inner tiles of each outer tile.
+        bands: bands of partly masked entries: the pair counts when ``outer0 <= a < outer1``,
+            ``inner0 <= b < inner1`` and ``lo <= b - a <= hi`` for rows a and b of both sides.
+        tile_start: first tile of each division, and the end: int64 ``[num_divisions + 1]``.
+        num_visits: inner tiles visited by each division's outer tiles, int64 ``[num_divisions]``.
+    """
+
+    tiles: np.ndarray
+    entries: np.ndarray
+    bands: np.ndarray
+    tile_start: np.ndarray
+    num_visits: np.ndarray
+
+
+def by_query(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slices ``[n, 8]`` with queries outside: bands ``[n, 6]`` and the inner side's row shift,
+    which only atomic additions need."""
+    return slices[:, :6], slices[:, DKV_SHIFT]
+
+
+def by_key(slices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same with keys outside: the band of differences changes its sign."""
+    bands = np.stack(
+        [
+            slices[:, K0],
+            slices[:, K1],
+            slices[:, Q0],
+            slices[:, Q1],
+            -slices[:, HI],
+            -slices[:, LO],
+        ],
+        axis=1,
+    )
+    return bands, slices[:, OUT_SHIFT]
+
+
+def build_table(
+    division: np.ndarray,
+    bands: np.ndarray,
+    shift: np.ndarray,
+    runs: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    *,
+    outer: int,
+    inner: int,
+) -> TileTable:
+    """Cut bands into tiles of ``outer`` x ``inner`` rows.
+
+    Args:
+        division: of each band, ascending, int64 ``[n]``.
+        bands: ``[n, 6]`` (outer0, outer1, inner0, inner1, lo, hi) in buffer rows.
+        shift: of each band: result row minus row on the inner side, int64 ``[n]``.
+        runs: of each division, the outer rows: (first row, first result row, number of rows).
+    """
+    tile_division, row, rows, result_row = _cut_runs(runs, outer)
+    tile, band = _overlaps(division, bands, tile_division, row, rows)
+    a0, a1, b0, b1, lo, hi = bands[band].T
+    top, bottom = np.maximum(a0, row[tile]), np.minimum(a1, row[tile] + rows[tile])
+    b0, b1 = np.maximum(b0, top + lo), np.minimum(b1, bottom + hi)
+    full0, full1 = np.maximum(b0, bottom - 1 + lo), np.minimum(b1, top + hi + 1)
+    keep = b0 < b1
+    whole = (bottom - top == rows[tile]) & (full0 < full1)
+    tile, band, b0, b1, full0, full1, whole = (
+        x[keep] for x in (tile, band, b0, b1, full0, full1, whole)
+    )
+
+    origin = np.full(len(row), FAR)
+    np.minimum.at(origin, tile, b0)
+    first, end = (b0 - origin[tile]) // inner, -((origin[tile] - b1) // inner)
+    full_first = np.where(whole, -((origin[tile] - full0) // inner), end)
+    full_end = np.where(whole, (full1 - origin[tile]) // inner, end)
+    none = full_first >= full_end
+    full_first, full_end = np.where(none, end, full_first), np.where(none, end, full_end)
+
+    is_full = np.flatnonzero(full_first < full_end)
+    full = _entries(
+        tile[is_full],
+        full_first[is_full],
+        full_end[is_full] - full_first[is_full],
+        shift[band][is_full],
+    )
+    partial, band_table = _partial_entries(
+        tile, band, np.stack([first, full_end]), np.stack([full_first, end]), bands, shift
+    )
+    entries = np.concatenate([full, partial])  # columns: tile, index, num_tiles, band, bands, shift
+    entries = entries[np.lexsort((entries[:, 1], entries[:, 3], entries[:, 0]))]
+    return _order(
+        entries, band_table, tile_division, row, rows, result_row, origin, inner, len(runs)
+    )
+
+
+def _cut_runs(runs: list, outer: int) -> tuple[np.ndarray, ...]:
+    """Runs of rows cut into tiles: (division, row, rows, result row) of each, ascending."""
+    division = np.repeat(np.arange(len(runs)), [len(run[0]) for run in runs])
+    start, target, length = (
+        np.concatenate([np.zeros(0, np.int64), *(run[column] for run in runs)])
+        for column in range(3)
+    )
+    run, index = expand(-(-length // outer))
+    row = start[run] + index * outer
+    rows = np.minimum(outer, start[run] + length[run] - row)
+    return division[run], row, rows, target[run] + index * outer
+
+
+def _overlaps(
+    division: np.ndarray,
+    bands: np.ndarray,
+    tile_division: np.ndarray,
+    row: np.ndarray,
+    rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tile, band) wherever a band's outer rows meet a tile."""
+    key = tile_division * FAR
+    first = np.searchsorted(key + row + rows, division * FAR + bands[:, 0], side="right")
+    end = np.searchsorted(key + row, division * FAR + bands[:, 1], side="left")
+    band, index = expand(np.maximum(end - first, 0))
+    return first[band] + index, band
+
+
+def _entries(
+    tile: np.ndarray, index: np.ndarray, num_tiles: np.ndarray, shift: np.ndarray
+) -> np.ndarray:
+    none = np.zeros(len(tile), dtype=np.int64)
+    return np.stack([tile, index, num_tiles, none, none, shift], axis=1)
+
+
+def _partial_entries(
+    tile: np.ndarray,
+    band: np.ndarray,
+    first: np.ndarray,
+    end: np.ndarray,
+    bands: np.ndarray,
+    shift: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One entry for each inner tile in ``[first, end)``, with the bands that meet there."""
+    of, index = expand(np.maximum(end - first, 0).reshape(-1))
+    pair = of % max(len(tile), 1)
+    index, tile, band = first.reshape(-1)[of] + index, tile[pair], band[pair]
+    order = np.lexsort((band, index, tile))
+    index, tile, band = index[order], tile[order], band[order]
+    change = (tile[1:] != tile[:-1]) | (index[1:] != index[:-1])
+    start = np.flatnonzero(np.append(True, change)[: len(tile)])
+    entries = _entries(tile[start], index[start], np.ones_like(start), np.zeros_like(start))
+    entries[:, 3], entries[:, 4] = start, np.diff(np.append(start, len(tile)))
+    return entries, np.concatenate([bands[band], shift[band][:, None]], axis=1)
+
+
+def _order(
+    entries: np.ndarray,
+    bands: np.ndarray,
+    tile_division: np.ndarray,
+    row: np.ndarray,
+    rows: np.ndarray,
+    result_row: np.ndarray,
+    origin: np.ndarray,
+    inner: int,
+    num_divisions: int,
+) -> TileTable:
+    """The tables in their final form: tiles of a division by falling work, unused ones left out."""
+    tile = entries[:, 0]
+    visits = np.bincount(tile, weights=entries[:, 2], minlength=len(row)).astype(np.int64)
+    edges = np.searchsorted(tile, np.arange(len(row) + 1))
+    order = np.lexsort((row, -visits, tile_division))
+    order = order[visits[order] > 0]
+    tiles = np.stack([row, rows, result_row, edges[:-1], edges[1:]], axis=1)[order]
+    table = np.stack([origin[tile] + entries[:, 1] * inner, *entries[:, 2:].T], axis=1)
+    return TileTable(
+        tiles=_padded(tiles),
+        entries=_padded(table),
+        bands=_padded(bands),
+        tile_start=np.searchsorted(tile_division[order], np.arange(num_divisions + 1)),
+        num_visits=np.bincount(tile_division, weights=visits, minlength=num_divisions).astype(
+            np.int64
+        ),
+    )
+
+
+def _padded(table: np.ndarray) -> np.ndarray:
+    padded = np.zeros((len(table), WIDTH), dtype=np.int32)
+    padded[:, : table.shape[1]] = np.clip(table, -FAR, FAR)
+    return padded

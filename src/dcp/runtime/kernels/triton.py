@@ -1,0 +1,247 @@
+"""Attention by Triton kernels over tile tables: one launch a division forward, one or two backward.
+
+The kernels run on GPUs, and on any machine in Triton's interpreter (``TRITON_INTERPRET=1`` in the
+environment before anything imports Triton). Their code: :mod:`dcp.runtime.kernels.triton_code`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcp.program import MaskProgram
+from dcp.runtime.division import (
+    DKV_ROW,
+    KV_ROW,
+    KV_ROWS,
+    OUT_ROW,
+    Q_ROW,
+    Q_ROWS,
+    attention_steps,
+    merged_slices,
+    row_runs,
+)
+from dcp.runtime.kernels import Options
+from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_query
+
+NAME = "triton"
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tile of one kernel: rows kept, rows visited at a time, warps, stages of the pipeline."""
+
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Tiles of the three kernels. The two with queries outside share one table."""
+
+    forward: Shape
+    query_gradient: Shape
+    key_gradient: Shape
+
+
+# By padded head dimension and bytes of an element. Chosen for the fewest spilled registers when
+# compiled for compute capability 9.0, within an A100's shared memory; ``docs/kernels.md`` has the
+# list. Not measured on a device yet.
+SHAPES = {
+    (64, 2): Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 8, 3), Shape(64, 64, 8, 2)),
+    (128, 2): Shapes(Shape(128, 64, 8, 3), Shape(128, 64, 8, 2), Shape(128, 32, 8, 2)),
+    (256, 2): Shapes(Shape(64, 32, 8, 2), Shape(64, 32, 8, 2), Shape(32, 32, 8, 1)),
+    (64, 4): Shapes(Shape(64, 32, 8, 2), Shape(64, 32, 8, 2), Shape(32, 32, 8, 2)),
+    (128, 4): Shapes(Shape(32, 32, 8, 2), Shape(32, 32, 8, 2), Shape(32, 32, 8, 1)),
+    (256, 4): Shapes(Shape(16, 16, 8, 1), Shape(16, 16, 8, 1), Shape(16, 16, 8, 1)),
+}
+# The interpreter's cost is per operation, not per element.
+INTERPRETER = Shapes(Shape(64, 32, 4, 1), Shape(64, 32, 4, 1), Shape(32, 64, 4, 1))
+
+
+def supports(device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
+    """None, or why this kernel cannot serve."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no {dtype}"
+    if device.type == "cuda" or (device.type == "cpu" and _interprets()):
+        return None
+    return "it runs on CUDA devices, and on the CPU in Triton's interpreter only"
+
+
+def input_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Inputs stay as they are."""
+    return dtype
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Results are summed in float32."""
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Work:
+    """One division: where its tables lie in the program's ``table`` (int32, on the device)."""
+
+    table: Tensor
+    queries: tuple[int, int, int, int, int]  # first tile, number of tiles, offsets of the 3 tables
+    keys: tuple[int, int, int, int, int]
+    shapes: Shapes
+
+
+def prepare(
+    program: MaskProgram,
+    device: torch.device,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    shapes: Shapes | None = None,
+) -> dict[int, Work]:
+    """Tables of all divisions, forward and backward, in one copy to the device."""
+    shapes = shapes or choose_shapes(device, head_dim, dtype)
+    steps = attention_steps(program)
+    tables = division_tables([step.items for step in steps], program.slices, shapes)
+    parts = [part for table in tables for part in (table.tiles, table.entries, table.bands)]
+    offsets = np.cumsum([0, *(part.size for part in parts)]).tolist()
+    host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
+    if device.type == "cuda":
+        host = host.pin_memory()
+    on_device = host.to(device, non_blocking=True)
+    work = {}
+    for index, step in enumerate(steps):
+        places = []
+        for side, table in enumerate(tables):
+            first, end = table.tile_start[index : index + 2].tolist()
+            places.append((first, end - first, *offsets[3 * side : 3 * side + 3]))
+        work[step.step] = Work(on_device, places[0], places[1], shapes)
+    return work
+
+
+def division_tables(
+    items: list[np.ndarray], slices: np.ndarray, shapes: Shapes
+) -> tuple[TileTable, TileTable]:
+    """Tables with queries outside and with keys outside, of all divisions."""
+    merged = [merged_slices(each, slices) for each in items]
+    division = np.repeat(np.arange(len(merged)), [len(each) for each in merged])
+    together = np.concatenate([np.zeros((0, 8), dtype=np.int64), *merged])
+    queries = build_table(
+        division,
+        *by_query(together),
+        [row_runs(each[:, Q_ROW], each[:, OUT_ROW], each[:, Q_ROWS]) for each in items],
+        outer=shapes.forward.outer,
+        inner=shapes.forward.inner,
+    )
+    keys = build_table(
+        division,
+        *by_key(together),
+        [row_runs(each[:, KV_ROW], each[:, DKV_ROW], each[:, KV_ROWS]) for each in items],
+        outer=shapes.key_gradient.outer,
+        inner=shapes.key_gradient.inner,
+    )
+    return queries, keys
+
+
+def choose_shapes(device: torch.device, head_dim: int, dtype: torch.dtype) -> Shapes:
+    """The tiles for a device, head dimension and dtype."""
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim={head_dim}: the triton kernel serves up to {MAX_HEAD_DIM}")
+    if device.type == "cpu":
+        return INTERPRETER
+    return SHAPES[max(64, _padded(head_dim)), dtype.itemsize]
+
+
+def forward(work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options) -> None:
+    """See :mod:`dcp.runtime.kernels`."""
+    shape = work.shapes.forward
+    _launch("forward_kernel", (q, kv, out, lse), work, work.queries, shape, q, kv, options)
+
+
+def backward(
+    work: Work,
+    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv: Tensor,
+    grad_q: Tensor,
+    grad_kv: Tensor,
+    options: Options,
+) -> None:
+    """See :mod:`dcp.runtime.kernels`."""
+    q, shapes = q_side[0], work.shapes
+    inputs = (*q_side, kv)
+    if options.deterministic:
+        _launch(
+            "query_gradient_kernel",
+            (*inputs, grad_q),
+            work,
+            work.queries,
+            shapes.query_gradient,
+            q,
+            kv,
+            options,
+        )
+    _launch(
+        "key_gradient_kernel",
+        (*inputs, grad_q, grad_kv),
+        work,
+        work.keys,
+        shapes.key_gradient,
+        q,
+        kv,
+        options,
+        ATOMIC=not options.deterministic,
+    )
+
+
+def _launch(
+    name: str,
+    tensors: tuple[Tensor, ...],
+    work: Work,
+    place: tuple[int, int, int, int, int],
+    shape: Shape,
+    q: Tensor,
+    kv: Tensor,
+    options: Options,
+    **constants: Any,
+) -> None:
+    kernel = getattr(import_module("dcp.runtime.kernels.triton_code"), name)
+    heads, kv_heads, head_dim = q.shape[1], kv.shape[2], q.shape[2]
+    programs = place[1] * (kv_heads if name == "key_gradient_kernel" else heads)
+    kernel[(programs,)](
+        *tensors,
+        work.table,
+        *place,
+        heads,
+        kv_heads,
+        options.scale,
+        options.softcap or 1.0,
+        HEAD_DIM=head_dim,
+        D=max(16, _padded(head_dim)),
+        OUTER=shape.outer,
+        INNER=shape.inner,
+        SOFTCAP=options.softcap is not None,
+        UPCAST=q.device.type == "cpu" and q.dtype != torch.float32,
+        num_warps=shape.warps,
+        num_stages=shape.stages,
+        **constants,
+    )
+
+
+def _padded(head_dim: int) -> int:
+    return 1 << (head_dim - 1).bit_length()
+
+
+@lru_cache(maxsize=1)
+def _interprets() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

@@ -1,0 +1,274 @@
+"""The two passes of attention over a rank's program: forward and backward.
+
+A pass owns the rank's buffers and knows what each instruction means; how messages travel is the
+communicator's business. Buffers are ``[rows, …]``, a row being one token of one head group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from time import perf_counter
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcp.program import Attention, Copy, Reduce, Wait
+from dcp.runtime.communicator import Communicator
+from dcp.runtime.kernels import Options
+from dcp.runtime.kernels.cellwise import merge
+from dcp.runtime.prepared import Exchange, Message, PreparedPlan
+from dcp.schedule import DKV, KV, OUT, Q
+from dcp.simulate import COMPUTE, TRANSFER, Span
+
+Field = tuple[Tensor, torch.dtype]  # a buffer's tensor [rows, …] and the dtype it travels in
+Part = tuple[Tensor, torch.dtype]  # some rows of a field, in a message
+
+
+class AttentionPass:
+    """What both passes share: buffers, messages, and the loop over instructions."""
+
+    backward = False
+
+    def __init__(
+        self,
+        prepared: PreparedPlan,
+        mask: str | None,
+        kernel: ModuleType,
+        like: Tensor,
+        options: Options,
+    ) -> None:
+        plan = prepared.plan
+        self.kernel, self.options = kernel, options
+        self.device, self.dtype = like.device, like.dtype
+        self.input_dtype = kernel.input_dtype(like.dtype)
+        self.compute_dtype = kernel.compute_dtype(like.dtype)
+        spec = plan.spec
+        self.groups = plan.num_head_groups
+        self.kv_groups = min(self.groups, spec.num_kv_heads)
+        self.q_shape = (spec.num_heads // self.groups, spec.head_dim)
+        self.kv_shape = (2, spec.num_kv_heads // self.kv_groups, spec.head_dim)
+        self.num_tokens = plan.num_local_tokens
+        self.rank = plan.rank
+        self.num_rows = plan.mask_program(mask).buffer_rows.tolist()
+        self.instructions = prepared.instructions(mask, backward=self.backward)
+        self.work = prepared.work(mask, kernel, like.device, like.dtype)
+        self.fields: dict[int, list[Field]] = {}
+        self.spans: list[Span] | None = None  # set to record what takes how long
+
+    def run(self, communicator: Communicator) -> Iterator[None]:
+        """Run the program; yields while a wait needs other ranks of this process to go on."""
+        in_flight: dict[int, Iterator[None]] = {}
+        launched: dict[int, float] = {}
+        for instruction in self.instructions:
+            began = perf_counter()
+            match instruction:
+                case Copy(direction="load"):
+                    self.load()
+                case Exchange():
+                    launched[instruction.step] = began
+                    in_flight[instruction.step] = self._launch(instruction, communicator)
+                case Attention():
+                    self._clear(instruction.resets)
+                    self.attend(self.work[instruction.step])
+                case Wait():
+                    yield from in_flight.pop(instruction.step)
+                case Reduce():
+                    for buffer, source, target, rows in instruction.rows.tolist():
+                        self.reduce(buffer, _run(source, rows), _run(target, rows))
+                case Copy(direction="store"):
+                    self.store()
+            if isinstance(instruction, Wait):
+                self._record(TRANSFER, instruction, launched[instruction.step])
+            elif not isinstance(instruction, Exchange):
+                self._record(COMPUTE, instruction, began)
+
+    def _record(self, track: str, instruction: Any, began: float) -> None:
+        if self.spans is not None:
+            step = getattr(instruction, "step", "")
+            pass_name = "backward" if self.backward else "forward"
+            name = f"{pass_name}: {type(instruction).__name__.lower()} {step}".rstrip()
+            self.spans.append(Span(self.rank, track, name, began, perf_counter()))
+
+    # What a pass defines.
+
+    def load(self) -> None:
+        """Bring the rank's tensors into its buffers, and clear its own results."""
+
+    def store(self) -> None:
+        """Take the results out of the buffers."""
+
+    def attend(self, work: Any) -> None:
+        """One division: one launch of the kernel."""
+
+    def reduce(self, buffer: int, source: slice, target: slice) -> None:
+        """Fold partial results that arrived into the rank's own."""
+
+    # Buffers.
+
+    def results(self, buffer: int, *shape: int, exact: bool = True) -> Field:
+        """An uninitialised buffer; inexact ones travel in the tensors' dtype."""
+        rows = self.num_rows[buffer]
+        tensor = torch.empty((rows, *shape), dtype=self.compute_dtype, device=self.device)
+        return tensor, self.compute_dtype if exact else self.dtype
+
+    def inputs(self, buffer: int, tensor: Tensor, groups: int, *, exact: bool = False) -> Field:
+        """A buffer whose own rows are the local tensor ``[tokens, …, groups * h, d]`` (or
+        ``[tokens, groups * h]``): the tensor itself where it is laid out so already."""
+        dtype = self.compute_dtype if exact else self.input_dtype
+        tensor, rows = tensor.detach(), self.num_rows[buffer]
+        travels = dtype if exact else self.dtype
+        if groups == 1 and rows == len(tensor) and tensor.dtype == dtype:
+            return tensor.contiguous(), travels
+        heads_dim = 1 if tensor.dim() == 2 else tensor.dim() - 2
+        split = tensor.unflatten(heads_dim, (groups, -1)).movedim(heads_dim, 0)
+        field = torch.empty((rows, *split.shape[2:]), dtype=dtype, device=self.device)
+        field[: groups * self.num_tokens].unflatten(0, (groups, self.num_tokens)).copy_(split)
+        return field, travels
+
+    def take(self, buffer: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+        """The own rows as a local tensor: inverse of :meth:`inputs`."""
+        heads_dim = 1 if buffer.dim() == 2 else buffer.dim() - 2
+        own = buffer[: groups * self.num_tokens].unflatten(0, (groups, self.num_tokens))
+        joined = own.movedim(0, heads_dim).flatten(heads_dim, heads_dim + 1)
+        taken = joined.to(dtype).contiguous()
+        shares = taken.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        # a view would keep the rows of all that came from elsewhere
+        return taken.clone() if shares and taken.numel() < buffer.numel() else taken
+
+    def _clear(self, resets: np.ndarray) -> None:
+        for buffer, row, rows in resets.tolist():
+            self.clear(buffer, _run(row, rows))
+
+    def clear(self, buffer: int, rows: slice) -> None:
+        """Make partial results empty."""
+        for tensor, _ in self.fields[buffer]:
+            tensor[rows] = 0
+
+    # Messages.
+
+    def _launch(self, exchange: Exchange, communicator: Communicator) -> Iterator[None]:
+        sends = {}
+        for message in exchange.sends:
+            parts = [tensor.to(dtype).contiguous() for tensor, dtype in self._parts(message)]
+            sends[message[0]] = torch.cat([part.view(-1).view(torch.uint8) for part in parts])
+        receives, targets = {}, {}
+        for message in exchange.receives:
+            peer = message[0]
+            targets[peer] = self._parts(message)
+            size = sum(tensor.numel() * dtype.itemsize for tensor, dtype in targets[peer])
+            receives[peer] = torch.empty(size, dtype=torch.uint8, device=self.device)
+        return self._complete(communicator.launch(sends, receives), receives, targets)
+
+    def _complete(
+        self,
+        transfer: Iterator[None],
+        receives: dict[int, Tensor],
+        targets: dict[int, list[Part]],
+    ) -> Iterator[None]:
+        yield from transfer
+        for peer, message in receives.items():
+            sizes = [tensor.numel() * dtype.itemsize for tensor, dtype in targets[peer]]
+            for part, (tensor, dtype) in zip(message.split(sizes), targets[peer], strict=True):
+                tensor.copy_(part.view(dtype).view(tensor.shape))
+
+    def _parts(self, message: Message) -> list[Part]:
+        """The rows of a message field by field, widest elements first: all stay aligned in it."""
+        fields = [(field, runs) for buffer, runs in message[1] for field in self.fields[buffer]]
+        fields.sort(key=lambda each: -each[0][1].itemsize)
+        return [(tensor[rows], dtype) for (tensor, dtype), runs in fields for rows in runs]
+
+
+class ForwardPass(AttentionPass):
+    """``out`` ``[tokens, heads, d]`` and ``lse`` ``[tokens, heads]`` of the rank's own tokens.
+
+    A ``sink [heads]`` joins the sum of weights once, here, where the rows are whole.
+    """
+
+    def __init__(self, *args: Any, q: Tensor, kv: Tensor, sink: Tensor | None = None) -> None:
+        super().__init__(*args)
+        self.tensors, self.sink = (q, kv), sink
+
+    def load(self) -> None:
+        self.fields = {
+            Q: [self.inputs(Q, self.tensors[0], self.groups)],
+            KV: [self.inputs(KV, self.tensors[1], self.kv_groups)],
+            OUT: [
+                self.results(OUT, *self.q_shape, exact=False),
+                self.results(OUT, self.q_shape[0]),
+            ],
+        }
+        [(self.q, _)], [(self.kv, _)], [(self.out, _), (self.lse, _)] = self.fields.values()
+        self.clear(OUT, _run(0, self.groups * self.num_tokens))
+
+    def clear(self, buffer: int, rows: slice) -> None:
+        self.out[rows], self.lse[rows] = 0, -torch.inf
+
+    def attend(self, work: Any) -> None:
+        self.kernel.forward(work, self.q, self.kv, self.out, self.lse, self.options)
+
+    def reduce(self, buffer: int, source: slice, target: slice) -> None:
+        merge(self.out[target], self.lse[target], self.out[source], self.lse[source])
+
+    def store(self) -> None:
+        if self.sink is None:
+            self.result_out = self.take(self.out, self.groups, self.dtype)
+            self.result_lse = self.take(self.lse, self.groups, self.compute_dtype)
+            return
+        out = self.take(self.out, self.groups, self.compute_dtype)
+        lse = self.take(self.lse, self.groups, self.compute_dtype)
+        self.result_lse = torch.logaddexp(lse, self.sink.to(self.compute_dtype))
+        self.result_out = (out * torch.exp(lse - self.result_lse)[..., None]).to(self.dtype)
+
+
+class BackwardPass(AttentionPass):
+    """``grad_q`` ``[tokens, heads, d]`` and ``grad_kv`` ``[tokens, 2, kv_heads, d]``.
+
+    Flash-attention's backward by blocks: every block needs only the global log-sum-exp and
+    delta = sum(grad_out * out) of its rows (FlashAttention-2, arXiv 2307.08691, section 3.1).
+    """
+
+    backward = True
+
+    def __init__(
+        self, *args: Any, grad_out: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        super().__init__(*args)
+        delta = (grad_out.to(self.compute_dtype) * out.to(self.compute_dtype)).sum(dim=-1)
+        self.tensors = (q, grad_out, lse, delta, kv)
+
+    def load(self) -> None:
+        q, grad_out, lse, delta, kv = self.tensors
+        self.fields = {
+            Q: [
+                self.inputs(Q, q, self.groups),
+                self.inputs(Q, grad_out, self.groups),
+                self.inputs(Q, lse, self.groups, exact=True),
+                self.inputs(Q, delta, self.groups, exact=True),
+            ],
+            KV: [self.inputs(KV, kv, self.kv_groups)],
+            OUT: [self.results(OUT, *self.q_shape, exact=False)],
+            DKV: [self.results(DKV, *self.kv_shape, exact=False)],
+        }
+        *self.q_side, self.kv, self.grad_q, self.grad_kv = (
+            tensor for fields in self.fields.values() for tensor, _ in fields
+        )
+        self.clear(OUT, _run(0, self.groups * self.num_tokens))
+        self.clear(DKV, _run(0, self.kv_groups * self.num_tokens))
+
+    def attend(self, work: Any) -> None:
+        self.kernel.backward(work, self.q_side, self.kv, self.grad_q, self.grad_kv, self.options)
+
+    def reduce(self, buffer: int, source: slice, target: slice) -> None:
+        [(grad, _)] = self.fields[buffer]
+        grad[target] += grad[source]
+
+    def store(self) -> None:
+        self.result_q = self.take(self.grad_q, self.groups, self.dtype)
+        self.result_kv = self.take(self.grad_kv, self.kv_groups, self.dtype)
+
+
+def _run(start: int, rows: int) -> slice:
+    return slice(start, start + rows)

@@ -1,0 +1,115 @@
+"""One call of planned attention: what it asks for, and the programs it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dcp.runtime.communicator import Communicator
+from dcp.runtime.kernels import Options, get_kernel
+from dcp.runtime.passes import AttentionPass, BackwardPass, ForwardPass
+from dcp.runtime.prepared import PreparedPlan
+from dcp.simulate import Span
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one call of attention asks for, beside its tensors.
+
+    Attributes:
+        mask: a mask name of the batch; the first by default.
+        scale: of the scores; ``head_dim ** -0.5`` by default.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; none by default.
+        deterministic: equal bits in every run; False lets the kernel add gradients in any order.
+        dropout: of attention weights; refused, it would differ from that of one rank.
+    """
+
+    mask: str | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    deterministic: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.dropout:
+            raise ValueError(
+                f"dropout={self.dropout} of attention weights is not offered: pass dropout=0.0"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be positive, or None for none, got {self.softcap}")
+
+    def options(self, head_dim: int, *, needs_grad: bool) -> Options:
+        """The same for a kernel."""
+        scale = head_dim**-0.5 if self.scale is None else self.scale
+        return Options(float(scale), self.softcap, self.deterministic, needs_grad)
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of attention: the plan it began with, for as long as autograd may come back to it.
+
+    A session runs the programs of the ranks that this process hosts: one of a process group, or
+    all of a :class:`LocalWorld`.
+    """
+
+    plans: list[PreparedPlan]
+    communicators: list[Communicator]
+    drive: Callable[[list[Iterator[None]]], None]
+    split: Callable[[Tensor], list[Tensor]]
+    join: Callable[[list[Tensor]], Tensor]
+    kernel: str
+    spans: list[Span] | None
+    call: Call
+
+    def forward(
+        self, q: Tensor, kv: Tensor, sink: Tensor | None, *, needs_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        """``out`` like ``q`` and the natural log-sum-exp ``[tokens, heads]``."""
+        self._check(q, kv, sink)
+        shards = zip(self.split(q), self.split(kv), strict=True)
+        inputs = [{"q": q_, "kv": kv_, "sink": sink} for q_, kv_ in shards]
+        passes = self._run(ForwardPass, q, inputs, needs_grad=needs_grad)
+        return self.join([p.result_out for p in passes]), self.join([p.result_lse for p in passes])
+
+    def backward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of ``q`` and ``kv`` from ``grad_out``, ``q``, ``kv``, ``out`` and ``lse``."""
+        shards = {name: self.split(tensor) for name, tensor in tensors.items()}
+        per_rank = [
+            dict(zip(shards, parts, strict=True)) for parts in zip(*shards.values(), strict=True)
+        ]
+        passes = self._run(BackwardPass, tensors["q"], per_rank, needs_grad=True)
+        return self.join([p.result_q for p in passes]), self.join([p.result_kv for p in passes])
+
+    def _run(
+        self, kind: type[AttentionPass], like: Tensor, inputs: list[dict], *, needs_grad: bool
+    ) -> list[Any]:
+        options = self.call.options(like.shape[-1], needs_grad=needs_grad)
+        kernel = get_kernel(self.kernel, like.device, like.dtype, options)
+        passes = [
+            kind(plan, self.call.mask, kernel, like, options, **tensors)
+            for plan, tensors in zip(self.plans, inputs, strict=True)
+        ]
+        for each in passes:
+            each.spans = self.spans
+        with torch.no_grad():
+            self.drive([p.run(c) for p, c in zip(passes, self.communicators, strict=True)])
+        return passes
+
+    def _check(self, q: Tensor, kv: Tensor, sink: Tensor | None) -> None:
+        plans = [prepared.plan for prepared in self.plans]
+        spec = plans[0].spec
+        tokens = sum(plan.num_local_tokens for plan in plans)
+        wanted = {
+            "q": (q, (tokens, spec.num_heads, spec.head_dim)),
+            "kv": (kv, (tokens, 2, spec.num_kv_heads, spec.head_dim)),
+            "sink": (sink, (spec.num_heads,)),
+        }
+        for name, (tensor, shape) in wanted.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the plan needs {shape}")
+        if q.dtype != kv.dtype or q.device != kv.device:
+            raise ValueError(f"q is {q.dtype} on {q.device}, kv {kv.dtype} on {kv.device}")

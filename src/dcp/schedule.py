@@ -1,0 +1,320 @@
+"""Placement -> divisions: when each compute block runs and when each byte moves.
+
+Time runs in steps ``t = 0 … num_divisions``. In step ``t`` a rank launches communication ``t + 1``,
+runs division ``t`` under it, then waits for it and reduces what arrived:
+
+- a block that division ``d`` needs first travels in communication ``d`` (division 0 is local);
+- a partial result last touched in division ``d`` leaves in communication ``d + 2``, that is, in the
+  step after it was made, and never waits for the end.
+
+Forward and backward share divisions, rows and transfers; the backward pass also sends partial key
+and value gradients (:data:`DKV`) home, by the same rule as partial outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dcp.blocks import ComputeBlocks
+from dcp.cluster import Cluster
+from dcp.placement import Placement
+
+# The four buffers of a rank. Q: queries (backward: also dO, lse, delta); OUT: outputs with lse
+# (backward: dQ); DKV is used by the backward pass alone.
+Q, KV, OUT, DKV = range(4)
+BUFFER_NAMES = ("q", "kv", "out", "dkv")
+
+
+@dataclass(frozen=True)
+class Transfers:
+    """Every transfer of one mask: int64 arrays of equal length.
+
+    A *piece* is one data block of one head group: ``block * groups + group``, where the groups of
+    KV and DKV pieces are the ``num_kv_groups``.
+    """
+
+    buffer: np.ndarray
+    piece: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    step: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.piece)
+
+    def __getitem__(self, index: np.ndarray) -> Transfers:
+        return Transfers(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    @classmethod
+    def concat(cls, parts: list[Transfers]) -> Transfers:
+        names = cls.__dataclass_fields__
+        return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
+
+
+@dataclass(frozen=True)
+class Uses:
+    """The distinct (rank, piece) pairs of one side of the compute blocks, sorted by that pair.
+
+    ``first`` and ``last`` are the divisions between which the rank works on the piece; ``index``
+    gives each compute block's entry; ``owner`` the rank that holds the piece.
+    """
+
+    rank: np.ndarray
+    piece: np.ndarray
+    owner: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+    index: np.ndarray
+
+    @property
+    def remote(self) -> np.ndarray:
+        return self.rank != self.owner
+
+
+@dataclass(frozen=True)
+class MaskSchedule:
+    """Divisions and transfers of one mask. Steps go on until the last transfer.
+
+    ``rank``, ``division``, ``q_piece``, ``kv_piece`` and ``area`` are per compute block.
+    """
+
+    num_divisions: int
+    num_steps: int
+    rank: np.ndarray
+    division: np.ndarray
+    q_piece: np.ndarray
+    kv_piece: np.ndarray
+    area: np.ndarray
+    q_uses: Uses
+    kv_uses: Uses
+    transfers: Transfers
+
+
+def make_schedule(
+    placement: Placement, mask: str, cluster: Cluster, *, num_divisions: int = 4
+) -> MaskSchedule:
+    """Order each rank's compute blocks of one mask in at most ``num_divisions`` divisions."""
+    blocks = placement.blocks
+    tiles: ComputeBlocks = blocks.masks[mask]
+    groups, kv_groups = blocks.num_head_groups, blocks.num_kv_groups
+    group = np.tile(np.arange(groups), tiles.num_tiles)
+    q_piece = np.repeat(tiles.q * groups, groups) + group
+    kv_piece = np.repeat(tiles.k * kv_groups, groups) + group * kv_groups // groups
+    area = np.repeat(tiles.area, groups)
+    rank = placement.rank[mask]
+    q_owner = np.repeat(placement.owner, groups)
+    kv_owner = np.repeat(placement.owner, kv_groups)
+
+    q_uses = _uses(rank, q_piece, q_owner)
+    kv_uses = _uses(rank, kv_piece, kv_owner)
+    relay = False
+    if placement.division is not None:
+        assert placement.num_divisions is not None, "fixed divisions need their number"
+        division, count = placement.division[mask], placement.num_divisions
+    else:
+        wanted = placement.num_divisions or num_divisions
+        local = not (q_uses.remote.any() or kv_uses.remote.any())
+        count = 1 if local else max(2, wanted)
+        relay = count > 2 and cluster.num_nodes > 1
+        division = _choose_divisions(rank, area, q_uses, kv_uses, cluster, count, relay)
+    q_uses, kv_uses = _spans(q_uses, division), _spans(kv_uses, division)
+    route = placement.kv_route
+    if route is None:
+        keys = _inputs(KV, kv_uses, cluster, relay)
+    else:
+        kind = np.full(len(route.piece), KV)
+        keys = Transfers(kind, route.piece, route.source, route.target, route.step)
+    if placement.gradients_travel:
+        one_lane = np.zeros(cluster.num_ranks, dtype=np.int64)
+        lane = one_lane if placement.gradient_lane is None else placement.gradient_lane
+        gradients = _travelling(DKV, kv_uses, lane)
+    else:
+        gradients = _outputs(DKV, kv_uses, cluster, relay)
+    transfers = Transfers.concat(
+        [keys, _inputs(Q, q_uses, cluster, relay), _outputs(OUT, q_uses, cluster, relay), gradients]
+    )
+    num_steps = max(count + 1, int(transfers.step.max(initial=0)))
+    return MaskSchedule(
+        count, num_steps, rank, division, q_piece, kv_piece, area, q_uses, kv_uses, transfers
+    )
+
+
+# --------------------------------------------------------------------------- who uses what
+
+
+def _uses(rank: np.ndarray, piece: np.ndarray, owner: np.ndarray) -> Uses:
+    num_pieces = max(len(owner), 1)
+    key, index = np.unique(rank * num_pieces + piece, return_inverse=True)
+    none = np.zeros(len(key), dtype=np.int64)
+    return Uses(key // num_pieces, key % num_pieces, owner[key % num_pieces], none, none, index)
+
+
+def _spans(uses: Uses, division: np.ndarray) -> Uses:
+    """The same uses with the divisions between which they lie."""
+    first = np.full(len(uses.rank), np.iinfo(np.int64).max)
+    last = np.zeros(len(uses.rank), dtype=np.int64)
+    np.minimum.at(first, uses.index, division)
+    np.maximum.at(last, uses.index, division)
+    return Uses(uses.rank, uses.piece, uses.owner, first, last, uses.index)
+
+
+# --------------------------------------------------------------------------- when it runs
+
+
+def _choose_divisions(
+    rank: np.ndarray,
+    area: np.ndarray,
+    q_uses: Uses,
+    kv_uses: Uses,
+    cluster: Cluster,
+    count: int,
+    relay: bool,
+) -> np.ndarray:
+    """Divisions of equal compute on each rank, transfers spread evenly over them.
+
+    Blocks that need nothing from elsewhere fill division 0 up to its fair share and what the
+    others leave free; the rest is cut in order of arrival into divisions 1, 2, …: pieces of
+    remote queries first (their outputs must travel home), then by distance round the ring of
+    ranks, so that no owner has to serve every rank at once.
+    """
+    early = [_earliest(uses, cluster, relay) for uses in (q_uses, kv_uses)]
+    arrival = [
+        _arrival_order(uses, earliest, cluster.num_ranks, first=first)
+        for uses, earliest, first in zip((q_uses, kv_uses), early, (0, 1), strict=True)
+    ]
+    earliest = np.maximum(early[0][q_uses.index], early[1][kv_uses.index])
+    order = np.maximum(arrival[0][q_uses.index], arrival[1][kv_uses.index])
+    is_local = earliest == 0
+
+    weight = np.where(is_local, 0, area).astype(np.float64)
+    total = np.bincount(rank, weights=area, minlength=cluster.num_ranks)
+    remote = np.bincount(rank, weights=weight, minlength=cluster.num_ranks)
+    share = total / count
+    remote_share = np.maximum(remote / max(count - 1, 1), 1e-9)
+    local_share = np.maximum(share - remote / max(count - 1, 1), 1e-9)
+
+    sequence = np.lexsort((order, ~is_local, rank))  # each rank: local blocks, then by arrival
+    middle = np.empty(len(rank))
+    cumulative = np.cumsum(area[sequence]) - area[sequence] / 2
+    start = np.concatenate([[0], np.cumsum(total)])[rank[sequence]]
+    middle[sequence] = cumulative - start
+    local_total = total - remote
+    ahead = 1 + np.maximum(middle - local_total[rank], 0) // remote_share[rank]
+    spare = np.where(
+        middle < share[rank], 0, 1 + np.maximum(middle - share[rank], 0) // local_share[rank]
+    )
+    division = np.where(is_local, spare, np.maximum(ahead, earliest))
+    return np.minimum(division, count - 1).astype(np.int64)
+
+
+def _earliest(uses: Uses, cluster: Cluster, relay: bool) -> np.ndarray:
+    """First division in which each use can run: 0 local, 1 remote, 2 passed on inside a node."""
+    earliest = uses.remote.astype(np.int64)
+    if relay:
+        earliest[_followers(uses, cluster)] = 2
+    return earliest
+
+
+def _followers(uses: Uses, cluster: Cluster) -> np.ndarray:
+    """Uses of a piece from another node that a lower rank of the same node fetches too."""
+    node = cluster.node_of_rank
+    crosses = np.flatnonzero(node[uses.rank] != node[uses.owner])
+    key = uses.piece[crosses] * cluster.num_nodes + node[uses.rank[crosses]]
+    # a different device of the node leads for each piece, so that no one device does it all
+    turn = (uses.rank[crosses] + uses.piece[crosses]) % max(cluster.node_sizes.max(), 1)
+    order = np.lexsort((turn, key))
+    is_follower = np.zeros(len(crosses), dtype=bool)
+    is_follower[order[1:]] = key[order[1:]] == key[order[:-1]]
+    return crosses[is_follower]
+
+
+def _arrival_order(uses: Uses, earliest: np.ndarray, num_ranks: int, *, first: int) -> np.ndarray:
+    """Sort key of each use's arrival: relays last, queries first, then ring distance."""
+    distance = (uses.owner - uses.rank) % num_ranks
+    widest = max(int(uses.piece.max(initial=0)) + 1, 1)
+    return ((earliest * 2 + first) * num_ranks + distance) * widest + uses.piece
+
+
+# --------------------------------------------------------------------------- what moves when
+
+
+def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:
+    """Each remote use is fetched from its owner.
+
+    With ``relay``, one rank of a foreign node leads: it fetches a piece for all of them, from the
+    node that got it before, so that the owner's link does not carry every copy.
+    """
+    source, step = uses.owner.copy(), uses.first.copy()
+    if relay:
+        followers = _followers(uses, cluster)
+        node = cluster.node_of_rank
+        key = uses.piece * cluster.num_nodes + node[uses.rank]
+        crosses = node[uses.rank] != node[uses.owner]
+        crosses[followers] = False
+        leaders = np.flatnonzero(crosses)
+        leaders = leaders[np.argsort(key[leaders])]
+        of = leaders[np.searchsorted(key[leaders], key[followers])]
+        source[followers] = uses.rank[of]
+        np.minimum.at(step, of, uses.first[followers] - 1)
+        leaders = leaders[np.lexsort((step[leaders], uses.piece[leaders]))]
+        when = uses.piece[leaders] * (int(step.max(initial=0)) + 1) + step[leaders]
+        before = np.searchsorted(when, when) - 1  # the last one with an earlier step
+        chained = (before >= 0) & (uses.piece[leaders[before]] == uses.piece[leaders])
+        source[leaders[chained]] = uses.rank[leaders[before[chained]]]
+    remote = np.flatnonzero(uses.remote)
+    kind = np.full(len(remote), buffer)
+    return Transfers(kind, uses.piece[remote], source[remote], uses.rank[remote], step[remote])
+
+
+def _outputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:
+    """Each partial result goes home in the step after it was last touched.
+
+    With ``relay``, those of one foreign node are first summed on the rank of it that is last to
+    touch the piece, so that they cross between nodes once.
+    """
+    node = cluster.node_of_rank
+    of = np.flatnonzero(uses.remote)
+    rank, piece, owner = uses.rank[of], uses.piece[of], uses.owner[of]
+    target, step = owner.copy(), uses.last[of] + 2
+    crosses = np.flatnonzero(node[rank] != node[owner]) if relay else np.zeros(0, dtype=np.int64)
+    if len(crosses):
+        key = piece[crosses] * cluster.num_nodes + node[rank[crosses]]
+        turn = (rank[crosses] + piece[crosses]) % int(cluster.node_sizes.max())
+        order = np.lexsort((turn, uses.last[of[crosses]], key))
+        crosses, key = crosses[order], key[order]
+        _, group = np.unique(key, return_inverse=True)
+        leader = crosses[np.append(np.flatnonzero(np.diff(group)), len(group) - 1)][group]
+        givers = crosses != leader
+        giver, leader = crosses[givers], leader[givers]
+        target[giver] = rank[leader]
+        step[giver] = np.maximum(step[giver], uses.first[of[leader]] + 1)
+        np.maximum.at(step, leader, step[giver] + 1)
+    return Transfers(np.full(len(of), buffer), piece, rank, target, step)
+
+
+def _travelling(buffer: int, uses: Uses, lane: np.ndarray) -> Transfers:
+    """Partial results summed from rank to rank: each adds its own and passes on, last to the owner.
+
+    The ranks of a piece and lane follow each other by division, those of one division in a turn
+    that differs from piece to piece. A rank passes on once its own last division is over and what
+    it was passed has been added.
+    """
+    of = np.flatnonzero(uses.remote)
+    size = np.bincount(lane)
+    place = np.argsort(np.argsort(lane, kind="stable")) - (np.cumsum(size) - size)[lane]
+    turn = (place[uses.rank] + uses.piece) % size[lane[uses.rank]]
+    chain = uses.piece * len(size) + lane[uses.rank]
+    of = of[np.lexsort((turn[of], uses.first[of], chain[of]))]
+    rank, piece, owner, chain = uses.rank[of], uses.piece[of], uses.owner[of], chain[of]
+    is_last = np.append(chain[1:] != chain[:-1], True)[: len(of)]
+    target = np.where(is_last, owner, np.append(rank[1:], 0)[: len(of)])
+    step = uses.last[of] + 2
+    if len(of):
+        place = np.arange(len(of)) - np.searchsorted(chain, chain)  # in the chain
+        for here in range(int(place.max()) + 1):
+            giving = np.flatnonzero((place == here) & ~is_last)
+            step[giving] = np.maximum(step[giving], uses.first[of[giving + 1]] + 1)
+            step[giving + 1] = np.maximum(step[giving + 1], step[giving] + 1)
+    return Transfers(np.full(len(of), buffer), piece, rank, target, step)

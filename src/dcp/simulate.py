@@ -1,0 +1,170 @@
+"""Plan x cluster -> when everything would happen.
+
+Every rank has a compute stream and links; the links, latencies and rates are the cluster's. Flows
+that share a link share it fairly (see :mod:`dcp.events`); a division's time is a roofline over its
+items (see :mod:`dcp.cost`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dcp.cluster import Cluster
+from dcp.cost import item_seconds
+from dcp.events import play
+from dcp.plan import Plan
+
+COMPUTE, TRANSFER = "compute", "transfers"  # the two tracks of a rank
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that takes, or took, time on one rank: seconds from a common begin."""
+
+    rank: int
+    track: str
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PassTimeline:
+    """One pass of one mask: seconds from its begin, each ``[steps, ranks]``.
+
+    In step ``t`` a rank computes division ``t`` from ``begin`` to ``computed``, while
+    communication ``t + 1`` runs until ``arrived``.
+    """
+
+    begin: np.ndarray
+    computed: np.ndarray
+    arrived: np.ndarray
+
+    @property
+    def seconds(self) -> float:
+        """When the last rank ends."""
+        last = np.maximum(self.computed[-1], self.arrived[-1])
+        return float(last.max(initial=0.0))
+
+    @property
+    def compute_seconds(self) -> np.ndarray:
+        """Seconds that each rank computes, ``[ranks]``."""
+        return (self.computed - self.begin).sum(axis=0)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Predicted times of one plan.
+
+    Seconds are sums over the masks, weighted by the layers that use each.
+    ``exposed_comm_seconds`` is what the forward pass takes beyond its busiest rank's compute.
+    """
+
+    forward_seconds: float
+    backward_seconds: float
+    exposed_comm_seconds: float
+    forward: dict[str, PassTimeline] = field(repr=False)
+    backward: dict[str, PassTimeline] = field(repr=False)
+
+    def to_json(self) -> dict[str, float]:
+        """The ``simulated`` object of ``dcp plan --json``."""
+        names = ("forward_seconds", "backward_seconds", "exposed_comm_seconds")
+        return {name: getattr(self, name) for name in names}
+
+
+def simulate(plan: Plan, cluster: Cluster) -> Timeline:
+    """Predict the passes of ``plan`` on ``cluster`` (which may have other rates than its own)."""
+    if cluster.num_ranks != plan.num_ranks:
+        raise ValueError(f"the plan is for {plan.num_ranks} ranks, not {cluster.num_ranks}")
+    forward = {name: _play_pass(plan, name, cluster, backward=False) for name in plan.masks}
+    backward = {name: _play_pass(plan, name, cluster, backward=True) for name in plan.masks}
+    weights = plan.weights
+    exposed = {
+        name: max(p.seconds - float(p.compute_seconds.max()), 0.0) for name, p in forward.items()
+    }
+    return Timeline(
+        forward_seconds=sum(weights[name] * p.seconds for name, p in forward.items()),
+        backward_seconds=sum(weights[name] * p.seconds for name, p in backward.items()),
+        exposed_comm_seconds=float(sum(weights[name] * exposed[name] for name in exposed)),
+        forward=forward,
+        backward=backward,
+    )
+
+
+def _play_pass(plan: Plan, mask: str, cluster: Cluster, *, backward: bool) -> PassTimeline:
+    tables, ranks = plan.masks[mask], plan.num_ranks
+    source, target, step, volume = _flows(plan, mask, backward=backward)
+    node = cluster.node_of_rank
+    crosses = node[source] != node[target]
+    latency = np.where(crosses, cluster.inter_node_latency, cluster.intra_node_latency)
+
+    # both ends of a flow, in the numbering of (step, rank), for the ranks' waits
+    ends = np.concatenate([step * ranks + source, step * ranks + target])
+    order = np.argsort(ends, kind="stable")
+    by_rank = order % max(len(source), 1)
+    rank_start = np.searchsorted(ends[order], np.arange(tables.num_steps * ranks + 1))
+    links, capacity = _links(source, target, crosses, cluster)
+    compute = _compute_seconds(plan, mask, cluster, backward=backward)
+    if cluster.pack_bandwidth:  # the rank's own stream packs and unpacks, before and after a flow
+        packing = volume / cluster.pack_bandwidth
+        latency = latency + 2 * packing
+        for end in (source, target):
+            np.add.at(compute, (step, end), packing)
+    return PassTimeline(
+        *play(compute, source, target, step, volume, latency, links, capacity, by_rank, rank_start)
+    )
+
+
+def _flows(plan: Plan, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
+    """One flow per (step, source, target): what that pass moves there, in bytes."""
+    sends, ranks = plan.masks[mask].sends, plan.num_ranks
+    volume = plan.moved_bytes(mask, backward=backward)
+    keep = volume > 0
+    key = ((sends[:, 1] - 1) * ranks + sends[:, 0]) * ranks + sends[:, 2]
+    flows, index = np.unique(key[keep], return_inverse=True)
+    total = np.bincount(index, weights=volume[keep], minlength=len(flows))
+    return flows // ranks % ranks, flows % ranks, flows // (ranks * ranks), total
+
+
+def _links(
+    source: np.ndarray, target: np.ndarray, crosses: np.ndarray, cluster: Cluster
+) -> tuple[np.ndarray, np.ndarray]:
+    """The four links that each flow takes, ``[flows, 4]``, and every link's bytes per second.
+
+    Inside a node: the devices' own links. Between nodes: the source's network card and its node's
+    network, out, then the same at the target, in. A flow with fewer takes the last, endless link.
+    """
+    ranks, nodes, node = cluster.num_ranks, cluster.num_nodes, cluster.node_of_rank
+    size = [ranks, ranks, ranks, ranks, nodes, nodes, 1]
+    device_out, device_in, card_out, card_in, node_out, node_in, endless = np.cumsum(
+        [0, *size[:-1]]
+    )
+    far = (card_out + source, node_out + node[source], node_in + node[target], card_in + target)
+    near = (device_out + source, device_in + target, endless, endless)
+    links = [np.where(crosses, *pair) for pair in zip(far, near, strict=True)]
+    device, card = cluster.intra_node_bandwidth, cluster.device_network_bandwidth
+    network = cluster.inter_node_bandwidth
+    capacity = np.repeat([device, device, card, card, network, network, np.inf], size)
+    return np.stack(links, axis=1), capacity
+
+
+def _compute_seconds(plan: Plan, mask: str, cluster: Cluster, *, backward: bool) -> np.ndarray:
+    """Seconds of every division: one launch and its items, ``[steps, ranks]``."""
+    tables, ranks = plan.masks[mask], plan.num_ranks
+    items = tables.items
+    seconds = item_seconds(
+        tables.tile_area[items[:, 9]],
+        items[:, 6],
+        items[:, 7],
+        plan.spec,
+        cluster,
+        num_head_groups=plan.num_head_groups,
+        backward=backward,
+    )
+    index = items[:, 1] * ranks + items[:, 0]
+    size = tables.num_steps * ranks
+    total = np.bincount(index, weights=seconds, minlength=size)
+    launched = np.bincount(index, minlength=size) > 0
+    return (total + launched * cluster.launch_seconds).reshape(tables.num_steps, ranks)

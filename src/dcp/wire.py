@@ -1,0 +1,72 @@
+"""The one checked binary format for what crosses a process, a network or a disk.
+
+A message is a header (magic, version, kind, lengths, CRC-32), a JSON object and named numpy
+arrays. Nothing in it can run code; a damaged, truncated or foreign message is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_MAGIC = b"DCP\x01"
+_HEADER = struct.Struct("<4s16sIQI")  # magic, kind, JSON bytes, array bytes, CRC-32 of both
+_DTYPES = {"|b1", "|i1", "|u1", "<i2", "<i4", "<i8", "<f4", "<f8"}
+
+
+class WireError(ValueError):
+    """The bytes are not a message of ours, not of the expected kind, or damaged."""
+
+
+def pack(kind: str, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+    """One message: JSON-able ``meta`` and named arrays (integers narrowed to what they need)."""
+    layout, chunks = [], []
+    for name, array in arrays.items():
+        array = _narrow(np.ascontiguousarray(array))
+        layout.append([name, array.dtype.str, list(array.shape)])
+        chunks.append(array.tobytes())
+    text = json.dumps({"meta": meta, "arrays": layout}, separators=(",", ":")).encode()
+    body = zlib.compress(b"".join(chunks), level=1)
+    crc = zlib.crc32(body, zlib.crc32(text))
+    return _HEADER.pack(_MAGIC, kind.encode(), len(text), len(body), crc) + text + body
+
+
+def unpack(kind: str, message: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The ``meta`` and arrays of a message of this kind; :class:`WireError` for anything else."""
+    if len(message) < _HEADER.size:
+        raise WireError(f"not a dcp {kind}: {len(message)} bytes is shorter than a header")
+    magic, found, text_bytes, body_bytes, crc = _HEADER.unpack_from(message)
+    found_kind = found.rstrip(b"\0").decode(errors="replace")
+    if magic != _MAGIC:
+        raise WireError(f"not a dcp {kind}: it starts with {magic!r}")
+    if found_kind != kind:
+        raise WireError(f"expected a dcp {kind}, got a {found_kind}")
+    text = message[_HEADER.size : _HEADER.size + text_bytes]
+    body = message[_HEADER.size + text_bytes :]
+    if len(body) != body_bytes or zlib.crc32(body, zlib.crc32(text)) != crc:
+        raise WireError(f"damaged dcp {kind}: length or checksum does not match")
+    header = json.loads(text)
+    raw, arrays, at = zlib.decompress(body), {}, 0
+    for name, dtype, shape in header["arrays"]:
+        if dtype not in _DTYPES:
+            raise WireError(f"dcp {kind}: array {name!r} has dtype {dtype!r}")
+        count = int(np.prod(shape, dtype=np.int64))
+        array = np.frombuffer(raw, dtype=dtype, count=count, offset=at).reshape(shape)
+        at += array.nbytes
+        arrays[name] = array.astype(np.int64) if array.dtype.kind == "i" else array
+    return header["meta"], arrays
+
+
+def _narrow(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "iu" or array.dtype == np.uint8:
+        return array
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    for dtype in (np.int8, np.int16, np.int32):
+        if np.iinfo(dtype).min <= low and high <= np.iinfo(dtype).max:
+            return array.astype(dtype)
+    return array.astype(np.int64)

@@ -1,0 +1,68 @@
+"""Long-lived gloo processes, one set per world size, so that each test costs no start-up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 90
+
+
+class GlooPool:
+    """``world`` processes joined in a gloo group; :meth:`run` calls a function on all of them."""
+
+    def __init__(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``[function(*args) on rank 0, on rank 1, …]``; a failing rank fails the call."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT_SECONDS):
+                raise TimeoutError(f"rank {rank} of {len(self.pipes)} did not answer")
+            failure, result = pipe.recv()
+            if failure:
+                raise AssertionError(f"rank {rank} failed:\n{failure}")
+            results.append(result)
+        return results
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
+    )
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((None, function(*args)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))

@@ -1,0 +1,171 @@
+"""Plans are right for any batch, mask and cluster; they say what they cost; they survive travel."""
+
+import numpy as np
+import pytest
+from hypothesis import given, reject
+from hypothesis import strategies as st
+
+from dcp import AttentionSpec, AttnMask, Cluster, Plan, SequenceBatch, plan
+from dcp.placement import StrategyError, strategy_names
+from dcp.wire import WireError
+from tests.oracle import batch_mask
+from tests.symbolic import check_plan
+
+
+@st.composite
+def masks_of(draw, seqlen: int) -> AttnMask:
+    kind = draw(st.sampled_from(["causal", "full", "window", "streaming", "ranges", "none"]))
+    match kind:
+        case "causal":
+            return AttnMask.causal(seqlen)
+        case "full":
+            return AttnMask.full(seqlen)
+        case "window":
+            return AttnMask.sliding_window(seqlen, draw(st.integers(1, 20)))
+        case "streaming":
+            return AttnMask.streaming(seqlen, draw(st.integers(0, 5)), draw(st.integers(1, 20)))
+        case "none":
+            return AttnMask.from_slices(seqlen, seqlen, [])
+    seed = draw(st.integers(0, 99))
+    ranges = np.random.default_rng(seed).integers(0, seqlen + 1, (seqlen, 2, 2))
+    return AttnMask.from_ranges(ranges)
+
+
+@st.composite
+def cases(draw):
+    seqlens = draw(st.lists(st.integers(0, 60), max_size=6))
+    batch = SequenceBatch(seqlens, [draw(masks_of(n)) for n in seqlens])
+    nodes = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)))
+    return batch, Cluster(num_nodes=len(nodes), devices_per_node=nodes)
+
+
+@given(case=cases(), strategy=st.sampled_from(strategy_names()), size=st.integers(1, 40),
+       divisions=st.integers(1, 6), seed=st.integers(0, 9))  # fmt: skip
+def test_every_pair_once_and_programs_sound(case, strategy, size, divisions, seed):
+    batch, cluster = case
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8)
+    options = {"strategy": strategy, "block_size": size, "num_divisions": divisions}
+    try:
+        a_plan = plan(batch, spec, cluster, **options)
+    except StrategyError:
+        reject()
+    check_plan(a_plan, "default", batch_mask(batch).numpy(), seed=seed)
+    indices = np.concatenate([a_plan.token_indices(r) for r in range(a_plan.num_ranks)])
+    assert sorted(indices.tolist()) == list(range(batch.num_tokens))
+
+
+def small_plan(**options):
+    batch = SequenceBatch([700, 300, 0, 41, 5], "causal")
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16)
+    return plan(batch, spec, Cluster(num_nodes=2, devices_per_node=2), **options)
+
+
+def test_stats_agree_with_a_count_by_hand():
+    a_plan = small_plan(strategy="hypergraph", block_size=64)
+    stats, node = a_plan.stats, a_plan.cluster.node_of_rank
+    row_bytes = {0: 8 * 16 * 2, 1: 2 * 2 * 16 * 2, 2: 8 * 16 * 2 + 8 * 4, 3: 0}
+    inter = intra = 0
+    received = np.zeros(4)
+    for rank in range(4):
+        program = a_plan.rank_plan(rank).mask_program()
+        for _, peer, buffer, _, rows in program.sends.tolist():
+            volume = rows * row_bytes[buffer]
+            received[peer] += volume
+            inter, intra = (
+                (inter + volume, intra) if node[rank] != node[peer] else (inter, intra + volume)
+            )
+    assert (inter, intra) == (stats.inter_node_bytes, stats.intra_node_bytes)
+    assert received.max() == stats.max_rank_recv_bytes
+    tokens = [len(a_plan.token_indices(r)) for r in range(4)]
+    assert stats.token_balance == pytest.approx(max(tokens) / np.mean(tokens))
+
+
+def test_positions_and_layout():
+    a_plan = small_plan(strategy="hypergraph", block_size=50)
+    starts = np.repeat(np.cumsum(a_plan.seqlens) - a_plan.seqlens, a_plan.seqlens)
+    for rank in range(4):
+        indices = a_plan.token_indices(rank)
+        assert (a_plan.positions(rank) == indices - starts[indices]).all()
+        local = a_plan.rank_plan(rank)
+        assert (local.token_indices == indices).all()
+        assert (local.positions == a_plan.positions(rank)).all()
+    values = np.random.default_rng(0).random((a_plan.num_tokens, 3))
+    assert (a_plan.unshard([a_plan.shard(r, values) for r in range(4)]) == values).all()
+    with pytest.raises(ValueError, match="rank 4 is not one of the plan's 4"):
+        a_plan.token_indices(4)
+    with pytest.raises(ValueError, match="tensor has 3 rows"):
+        a_plan.shard(0, values[:3])
+
+
+def test_the_same_seed_gives_the_same_plan():
+    one, two = small_plan(strategy="hypergraph"), small_plan(strategy="hypergraph")
+    for rank in range(4):
+        a, b = one.rank_plan(rank), two.rank_plan(rank)
+        assert (a.token_indices == b.token_indices).all()
+        assert (a.mask_program().items == b.mask_program().items).all()
+
+
+def test_plans_survive_a_file_and_nothing_else_is_read(tmp_path):
+    a_plan = small_plan()
+    path = tmp_path / "plan.dcp"
+    a_plan.save(path)
+    back = Plan.load(path)
+    assert back.stats == a_plan.stats
+    assert back.rank_plan(2).to_bytes() == a_plan.rank_plan(2).to_bytes()
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:30] + b"x" + whole[31:], b"PK" + whole[2:], b"", whole[:20]):
+        with pytest.raises(WireError):
+            Plan.from_bytes(damaged)
+    with pytest.raises(WireError, match="expected a dcp plan, got a rank-plan"):
+        Plan.from_bytes(a_plan.rank_plan(0).to_bytes())
+
+
+def test_a_rank_program_is_kilobytes():
+    batch = SequenceBatch([65536, 20000, 15000, 12000, 8000, 6000, 4000, 572], "causal")
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128)
+    a_plan = plan(batch, spec, Cluster(num_nodes=4, devices_per_node=8))
+    assert max(len(a_plan.rank_plan(rank).to_bytes()) for rank in range(32)) < 100_000
+
+
+def test_no_division_is_a_dump():
+    """No division holds more than 1.5 times its fair share of a rank's compute."""
+    batch = SequenceBatch([40000, 9000, 5000, 4000, 3000, 2000], "causal")
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128)
+    a_plan = plan(
+        batch, spec, Cluster(num_nodes=2, devices_per_node=4), strategy="hypergraph",
+        num_divisions=4, block_size=512,
+    )  # fmt: skip
+    tables = a_plan.masks["default"]
+    assert tables.num_divisions == 4
+    for rank in range(8):
+        items = tables.items[tables.items[:, 0] == rank]
+        area = np.bincount(items[:, 1], weights=tables.tile_area[items[:, 9]], minlength=4)
+        local = (items[:, 2] < a_plan.rank_tokens[rank]) & (items[:, 3] < a_plan.rank_tokens[rank])
+        if local.any() and (~local).any():
+            assert area[1:].max() <= 1.5 * area.sum() / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "magic"}, "strategy 'magic' is not one of auto, "),
+        ({"block_size": 0}, "block_size must be 'auto' or 1 or more, got 0"),
+        ({"num_divisions": 0}, "num_divisions must be 1 or more, got 0"),
+    ],
+)
+def test_mistakes_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        small_plan(**options)
+
+
+def test_wrong_batches_and_specs_are_named():
+    with pytest.raises(ValueError, match="seqlens must be 0 or more, got -4"):
+        SequenceBatch([3, -4])
+    with pytest.raises(ValueError, match="mask 'default' of sequence 0 is 4 x 4, the sequence has"):
+        SequenceBatch([5], [AttnMask.causal(4)])
+    with pytest.raises(ValueError, match="num_kv_heads=3 does not divide num_heads=8"):
+        AttentionSpec(num_heads=8, num_kv_heads=3, head_dim=16)
+    with pytest.raises(ValueError, match="dtype 'int8' is not one of"):
+        AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, dtype="int8")
+    with pytest.raises(ValueError, match="mask 'wavy' is not one of"):
+        SequenceBatch([5], "wavy")

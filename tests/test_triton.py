@@ -1,0 +1,216 @@
+"""The Triton kernels, in Triton's interpreter, against dense attention in float64.
+
+The interpreter is chosen by Triton's own environment variable before Triton is imported, so the
+cases run in a process of their own.
+"""
+
+import importlib.util
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from dcp import AttnMask, Cluster, LocalWorld, SequenceBatch, plan
+from dcp.runtime.kernels import get_kernel
+from tests.oracle import batch_mask, dense_attention
+from tests.test_kernels import (
+    NAMES,
+    SEQLENS,
+    attend,
+    count_pairs,
+    difference,
+    errors,
+    is_close,
+    make_spec,
+)
+from tests.test_runtime import MASKS
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """``interpreter(function, *args)``: its result in a process where Triton interprets."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_interpret) as pool:
+        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(120)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_mask_equals_dense(interpreter, mask):
+    """Rows that see nothing (ranges, slices) and lengths that are no multiple of a tile too."""
+    is_close(interpreter(errors, "triton", mask, 2, (2, 1)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_head_dimensions(interpreter, head_dim):
+    is_close(interpreter(errors, "triton", "streaming", 1, (2, 1), head_dim))
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 1), (6, 3)])
+def test_head_groups(interpreter, heads):
+    is_close(interpreter(errors, "triton", "causal", 3, heads))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_errs_at_most_twice_as_much_as_dense(interpreter, dtype):
+    ours, theirs = interpreter(errors, "triton", "prefix_lm", 2, dtype=dtype)
+    for name, our, their in zip(NAMES, ours, theirs, strict=False):
+        assert our <= 2 * their, (name, our, their)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"scale": 0.3},
+        {"softcap": 2.0},
+        {"with_sink": True},
+        {"softcap": 5.0, "with_sink": True, "scale": 0.5},
+        {"deterministic": False},
+    ],
+    ids=str,
+)
+def test_options(interpreter, call):
+    is_close(interpreter(errors, "triton", "streaming", 2, **call))
+
+
+def results(deterministic=True):
+    """As bytes: results of inputs that are not contiguous, on two ranks."""
+    batch = SequenceBatch(SEQLENS)
+    cluster = Cluster(num_nodes=1, devices_per_node=2)
+    a_plan = plan(batch, make_spec(), cluster, block_size=24)
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(16, 8, batch.num_tokens, generator=generator).permute(2, 1, 0)
+    q, k, v = (x.requires_grad_() for x in (packed[:, :4], packed[:, 4:6], packed[:, 6:]))
+    world = LocalWorld(a_plan, kernel="triton")
+
+    def attention(q, k, v, sink):
+        return world.attention(q, k, v, return_lse=True, deterministic=deterministic)
+
+    found = attend(attention, q, k, v, None)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = attend(lambda *x: dense_attention(*x[:3], batch_mask(batch)), *exact, None)
+    worst = max(difference(a, b) for a, b in zip(found, want, strict=True))
+    return worst, b"".join(x.numpy().tobytes() for x in found)
+
+
+def test_non_contiguous_inputs_and_equal_bits_in_two_runs(interpreter):
+    (worst, bits), (_, again) = interpreter(results), interpreter(results)
+    assert worst <= 1e-5
+    assert bits == again
+
+
+def tables_against_slices(mask, world, outer, inner):
+    """The tables name every pair of a division once."""
+    from dcp.runtime.division import attention_steps, row_slices
+    from dcp.runtime.kernels.triton import Shape, Shapes, division_tables
+
+    shape = Shape(outer, inner, 4, 1)
+    batch = SequenceBatch(SEQLENS, [MASKS[mask](n) for n in SEQLENS])
+    cluster = Cluster(num_nodes=1, devices_per_node=world)
+    a_plan = plan(batch, make_spec(), cluster, strategy="hypergraph", block_size=24)
+    for rank in range(world):
+        program = a_plan.rank_plan(rank).mask_program()
+        steps = attention_steps(program)
+        tables = division_tables(
+            [step.items for step in steps], program.slices, Shapes(shape, shape, shape)
+        )
+        sizes = program.buffer_rows[:2] + inner
+        for index, step in enumerate(steps):
+            want = count_pairs(row_slices(step.items, program.slices), sizes)
+            for table, pairs in zip(tables, (want, want.T), strict=True):
+                found = np.zeros_like(pairs)
+                first, end = table.tile_start[index : index + 2]
+                for row, rows, _, entry, end_entry, *_ in table.tiles[first:end].tolist():
+                    for at, tiles, band, bands, *_ in table.entries[entry:end_entry].tolist():
+                        box = (slice(row, row + rows), slice(at, at + tiles * inner))
+                        if bands:
+                            cut = table.bands[band : band + bands]
+                            found[box] += count_pairs(cut, pairs.shape)[box] > 0
+                        else:
+                            found[box] += 1
+                assert (found == pairs).all()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("world", [1, 3])
+def test_tables_hold_every_pair_once(mask, world):
+    tables_against_slices(mask, world, 32, 16)
+
+
+def test_a_full_rectangle_takes_no_mask_and_an_empty_one_no_visit():
+    from dcp.runtime.kernels.tile_table import build_table
+
+    none = np.zeros(1, dtype=np.int64)
+    bands = np.array([[0, 256, 512, 1024, -10000, 10000]])
+    runs = [(none, none, np.array([1024]))]
+    table = build_table(none, bands, none, runs, outer=128, inner=64)
+    assert table.tiles[:, 0].tolist() == [0, 128]  # rows from 256 on see nothing
+    assert table.entries[:, :4].tolist() == [[512, 8, 0, 0]] * 2
+    assert len(table.bands) == 0
+
+
+def test_longest_work_comes_first():
+    from dcp.runtime.kernels.tile_table import build_table, by_query
+
+    bands = np.concatenate([AttnMask.causal(512).bands, np.zeros((1, 2), dtype=np.int64)], axis=1)
+    none = np.zeros(1, dtype=np.int64)
+    runs = [(none, none, np.array([512]))]
+    table = build_table(none, *by_query(bands), runs, outer=128, inner=64)
+    assert table.tiles[:, 0].tolist() == [384, 256, 128, 0]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", ["forward", "query_gradient", "key_gradient"])
+def test_the_kernels_compile_for_gpus(name, arch):
+    """The interpreter accepts what the compiler refuses; compiling needs no device."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dcp.runtime.kernels import triton_code
+    from dcp.runtime.kernels.triton import SHAPES
+
+    kernel, shape = getattr(triton_code, f"{name}_kernel"), getattr(SHAPES[128, 2], name)
+    constants = {
+        "HEAD_DIM": 96,
+        "D": 128,
+        "OUTER": shape.outer,
+        "INNER": shape.inner,
+        "SOFTCAP": True,
+        "UPCAST": False,
+        "ATOMIC": True,
+    }
+    types = dict.fromkeys(("q", "kv", "grad_out"), "*bf16") | {"table": "*i32"}
+    types |= dict.fromkeys(("out", "lse", "delta", "grad_q", "grad_kv"), "*fp32")
+    types |= dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(constants, "constexpr")
+    names = kernel.arg_names
+    compiled = triton.compile(
+        ASTSource(
+            kernel,
+            {arg: types.get(arg, "i32") for arg in names},
+            {(names.index(arg),): value for arg, value in constants.items() if arg in names},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": shape.warps, "num_stages": shape.stages},
+    )
+    assert compiled.metadata.shared <= 163 * 1024, "more shared memory than an A100 has"
+
+
+def test_without_an_interpreter_or_gpu_the_reason_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ValueError, match="triton: it runs on CUDA devices"):
+        get_kernel("triton", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match=r"triton: it has no torch.float64"):
+        get_kernel("triton", torch.device("cpu"), torch.float64)
