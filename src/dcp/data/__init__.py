@@ -1,0 +1,30 @@
+"""Documents, token-budget batches, planning ahead, and the loader that joins them.
+
+Names are handed on lazily: the planning worker imports this package and must not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "ByteTokenizer": "tokenizers",
+    "PretrainedTokenizer": "tokenizers",
+    "Documents": "sources",
+    "open_documents": "sources",
+    "TokenDataset": "datasets",
+    "as_dataset": "datasets",
+    "TokenBudgetBatches": "batching",
+    "PlanningPool": "planning",
+    "PlanningError": "planning",
+    "DCPDataLoader": "loader",
+    "LocalBatch": "loader",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"dcp.data.{_HOMES[name]}"), name)

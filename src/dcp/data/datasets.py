@@ -1,0 +1,131 @@
+"""Index-style token datasets: lengths known up front, documents read when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from dcp.data.sources import Documents
+from dcp.data.tokenizers import ByteTokenizer, Tokenizer
+
+IGNORED = -100  # a label that does not count, as torch's cross-entropy has it
+
+
+class TokenDataset:
+    """Documents as tokens. ``dataset[i]`` is int64 ``[lengths[i]]``.
+
+    With a byte tokenizer the lengths come from the file sizes; any other tokenizer encodes every
+    document once, when the lengths are first asked for.
+    """
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer | None = None) -> None:
+        self.documents, self.tokenizer = documents, tokenizer or ByteTokenizer()
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.tokenizer.encode(self.documents.read(index))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document: int64 ``[n]``."""
+        lengths = self.tokenizer.length_of(self.documents.num_bytes)
+        if lengths is None:
+            lengths = np.array([len(self[index]) for index in range(len(self))], dtype=np.int64)
+        return lengths
+
+    def num_loss_tokens(self, index: int, start: int, stop: int) -> int:
+        """Tokens of a document's piece that have a label: all but the document's last."""
+        return max(min(stop, int(self.lengths[index]) - 1) - start, 0)
+
+
+class SampleDataset:
+    """Any sequence of samples: token arrays, or mappings with ``input_ids`` and maybe ``labels``.
+
+    The lengths take one pass over the samples, unless the sequence has a ``lengths`` attribute.
+    """
+
+    def __init__(self, samples: Sequence[Any]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.samples[index]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample: int64 ``[n]``."""
+        if (known := getattr(self.samples, "lengths", None)) is not None:
+            return np.asarray(known, dtype=np.int64)
+        counts = [len(tokens_of(self.samples[i])) for i in range(len(self))]
+        return np.array(counts, dtype=np.int64)
+
+    def num_loss_tokens(self, index: int, start: int, stop: int) -> int:
+        """Tokens of a sample's piece whose shifted label counts."""
+        return int((shifted_labels(self.samples[index])[start:stop] != IGNORED).sum())
+
+
+def as_dataset(dataset: Any) -> TokenDataset | SampleDataset:
+    """The dataset itself where it has the interface of ours, else wrapped."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"dataset of type {type(dataset).__name__} has no length or no index")
+    if not len(dataset):
+        raise ValueError("the dataset is empty: it has no documents")
+    known = hasattr(dataset, "num_loss_tokens") and hasattr(dataset, "lengths")
+    return dataset if known else SampleDataset(dataset)
+
+
+def tokens_of(sample: Any) -> np.ndarray:
+    """The tokens of a sample: int64 ``[length]``."""
+    if isinstance(sample, Mapping):
+        if "input_ids" not in sample:
+            raise ValueError(f"a sample has no 'input_ids', it has {', '.join(map(str, sample))}")
+        sample = sample["input_ids"]
+    tokens = np.asarray(sample)
+    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(
+            f"a sample must be a vector of integers, got {tokens.dtype} of shape {tokens.shape}"
+        )
+    return tokens.astype(np.int64)
+
+
+def shifted_labels(sample: Any) -> np.ndarray:
+    """The label of each token: the next token's, -100 at the end. int64 ``[length]``.
+
+    A sample's own ``labels`` stand beside their tokens (-100: does not count); without them the
+    tokens are their own labels.
+    """
+    tokens = tokens_of(sample)
+    own = tokens
+    if isinstance(sample, Mapping) and sample.get("labels") is not None:
+        own = np.asarray(sample["labels"], dtype=np.int64)
+        if own.shape != tokens.shape:
+            raise ValueError(f"a sample has {len(tokens)} tokens but labels of shape {own.shape}")
+    labels = np.full_like(tokens, IGNORED)
+    labels[:-1] = own[1:]
+    return labels
+
+
+class Samples(Sequence[Any]):
+    """The samples of a batch, each read when it is indexed; split documents as their pieces."""
+
+    def __init__(self, dataset: Any, pieces: np.ndarray) -> None:
+        self._dataset, self._pieces = dataset, pieces
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        document, start, stop = self._pieces[index].tolist()
+        sample = self._dataset[document]
+        if stop - start == len(tokens_of(sample)):
+            return sample
+        return tokens_of(sample)[start:stop]
