@@ -1,0 +1,1 @@
+"""Thin adapters between dcp and training libraries. Each file imports its library."""

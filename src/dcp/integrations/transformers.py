@@ -1,0 +1,118 @@
+"""Hugging Face models with dcp attention, through the library's own attention registry.
+
+::
+
+    register_attention()
+    model = LlamaForCausalLM(LlamaConfig(…, attn_implementation="dcp", use_cache=False))
+    executor.prepare(plan)
+    logits = local_logits(model, tokens, positions, executor)
+
+The model sees one row of this rank's tokens, in the plan's order. Every rank must call it, one
+without tokens too, because it computes for the others. Which tokens see which is the plan's
+business; whatever else a model asks of attention raises ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from dcp.runtime import AttentionExecutor, DCPAttention
+
+NAME = "dcp"
+_REFUSED = {
+    "softcap": "capping of attention scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "head_mask": "a head mask",
+}
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="dcp"`` known to transformers."""
+    AttentionInterface.register(NAME, dcp_attention)
+
+
+def local_logits(
+    model: torch.nn.Module,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    executor: AttentionExecutor,
+    **others: Any,
+) -> torch.Tensor:
+    """Logits ``[local, vocab]`` of this rank's tokens.
+
+    A rank without tokens feeds the model one stand-in, for the models' own reshapes need a token;
+    attention takes no part of it and its logits are left out.
+
+    Args:
+        tokens, positions: int64 ``[local]``, as :class:`dcp.data.LocalBatch` has them.
+        others: further keywords of the model, such as ``dcp_sliding_mask``.
+    """
+    local = len(tokens)
+    if local == 0:
+        tokens, positions = tokens.new_zeros(1), positions.new_zeros(1)
+    output = model(
+        input_ids=tokens[None], position_ids=positions[None], dcp_executor=executor, **others
+    )
+    return output.logits[0, :local]
+
+
+def dcp_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    dcp_executor: AttentionExecutor | None = None,
+    dcp_mask: str | None = None,
+    dcp_sliding_mask: str | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of this rank's tokens over the whole batch, as transformers calls it.
+
+    Args:
+        query, key, value: ``[1, heads, local, head_dim]``, rotary embedding applied.
+        dcp_executor: a prepared executor, given to the model as a keyword.
+        dcp_mask: name of the plan's mask, where it has several.
+        dcp_sliding_mask: name of the plan's mask for the layers with a sliding window; without it
+            such layers raise, for the plan would not know of their window.
+
+    Returns ``[1, local, heads, head_dim]`` and no weights.
+    """
+    if dcp_executor is None:
+        raise ValueError('attention "dcp" needs the model called with dcp_executor=executor')
+    if query.shape[0] != 1:
+        raise ValueError(f"dcp attention takes one row of local tokens, got {query.shape[0]} rows")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries for {key.shape[2]} keys: set use_cache=False")
+    if attention_mask is not None:
+        raise ValueError("an attention_mask cannot be honoured: masks belong to the plan")
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} cannot be honoured: set it to 0")
+    for name, meaning in _REFUSED.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{meaning} ({name}) cannot be honoured by dcp attention")
+    if sliding_window is not None:
+        if dcp_sliding_mask is None:
+            raise ValueError(
+                f"sliding_window={sliding_window} cannot be honoured: plan a mask for it and name "
+                "it with dcp_sliding_mask"
+            )
+        dcp_mask = dcp_sliding_mask
+    # Under autocast the rotary embedding leaves queries and keys in fp32.
+    q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
+    stands_in = len(q) == 1 and dcp_executor.plan and not dcp_executor.plan.num_local_tokens
+    if stands_in:
+        q, k, v = q[:0], k[:0], v[:0]
+    kv = torch.stack([k, v], dim=1)
+    out = DCPAttention.apply(dcp_executor, q.contiguous(), kv, dcp_mask, scaling)
+    if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
+        out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])
+    return out[None], None

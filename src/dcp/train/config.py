@@ -1,0 +1,184 @@
+"""The configuration of a training job: one dataclass, one file, one option per key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from dcp.batch import AttentionSpec
+from dcp.masks import named_mask
+from dcp.placement import get_strategy
+
+_POSITIVE = ("tokens_per_batch", "hidden_size", "num_layers", "steps", "look_ahead", "threads")
+_NOT_NEGATIVE = (
+    "max_documents",
+    "max_seqlen",
+    "intermediate_size",
+    "warmup_steps",
+    "weight_decay",
+    "grad_clip",
+    "seed",
+    "block_size",
+    "planning_workers",
+    "checkpoint_every",
+)
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything a training job depends on; each field is a config key and a ``--option``."""
+
+    # data
+    source: str = _key("python", "documents: 'python', a file or folder, or 'hf:NAME_OR_PATH'")
+    text_field: str = _key("text", "field or column that holds the text")
+    split: str = _key("train", "split of a Hugging Face dataset")
+    max_documents: int = _key(0, "use that many documents, spread evenly; 0 uses all")
+    tokenizer: str = _key("bytes", "'bytes' or the folder of a Hugging Face tokenizer")
+    tokens_per_batch: int = _key(12288, "tokens of a batch, over all ranks")
+    max_seqlen: int = _key(4096, "tokens of the longest sequence; 0 is tokens_per_batch")
+    over_long: str = _key("split", "documents longer than that: 'split' or 'raise'")
+    mask: str = _key("causal", "name of the attention mask")
+
+    # model
+    hidden_size: int = _key(128, "width of the model")
+    intermediate_size: int = _key(0, "width of the MLP; 0 is 8/3 of hidden_size")
+    num_layers: int = _key(4, "layers")
+    num_heads: int = _key(4, "query heads")
+    num_kv_heads: int = _key(2, "key and value heads; divides num_heads")
+    dtype: str = _key("float32", "dtype of the forward pass: float32 or bfloat16 (autocast)")
+
+    # optimisation
+    steps: int = _key(60, "optimiser steps, one batch each")
+    learning_rate: float = _key(3e-3, "peak learning rate")
+    warmup_steps: int = _key(10, "steps of linear warm-up, before a cosine to a tenth")
+    weight_decay: float = _key(0.1, "AdamW weight decay of the matrices")
+    grad_clip: float = _key(1.0, "largest gradient norm; 0 does not clip")
+    seed: int = _key(0, "of the weights and of the order of documents")
+
+    # planning
+    strategy: str = _key("auto", "placement strategy")
+    block_size: int = _key(0, "most tokens of a data block; 0 lets the planner choose")
+    cluster: str = _key("auto", "preset or file with the machine's rates")
+    look_ahead: int = _key(4, "batches planned ahead")
+    planning_workers: int = _key(1, "planning processes")
+
+    # running
+    device: str = _key("auto", "'cpu', 'cuda', or 'auto': cuda where every local rank has a GPU")
+    threads: int = _key(1, "CPU threads of each process")
+    output: str = _key("runs/train", "folder for metrics, pictures and checkpoints")
+    checkpoint_every: int = _key(0, "steps between checkpoints; 0 writes one at the end")
+    resume: str = _key("", "checkpoint folder to go on from, or 'latest' of the output folder")
+    progress: bool = _key(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            self._require(name, getattr(self, name) > 0, "1 or more")
+        for name in _NOT_NEGATIVE:
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", self.learning_rate > 0, "more than 0")
+        self._require("over_long", self.over_long in ("split", "raise"), "'split' or 'raise'")
+        self._require("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
+        self._require("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        heads = self.hidden_size % (2 * self.num_heads) == 0 if self.num_heads > 0 else True
+        self._require("hidden_size", heads, f"a multiple of 2 * num_heads={2 * self.num_heads}")
+        short = self.max_seqlen <= self.tokens_per_batch
+        self._require("max_seqlen", short, f"at most tokens_per_batch={self.tokens_per_batch}")
+        named_mask(self.mask, 1)
+        if self.strategy != "auto":
+            get_strategy(self.strategy)
+        _ = self.spec
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """Heads and dtype of the model's attention."""
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.hidden_size // max(self.num_heads, 1),
+            dtype=self.dtype,
+        )
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        """Keywords of ``dcp.plan``."""
+        return {"strategy": self.strategy, "block_size": self.block_size or "auto"}
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"config key {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    # ------------------------------------------------------------------ reading and writing
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> TrainConfig:
+        """A config of checked keys and types; ``where`` names the origin in errors."""
+        kinds = get_type_hints(cls)
+        checked = {}
+        for key, value in values.items():
+            if key not in kinds:
+                near = difflib.get_close_matches(str(key), kinds, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"{where}: unknown config key {key!r}{hint}")
+            checked[key] = _as_kind(value, kinds[key], f"{where}: config key {key}")
+        return cls(**checked)
+
+    @classmethod
+    def load(
+        cls, path: str | Path | None, overrides: Mapping[str, Any] | None = None
+    ) -> TrainConfig:
+        """Read a YAML or JSON file (None: the defaults); ``overrides`` win over it."""
+        values = {} if path is None else _read(Path(path))
+        return cls.from_mapping({**values, **(overrides or {})}, where=str(path or "options"))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as JSON, readable by :meth:`load`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+
+def options() -> list[tuple[str, type, Any, str]]:
+    """(key, type, default, help) of every config key, in order."""
+    kinds = get_type_hints(TrainConfig)
+    return [(f.name, kinds[f.name], f.default, f.metadata["help"]) for f in fields(TrainConfig)]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = path.read_text()
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except ImportError:
+        raise ValueError(f"{path}: YAML needs the pyyaml package; or write JSON") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
+    return values or {}
+
+
+def _as_kind(value: Any, kind: type, what: str) -> Any:
+    """The value in the field's type: an int is a float, YAML's ``3e-3`` text is one too."""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{what} must be of type {kind.__name__}, got {value!r}")

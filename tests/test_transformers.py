@@ -1,0 +1,128 @@
+"""The attention that transformers calls: equal to its own, and honest about what it cannot do."""
+
+import copy
+
+import pytest
+import torch
+
+from dcp import AttentionExecutor, AttentionSpec, Cluster, SequenceBatch, plan
+from dcp.program import RankPlan
+
+transformers = pytest.importorskip("transformers")
+
+from dcp.integrations.transformers import (  # noqa: E402
+    dcp_attention,
+    local_logits,
+    register_attention,
+)
+
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
+
+
+def make_config(implementation, kind=transformers.LlamaConfig, **others):
+    register_attention()
+    return kind(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        use_cache=False,
+        attn_implementation=implementation,
+        **others,
+    )
+
+
+def make_model(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def make_tokens(seqlens):
+    return torch.randint(0, 50, (sum(seqlens),), generator=torch.Generator().manual_seed(1))
+
+
+def run_rank(message, seqlens):
+    """Logits of the rank's tokens, and its part of the gradients of their squared sum."""
+    executor = AttentionExecutor()
+    rank_plan = RankPlan.from_bytes(message[executor.rank])
+    executor.prepare(rank_plan)
+    model = make_model(make_config("dcp"))
+    tokens = make_tokens(seqlens)[torch.from_numpy(rank_plan.token_indices)]
+    logits = local_logits(model, tokens, torch.from_numpy(rank_plan.positions), executor)
+    logits.square().sum().backward()
+    return logits.detach().numpy(), [p.grad.numpy() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("seqlens", [[40, 0, 1, 17, 64], [3]])
+def test_ranks_together_equal_one_model(gloo_pool, seqlens):
+    a_plan = plan(SequenceBatch(seqlens), SPEC, Cluster(devices_per_node=3), block_size=16)
+    assert a_plan.rank_tokens.min() == 0 or len(seqlens) > 1  # a rank without tokens, once
+    messages = [a_plan.rank_plan(rank).to_bytes() for rank in range(3)]
+    results = gloo_pool(3).run(run_rank, messages, seqlens)
+    logits = a_plan.unshard([torch.from_numpy(found) for found, _ in results])
+
+    model, start = make_model(make_config("eager")), 0
+    for seqlen in filter(None, seqlens):
+        ids = make_tokens(seqlens)[start : start + seqlen]
+        wanted = model(input_ids=ids[None]).logits[0]
+        wanted.square().sum().backward()
+        assert (logits[start : start + seqlen] - wanted).abs().max() < 1e-5
+        start += seqlen
+    for index, parameter in enumerate(model.parameters()):
+        total = sum(torch.from_numpy(grads[index]) for _, grads in results)
+        assert (total - parameter.grad).abs().max() < 1e-4 * parameter.grad.abs().max()
+
+
+def call(batch=1, keys=5, mask=None, dropout=0.0, executor=True, **others):
+    executor = AttentionExecutor() if executor else None
+    if executor:
+        executor.prepare(plan(SequenceBatch([5]), SPEC, Cluster(devices_per_node=1)))
+    query, key = torch.zeros(batch, 4, 5, 8), torch.zeros(batch, 2, keys, 8)
+    return dcp_attention(None, query, key, key, mask, dropout, dcp_executor=executor, **others)[0]
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("dcp_executor=executor", {"executor": False}),
+        ("one row of local tokens, got 2", {"batch": 2}),
+        ("use_cache=False", {"keys": 9}),
+        ("masks belong to the plan", {"mask": torch.zeros(1, 1, 5, 5)}),
+        ("dropout 0.1", {"dropout": 0.1}),
+        ("sliding_window=4", {"sliding_window": 4}),
+        ("softcap", {"softcap": 30.0}),
+        ("attention sinks", {"s_aux": torch.zeros(4)}),
+        ("'other'", {"dcp_mask": "other"}),
+    ],
+)
+def test_what_cannot_be_honoured_raises(match, arguments):
+    assert call().shape == (1, 5, 4, 8)
+    with pytest.raises(ValueError, match=match):
+        call(**arguments)
+
+
+def test_sliding_layers_use_the_mask_that_was_planned_for_them():
+    config = make_config("dcp", transformers.MistralConfig, sliding_window=4)
+    model, ids = make_model(config), make_tokens([12])[None]
+    batch = SequenceBatch([12], {"all": "causal", "near": [near_mask(12)]})
+    executor = AttentionExecutor()
+    executor.prepare(plan(batch, SPEC, Cluster(devices_per_node=1)))
+    positions = torch.arange(12)[None]
+    with pytest.raises(ValueError, match="dcp_sliding_mask"):
+        model(input_ids=ids, position_ids=positions, dcp_executor=executor)
+    found = model(
+        input_ids=ids, position_ids=positions, dcp_executor=executor, dcp_sliding_mask="near"
+    ).logits
+    reference = copy.deepcopy(config)
+    reference._attn_implementation = "eager"
+    wanted = make_model(reference)(input_ids=ids).logits
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def near_mask(seqlen):
+    from dcp import AttnMask
+
+    return AttnMask.sliding_window(seqlen, 4)
