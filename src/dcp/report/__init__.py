@@ -1,0 +1,1 @@
+"""Plans and runs made visible: pages and pictures that a person can look at."""
