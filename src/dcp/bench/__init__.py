@@ -1,0 +1,1 @@
+"""Benchmarks behind ``dcp bench``: each measures, compares, and writes JSON with its conditions."""

@@ -1,0 +1,88 @@
+"""One rank's program without its peers, and the same blocks in one launch: what a plan costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcp.program import MaskProgram, RankPlan
+from dcp.runtime.communicator import Messages
+from dcp.runtime.kernels import Options
+from dcp.runtime.passes import BackwardPass, ForwardPass
+from dcp.runtime.prepared import PreparedPlan
+
+Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS = range(1, 7)  # items with their step in front
+
+
+class Nobody:
+    """A communicator whose messages arrive at once, all zeros."""
+
+    def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
+        for message in receives.values():
+            message.zero_()
+        return iter(())
+
+
+def in_one_launch(plan: RankPlan) -> RankPlan:
+    """The same compute blocks in a single division, without transfers, every piece in rows of its
+    own (in the plan, rows are used again once free)."""
+    masks = {name: _one_division(program) for name, program in plan.masks.items()}
+    return replace(plan, masks=masks)
+
+
+def _one_division(program: MaskProgram) -> MaskProgram:
+    items = program.items.copy()
+    rows = []
+    for row, result_row, length in ((Q_ROW, OUT_ROW, Q_ROWS), (KV_ROW, DKV_ROW, KV_ROWS)):
+        _, first, piece = np.unique(
+            program.items[:, [0, row]], axis=0, return_index=True, return_inverse=True
+        )
+        lengths = program.items[first, length]
+        start = np.cumsum(lengths) - lengths
+        items[:, row] = items[:, result_row] = start[piece.reshape(-1)]
+        rows.append(int(lengths.sum()))
+    items[:, 0] = 0
+    nothing = {name: getattr(program, name)[:0] for name in ("sends", "receives", "reduces")}
+    return replace(
+        program,
+        num_steps=1,
+        items=items,
+        resets=program.resets[:0],
+        buffer_rows=np.maximum(np.array(rows * 2), program.buffer_rows),
+        **nothing,
+    )
+
+
+class Alone:
+    """Forward and backward of one rank's plan on random tensors."""
+
+    def __init__(
+        self, plan: RankPlan, kernel: ModuleType, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        spec, tokens = plan.spec, plan.num_local_tokens
+        self.prepared, self.kernel = PreparedPlan(plan), kernel
+        self.options = Options(spec.head_dim**-0.5)
+        q_shape = (tokens, spec.num_heads, spec.head_dim)
+        kv_shape = (tokens, 2, spec.num_kv_heads, spec.head_dim)
+        self.q, self.kv, self.grad_out = (
+            torch.randn(shape, device=device, dtype=dtype) for shape in (q_shape, kv_shape, q_shape)
+        )
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        common = (self.prepared, None, self.kernel, self.q, self.options)
+        a_pass = ForwardPass(*common, q=self.q, kv=self.kv)
+        for _ in a_pass.run(Nobody()):
+            pass
+        return a_pass.result_out, a_pass.result_lse
+
+    def backward(self, out: Tensor, lse: Tensor) -> None:
+        common = (self.prepared, None, self.kernel, self.q, self.options)
+        tensors = {"grad_out": self.grad_out, "q": self.q, "kv": self.kv, "out": out, "lse": lse}
+        for _ in BackwardPass(*common, **tensors).run(Nobody()):
+            pass

@@ -1,0 +1,40 @@
+"""What a measurement ran on: kept beside every result."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, versions and command of this process."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": " ".join(["dcp", *sys.argv[1:]]),
+        "processor": _processor(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in ("numpy", "numba", "mtkahypar", "torch")},
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
