@@ -1,0 +1,69 @@
+"""What the README and the examples show runs as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dcp.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    dcp (.*)$", README, flags=re.MULTILINE)
+
+
+def test_python_blocks_run_in_order():
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    names = {"__name__": "readme"}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    try:
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.isfinite(names["loss"])
+    assert torch.isfinite(names["q"].grad).all()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_run(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_readme_shows_the_two_commands():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in ("train", "test"):
+        assert f"    make {target}" in README
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_the_local_world_example():
+    run_example([sys.executable, "examples/local_world.py"], "Plan(")
+
+
+def test_the_training_loop_example():
+    pytest.importorskip("transformers")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run_example([*launcher, "--nproc-per-node", "2", "examples/train_loop.py"], "step 9: loss")
+
+
+def run_example(command, wanted):
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
