@@ -10,19 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import suppress
 from pathlib import Path
-from statistics import geometric_mean, mean
+from statistics import geometric_mean, mean, median
 from typing import Any
 
 import numpy as np
 
 from dcp.batch import SequenceBatch
 from dcp.bench.conditions import conditions
-from dcp.bench.planner import SPEC, load
+from dcp.bench.planner import MASKS, SPEC, load, make_batch
 from dcp.cluster import Cluster
+from dcp.placement import StrategyError
 from dcp.planner import plan
 
+CLUSTER = Cluster.preset("a100", num_nodes=4, devices_per_node=8)
 SCALES = (0.5, 1, 2, 4)
+STATIC = ("ring", "zigzag", "allgather", "ulysses", "usp", "double_ring", "a2a_p2p")
 SYSTEMS = {  # the published name, the strategy that stands for it
     "Ring": "ring",
     "ZigZag": "zigzag",
@@ -95,11 +99,12 @@ def run(args: argparse.Namespace) -> int:
         for mask in masks
         for scale in SCALES
     ]
-    result = {"conditions": conditions(), "causal": causal, "sparse": sparse}
+    static = [static_cell(entry, mask) for entry in long_tailed_batches() for mask in MASKS]
+    result = {"conditions": conditions(), "causal": causal, "sparse": sparse, "static": static}
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "published.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result) if args.json else as_text(causal, sparse))
+    print(json.dumps(result) if args.json else as_text(causal, sparse, static))
     return 0
 
 
@@ -144,13 +149,12 @@ def simulate_system(
     data: str, mask: str, scale: float, system: str, count: int
 ) -> tuple[float, float]:
     """Mean forward and backward milliseconds over ``count`` batches."""
-    cluster = Cluster.preset("a100", num_nodes=4, devices_per_node=8)
     rng = np.random.default_rng(0)
     stats = [
         plan(
             SequenceBatch(draw_lengths(data, scale, rng), mask),
             SPEC,
-            cluster,
+            CLUSTER,
             strategy=SYSTEMS[system],
         ).stats.simulated
         for _ in range(count)
@@ -159,6 +163,33 @@ def simulate_system(
         mean(s["forward_seconds"] for s in stats) * 1e3,
         mean(s["backward_seconds"] for s in stats) * 1e3,
     )
+
+
+def long_tailed_batches() -> list[dict[str, Any]]:
+    """The reference batches that have a long tail: neither one document nor many equal ones."""
+    return [b for b in load("planner_batches.json") if b["name"].startswith(("ldc", "longalign"))]
+
+
+def static_cell(entry: dict[str, Any], mask: str) -> dict[str, Any]:
+    """Milliseconds of ``auto`` and of every static rule, forward + backward."""
+    batch = make_batch(entry["seqlens"], mask)
+
+    def milliseconds(strategy: str) -> float:
+        stats = plan(batch, SPEC, CLUSTER, strategy=strategy).stats
+        return (stats.simulated["forward_seconds"] + stats.simulated["backward_seconds"]) * 1e3
+
+    times = {}
+    for name in STATIC:
+        with suppress(StrategyError):  # this one cannot serve the case
+            times[name] = milliseconds(name)
+    auto = milliseconds("auto")
+    return {
+        "batch": entry["name"],
+        "mask": mask,
+        "auto_ms": auto,
+        "static_ms": times,
+        "speedup": min(times.values()) / auto,
+    }
 
 
 def same_order(cell: dict[str, Any]) -> float:
@@ -177,7 +208,9 @@ def same_order(cell: dict[str, Any]) -> float:
     return sum(agree) / len(agree)
 
 
-def as_text(causal: list[dict[str, Any]], sparse: list[dict[str, Any]]) -> str:
+def as_text(
+    causal: list[dict[str, Any]], sparse: list[dict[str, Any]], static: list[dict[str, Any]]
+) -> str:
     """Markdown tables, as docs/simulator.md shows them."""
     names = list(SYSTEMS)
     lines = ["| data, scale | " + " | ".join(names) + " | pairs in order |"]
@@ -197,4 +230,11 @@ def as_text(causal: list[dict[str, Any]], sparse: list[dict[str, Any]]) -> str:
             lines.append(f"| {data}, {mask} | " + " | ".join(shown) + " |")
     overall = geometric_mean(c["simulated_ratio"] / c["published_ratio"] for c in sparse)
     lines += ["", f"Geometric mean of simulated ÷ published ratio, sparse masks: {overall:.2f}"]
+    lines += ["", "| best static ÷ auto | " + " | ".join(MASKS) + " |", "|---" * 5 + "|"]
+    for name in dict.fromkeys(cell["batch"] for cell in static):
+        shown = [f"{cell['speedup']:.2f}" for cell in static if cell["batch"] == name]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    for what, mine in (("causal", True), ("sparse", False)):
+        speedups = [cell["speedup"] for cell in static if (cell["mask"] == "causal") == mine]
+        lines += ["", f"{what}: {median(speedups):.2f} in the median, {min(speedups):.2f} at least"]
     return "\n".join(lines)
