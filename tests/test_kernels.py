@@ -291,3 +291,11 @@ def test_blocks_of_one_rank_merge_into_the_mask_itself():
     assert len(step.items) > 100 * a_plan.num_head_groups
     assert len(merged_slices(step.items, program.slices)) == a_plan.num_head_groups
     assert all(cell.causal for cell in cells.division_cells(step.items, program.slices))
+
+
+def test_cuda_graphs_are_refused_on_the_cpu():
+    executor = AttentionExecutor()
+    executor.prepare(make_plan("causal", 1))
+    q, kv = torch.zeros(8, 4, 16), torch.zeros(8, 2, 2, 16)
+    with pytest.raises(ValueError, match="q is on cpu"):
+        executor.captured(q, kv)

@@ -93,8 +93,8 @@ def call(batch=1, keys=5, mask=None, dropout=0.0, executor=True, **others):
         ("masks belong to the plan", {"mask": torch.zeros(1, 1, 5, 5)}),
         ("dropout 0.1", {"dropout": 0.1}),
         ("sliding_window=4", {"sliding_window": 4}),
-        ("softcap", {"softcap": 30.0}),
-        ("attention sinks", {"s_aux": torch.zeros(4)}),
+        ("a head mask", {"head_mask": torch.zeros(4)}),
+        ("softcap must be positive", {"softcap": -1.0}),
         ("'other'", {"dcp_mask": "other"}),
     ],
 )
@@ -126,3 +126,27 @@ def near_mask(seqlen):
     from dcp import AttnMask
 
     return AttnMask.sliding_window(seqlen, 4)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_of_models_that_have_them(name):
+    kind = {"gemma2": transformers.Gemma2Config, "gpt_oss": transformers.GptOssConfig}[name]
+    extra = {
+        "gemma2": {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "pad_token_id": 0},
+        "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1},
+    }[name]
+    layers = {"layer_types": ["full_attention"] * 2}
+    config = make_config("dcp", kind, **extra, **layers)
+    model, ids = make_model(config), make_tokens([12])
+    with torch.no_grad():  # sinks and weights large enough to matter
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    executor = AttentionExecutor()
+    executor.prepare(plan(SequenceBatch([12]), SPEC, Cluster(devices_per_node=1)))
+    found = local_logits(model, ids, torch.arange(12), executor)
+    reference = copy.deepcopy(config)
+    reference._attn_implementation = "eager"
+    eager = make_model(reference)
+    eager.load_state_dict(model.state_dict())
+    wanted = eager(input_ids=ids[None]).logits[0]
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()

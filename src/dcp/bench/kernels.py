@@ -252,7 +252,7 @@ def ready_row(plans: list[RankPlan]) -> Row:
         began = perf_counter()
         prepared = PreparedPlan(rank_plan)
         for backward in (False, True):
-            prepared.instructions(None, backward=backward)
+            prepared.instructions(None, torch.device("cpu"), backward=backward)
         triton_kernel.prepare(
             rank_plan.mask_program(),
             torch.device("cpu"),

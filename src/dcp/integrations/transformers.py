@@ -23,8 +23,6 @@ from dcp.runtime import AttentionExecutor, DCPAttention
 
 NAME = "dcp"
 _REFUSED = {
-    "softcap": "capping of attention scores",
-    "s_aux": "attention sinks",
     "position_bias": "a position bias",
     "head_mask": "a head mask",
 }
@@ -73,6 +71,8 @@ def dcp_attention(
     dcp_mask: str | None = None,
     dcp_sliding_mask: str | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of this rank's tokens over the whole batch, as transformers calls it.
@@ -83,6 +83,8 @@ def dcp_attention(
         dcp_mask: name of the plan's mask, where it has several.
         dcp_sliding_mask: name of the plan's mask for the layers with a sliding window; without it
             such layers raise, for the plan would not know of their window.
+        softcap: cap of the scores (Gemma 2).
+        s_aux: attention sinks ``[heads]`` (gpt-oss).
 
     Returns ``[1, local, heads, head_dim]`` and no weights.
     """
@@ -112,7 +114,9 @@ def dcp_attention(
     if stands_in:
         q, k, v = q[:0], k[:0], v[:0]
     kv = torch.stack([k, v], dim=1)
-    out = DCPAttention.apply(dcp_executor, q.contiguous(), kv, dcp_mask, scaling)
+    out = DCPAttention.apply(
+        dcp_executor, q.contiguous(), kv, dcp_mask, scaling, sink=s_aux, softcap=softcap
+    )
     if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])
     return out[None], None

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,25 +24,39 @@ class Communicator(Protocol):
 
 
 class GroupCommunicator:
-    """Point-to-point messages over a ``torch.distributed`` process group (gloo or NCCL)."""
+    """Point-to-point messages over a ``torch.distributed`` process group (gloo or NCCL).
+
+    NCCL runs them on a stream of its own, beside the compute stream: ``wait`` makes the latter wait
+    and not the host. Messages on a GPU go over gloo by way of host memory.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.is_gloo = dist.get_backend(group) == "gloo"
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
-        operations = [self._operation(dist.irecv, receives[peer], peer) for peer in receives]
+        arriving = receives
+        if self.is_gloo:  # a message that is on the host already stays as it is
+            sends = {peer: message.cpu() for peer, message in sends.items()}
+            arriving = {peer: _on_host(message) for peer, message in receives.items()}
+        operations = [self._operation(dist.irecv, arriving[peer], peer) for peer in arriving]
         operations += [self._operation(dist.isend, sends[peer], peer) for peer in sends]
         works = dist.batch_isend_irecv(operations) if operations else []
-        return self._complete(works, sends)
+        return self._complete(works, sends, arriving, receives)
 
     def _operation(self, kind: Callable[..., Any], message: Tensor, peer: int) -> dist.P2POp:
         return dist.P2POp(kind, message, group=self.group, group_peer=peer)
 
     @staticmethod
-    def _complete(works: list[dist.Work], sends: Messages) -> Iterator[None]:
+    def _complete(
+        works: list[dist.Work], sends: Messages, arriving: Messages, receives: Messages
+    ) -> Iterator[None]:
         for work in works:
             work.wait()
         sends.clear()  # the messages had to live until here
+        for peer, message in arriving.items():
+            if message is not receives[peer]:
+                receives[peer].copy_(message)
         yield from ()
 
 
@@ -89,6 +104,10 @@ class LocalCommunicator:
             self.post.num_handled += 1
             assert arrived.shape == message.shape, f"rank {self.rank} got a message of another size"
             message.copy_(arrived)
+
+
+def _on_host(message: Tensor) -> Tensor:
+    return message if message.device.type == "cpu" else torch.empty_like(message, device="cpu")
 
 
 _ENDED = object()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -76,7 +76,7 @@ class AttentionExecutor:
         kernel = get_kernel(self.kernel, like.device, like.dtype, options)
         for mask in prepared.plan.masks:
             for backward in (False, True):
-                prepared.instructions(mask, backward=backward)
+                prepared.instructions(mask, like.device, backward=backward)
             prepared.work(mask, kernel, like.device, like.dtype)
         return prepared
 
@@ -101,6 +101,32 @@ class AttentionExecutor:
     ) -> Tensor:
         """:meth:`DCPAttention.apply` with this executor."""
         return DCPAttention.apply(self, q, kv, mask, scale, sink=sink, **options)
+
+    def captured(self, q: Tensor, kv: Tensor, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+        """:meth:`attention` under the plan in use as CUDA graphs, for a plan that repeats.
+
+        Forward and backward are captured, one graph each, so that a call costs the host two
+        launches however many instructions the rank's programs have. Every rank of the group
+        captures at the same time and then calls in the same order.
+
+        Args:
+            q, kv: samples, of the shapes, dtype and device of the calls to come, requiring
+                gradients if those will.
+            options: as for :meth:`attention`.
+
+        Returns a function of ``(q, kv)``. It keeps the plan of the capture, whatever is prepared
+        later. Raises ``ValueError`` for tensors that are not on a CUDA device.
+        """
+        if q.device.type != "cuda":
+            raise ValueError(f"CUDA graphs capture tensors on a CUDA device, q is on {q.device}")
+
+        def attend(q: Tensor, kv: Tensor) -> Tensor:
+            return self.attention(q, kv, **options)
+
+        return cast(
+            Callable[[Tensor, Tensor], Tensor],
+            torch.cuda.make_graphed_callables(attend, (q, kv)),
+        )
 
     def session(self, call: Call, *, ticket: int | None = None) -> Session:
         """A call with the prepared plan, or with the one that had ``ticket``."""

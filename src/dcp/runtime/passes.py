@@ -7,6 +7,7 @@ communicator's business. Buffers are ``[rows, …]``, a row being one token of o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from time import perf_counter
 from types import ModuleType
 from typing import Any
@@ -20,11 +21,12 @@ from dcp.runtime.communicator import Communicator
 from dcp.runtime.kernels import Options
 from dcp.runtime.kernels.cellwise import merge
 from dcp.runtime.prepared import Exchange, Message, PreparedPlan
+from dcp.runtime.rows import Rows
 from dcp.schedule import DKV, KV, OUT, Q
 from dcp.simulate import COMPUTE, TRANSFER, Span
 
 Field = tuple[Tensor, torch.dtype]  # a buffer's tensor [rows, …] and the dtype it travels in
-Part = tuple[Tensor, torch.dtype]  # some rows of a field, in a message
+Part = tuple[Tensor, torch.dtype, Rows]  # some rows of a field, in a message
 
 
 class AttentionPass:
@@ -53,7 +55,7 @@ class AttentionPass:
         self.num_tokens = plan.num_local_tokens
         self.rank = plan.rank
         self.num_rows = plan.mask_program(mask).buffer_rows.tolist()
-        self.instructions = prepared.instructions(mask, backward=self.backward)
+        self.instructions = prepared.instructions(mask, like.device, backward=self.backward)
         self.work = prepared.work(mask, kernel, like.device, like.dtype)
         self.fields: dict[int, list[Field]] = {}
         self.spans: list[Span] | None = None  # set to record what takes how long
@@ -152,13 +154,17 @@ class AttentionPass:
     def _launch(self, exchange: Exchange, communicator: Communicator) -> Iterator[None]:
         sends = {}
         for message in exchange.sends:
-            parts = [tensor.to(dtype).contiguous() for tensor, dtype in self._parts(message)]
-            sends[message[0]] = torch.cat([part.view(-1).view(torch.uint8) for part in parts])
+            parts = [
+                part.to(dtype).contiguous().view(-1).view(torch.uint8)
+                for tensor, dtype, rows in self._parts(message)
+                for part in rows.parts(tensor)
+            ]
+            sends[message[0]] = torch.cat(parts)
         receives, targets = {}, {}
         for message in exchange.receives:
             peer = message[0]
             targets[peer] = self._parts(message)
-            size = sum(tensor.numel() * dtype.itemsize for tensor, dtype in targets[peer])
+            size = sum(_num_bytes(*part) for part in targets[peer])
             receives[peer] = torch.empty(size, dtype=torch.uint8, device=self.device)
         return self._complete(communicator.launch(sends, receives), receives, targets)
 
@@ -170,15 +176,16 @@ class AttentionPass:
     ) -> Iterator[None]:
         yield from transfer
         for peer, message in receives.items():
-            sizes = [tensor.numel() * dtype.itemsize for tensor, dtype in targets[peer]]
-            for part, (tensor, dtype) in zip(message.split(sizes), targets[peer], strict=True):
-                tensor.copy_(part.view(dtype).view(tensor.shape))
+            sizes = [_num_bytes(*part) for part in targets[peer]]
+            for part, (tensor, dtype, rows) in zip(
+                message.split(sizes), targets[peer], strict=True
+            ):
+                rows.put(tensor, part.view(dtype).view(-1, *tensor.shape[1:]))
 
     def _parts(self, message: Message) -> list[Part]:
-        """The rows of a message field by field, widest elements first: all stay aligned in it."""
-        fields = [(field, runs) for buffer, runs in message[1] for field in self.fields[buffer]]
-        fields.sort(key=lambda each: -each[0][1].itemsize)
-        return [(tensor[rows], dtype) for (tensor, dtype), runs in fields for rows in runs]
+        """A message field by field, widest elements first: all stay aligned in it."""
+        parts = [(*field, rows) for buffer, rows in message[1] for field in self.fields[buffer]]
+        return sorted(parts, key=lambda part: -part[1].itemsize)
 
 
 class ForwardPass(AttentionPass):
@@ -268,6 +275,10 @@ class BackwardPass(AttentionPass):
     def store(self) -> None:
         self.result_q = self.take(self.grad_q, self.groups, self.dtype)
         self.result_kv = self.take(self.grad_kv, self.kv_groups, self.dtype)
+
+
+def _num_bytes(tensor: Tensor, dtype: torch.dtype, rows: Rows) -> int:
+    return rows.num_rows * prod(tensor.shape[1:]) * dtype.itemsize
 
 
 def _run(start: int, rows: int) -> slice:

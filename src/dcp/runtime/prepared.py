@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -10,9 +11,11 @@ import numpy as np
 import torch
 
 from dcp.program import Instruction, Launch, RankPlan
+from dcp.runtime.rows import Rows, place_rows
 
-# Per peer, in the order of peers: (buffer, runs of rows as slices) in the order of buffers.
-Message = tuple[int, list[tuple[int, list[slice]]]]
+# To or from a peer: its rows of each buffer, in the order of buffers.
+Message = tuple[int, list[tuple[int, Rows]]]
+Runs = tuple[np.ndarray, np.ndarray]  # first row, rows
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,19 @@ class PreparedPlan:
 
     def __init__(self, plan: RankPlan) -> None:
         self.plan = plan
-        self._instructions: dict[tuple[str, bool], list[Instruction | Exchange]] = {}
+        self._instructions: dict[tuple[str, bool, torch.device], list[Instruction | Exchange]] = {}
         self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
 
-    def instructions(self, mask: str | None, *, backward: bool) -> list[Instruction | Exchange]:
+    def instructions(
+        self, mask: str | None, device: torch.device, *, backward: bool
+    ) -> list[Instruction | Exchange]:
         """The program of one pass, its launches as :class:`Exchange`."""
-        key = mask or next(iter(self.plan.masks)), backward
+        key = mask or next(iter(self.plan.masks)), backward, device
         if key not in self._instructions:
-            program = self.plan.mask_program(mask)
+            program = list(self.plan.mask_program(mask).instructions(backward=backward))
+            exchanges = iter(_exchanges([i for i in program if isinstance(i, Launch)], device))
             self._instructions[key] = [
-                _exchange(each) if isinstance(each, Launch) else each
-                for each in program.instructions(backward=backward)
+                next(exchanges) if isinstance(each, Launch) else each for each in program
             ]
         return self._instructions[key]
 
@@ -54,29 +59,23 @@ class PreparedPlan:
         return self._work[key]
 
 
-def _exchange(launch: Launch) -> Exchange:
-    return Exchange(launch.step, _messages(launch.sends), _messages(launch.receives))
+def _exchanges(launches: list[Launch], device: torch.device) -> list[Exchange]:
+    """All launches of a program, in their order."""
+    sides = [_parts(moves) for launch in launches for moves in (launch.sends, launch.receives)]
+    placed = iter(place_rows([runs for side in sides for *_, runs in side], device))
+    messages = iter([_messages(side, placed) for side in sides])
+    return [Exchange(launch.step, next(messages), next(messages)) for launch in launches]
 
 
-def _messages(moves: np.ndarray) -> list[Message]:
-    """Moves (peer, buffer, row, rows), sorted by peer and buffer, as messages.
-
-    Rows that follow each other are one run: it changes how many copies fill a message, not the
-    order of its bytes, so that either side may join what the other cannot.
-    """
-    messages: list[Message] = []
-    for peer in np.unique(moves[:, 0]).tolist():
-        mine = moves[moves[:, 0] == peer]
-        parts = []
-        for buffer in np.unique(mine[:, 1]).tolist():
-            row, rows = mine[mine[:, 1] == buffer][:, 2:].T
-            parts.append((buffer, _joined(row, rows)))
-        messages.append((peer, parts))
-    return messages
+def _parts(moves: np.ndarray) -> list[tuple[int, int, Runs]]:
+    """Moves (peer, buffer, row, rows), sorted by peer and buffer, as (peer, buffer, runs)."""
+    start = np.flatnonzero(np.append(True, (moves[1:, :2] != moves[:-1, :2]).any(axis=1)))
+    pieces = np.split(moves, start[1:]) if len(moves) else []
+    return [(*piece[0, :2].tolist(), (piece[:, 2], piece[:, 3])) for piece in pieces]
 
 
-def _joined(row: np.ndarray, rows: np.ndarray) -> list[slice]:
-    """Runs of rows in the order given, neighbours joined."""
-    start = np.flatnonzero(np.append(True, row[1:] != row[:-1] + rows[:-1]))
-    length = np.add.reduceat(rows, start)
-    return [slice(a, a + n) for a, n in zip(row[start].tolist(), length.tolist(), strict=True)]
+def _messages(parts: list[tuple[int, int, Runs]], placed: Iterator[Rows]) -> list[Message]:
+    messages: dict[int, list[tuple[int, Rows]]] = {}
+    for peer, buffer, _ in parts:
+        messages.setdefault(peer, []).append((buffer, next(placed)))
+    return list(messages.items())

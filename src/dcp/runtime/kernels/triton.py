@@ -30,6 +30,7 @@ from dcp.runtime.division import (
 )
 from dcp.runtime.kernels import Options
 from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_query
+from dcp.runtime.rows import copy_to_device
 
 NAME = "triton"
 MAX_HEAD_DIM = 256
@@ -114,10 +115,7 @@ def prepare(
     tables = division_tables([step.items for step in steps], program.slices, shapes)
     parts = [part for table in tables for part in (table.tiles, table.entries, table.bands)]
     offsets = np.cumsum([0, *(part.size for part in parts)]).tolist()
-    host = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts]))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    on_device = host.to(device, non_blocking=True)
+    on_device = copy_to_device(np.concatenate([part.reshape(-1) for part in parts]), device)
     work = {}
     for index, step in enumerate(steps):
         places = []

@@ -1,0 +1,70 @@
+"""Rows of a buffer that travel together: how they are gathered into a message and put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# With more runs than this, one gather by row numbers costs less than a copy per run.
+MANY_RUNS = 4
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a buffer: few runs as slices, many runs as row numbers on its device."""
+
+    num_rows: int
+    where: list[slice] | Tensor
+
+    def parts(self, tensor: Tensor) -> list[Tensor]:
+        """The rows of ``tensor``, as views, or as one gathered copy."""
+        if isinstance(self.where, Tensor):
+            return [tensor.index_select(0, self.where)]
+        return [tensor[run] for run in self.where]
+
+    def put(self, tensor: Tensor, values: Tensor) -> None:
+        """Overwrite the rows of ``tensor`` by ``values`` ``[num_rows, …]``."""
+        if isinstance(self.where, Tensor):
+            tensor.index_copy_(0, self.where, values.to(tensor.dtype))
+            return
+        sizes = [run.stop - run.start for run in self.where]
+        for run, part in zip(self.where, values.split(sizes), strict=True):
+            tensor[run] = part
+
+
+def place_rows(runs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> list[Rows]:
+    """Runs of rows ``(first row, rows)``, in the order given, for a device; one copy to it in all.
+
+    Neighbours are joined: it changes how many copies fill a message, not the order of its bytes,
+    so that either side may join what the other cannot.
+    """
+    joined = [_joined(row, rows) for row, rows in runs]
+    numbers = [
+        np.concatenate([np.arange(run.start, run.stop) for run in each])
+        for each in joined
+        if len(each) > MANY_RUNS
+    ]
+    on_device = iter(())
+    if numbers:
+        flat = copy_to_device(np.concatenate(numbers), device)
+        on_device = iter(flat.split([len(each) for each in numbers]))
+    return [
+        Rows(int(rows.sum()), next(on_device) if len(each) > MANY_RUNS else each)
+        for (_, rows), each in zip(runs, joined, strict=True)
+    ]
+
+
+def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """``array`` on the device: from pinned memory, so that the host need not wait for the copy."""
+    host = torch.from_numpy(array)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def _joined(row: np.ndarray, rows: np.ndarray) -> list[slice]:
+    start = np.flatnonzero(np.append(True, row[1:] != row[:-1] + rows[:-1]))
+    length = np.add.reduceat(rows, start)
+    return [slice(a, a + n) for a, n in zip(row[start].tolist(), length.tolist(), strict=True)]
