@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp.masks import KINDS, NAMED_MASKS, AttnMask, named_mask
+from dcp.masks import NAMED_MASKS, AttnMask, named_mask
+from dcp.slices import KINDS
 
 LENGTHS = [0, 1, 2, 3, 7, 16, 33, 64, 129]
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dcp.masks import AttnMask, named_mask, shift_slices
+from dcp.masks import AttnMask, named_mask
+from dcp.slices import shift_slices
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 4, "float16": 4}

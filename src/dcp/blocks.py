@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.masks import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
+from dcp.slices import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
 
 
 @dataclass(frozen=True)

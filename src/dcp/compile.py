@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.buffers import first_fit
-from dcp.masks import shift_slices
 from dcp.placement import Placement
 from dcp.schedule import DKV, KV, OUT, MaskSchedule, Q, Transfers, Uses
+from dcp.slices import shift_slices
 
 # Columns of the tables; the first two are always the rank and the step.
 ITEM = (

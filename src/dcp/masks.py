@@ -1,23 +1,4 @@
-"""Attention masks as unions of disjoint slices.
-
-A slice is a rectangle of (query, key) pairs cut by a band of diagonals: the pair counts when
-``q0 <= q < q1``, ``k0 <= k < k1`` and ``lo <= k - q <= hi``. The four kinds of the public
-interface are the bands that touch the rectangle's corners:
-
-=============  ===========================================  ============================
-kind           which pairs of the rectangle                 band
-=============  ===========================================  ============================
-``full``       all                                          none
-``causal``     at or below the diagonal that ends in the    ``hi = k1 - q1``
-               bottom-right corner
-``inv_causal`` at or above the diagonal that starts in the  ``lo = k0 - q0``
-               top-left corner
-``bi_causal``  between the two                              both
-=============  ===========================================  ============================
-
-Cutting a slice to a smaller rectangle keeps its band, so that blocks of a mask need no case
-analysis: see :func:`restrict_slices`.
-"""
+"""Attention masks as unions of disjoint slices (see :mod:`dcp.slices`)."""
 
 from __future__ import annotations
 
@@ -27,64 +8,20 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("full", "causal", "inv_causal", "bi_causal")
-Q0, Q1, K0, K1, LO, HI = range(6)
-
-
-# --------------------------------------------------------------------------- slices as arrays
-
-
-def slice_area(slices: np.ndarray) -> np.ndarray:
-    """Number of pairs in each slice. ``slices`` is int64 ``[n, 6]`` (q0, q1, k0, k1, lo, hi)."""
-    q0, q1, k0, k1, lo, hi = slices.T
-    height, width = np.maximum(q1 - q0, 0), np.maximum(k1 - k0, 0)
-
-    def up_to(bound: np.ndarray) -> np.ndarray:
-        """Pairs of the rectangle with k - q <= bound: a sum of row widths clipped to [0, width]."""
-        first = q0 + bound + 1 - k0  # width of the first row before clipping
-        return _clipped_sum(first + height, width) - _clipped_sum(first, width)
-
-    return np.maximum(up_to(hi) - up_to(lo - 1), 0)
-
-
-def _clipped_sum(stop: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Sum of ``clip(t, 0, width)`` over all integers ``t < stop``."""
-    inside = np.clip(stop, 0, width)
-    return inside * (inside - 1) // 2 + np.maximum(stop - width, 0) * width
-
-
-def tighten(slices: np.ndarray) -> np.ndarray:
-    """Drop empty slices and clip each band and rectangle to what the other leaves."""
-    s = slices.copy()
-    for _ in range(2):  # the second round sees the first one's smaller rectangles
-        s[:, Q0] = np.maximum(s[:, Q0], s[:, K0] - s[:, HI])
-        s[:, Q1] = np.minimum(s[:, Q1], s[:, K1] - s[:, LO])
-        s[:, K0] = np.maximum(s[:, K0], s[:, Q0] + s[:, LO])
-        s[:, K1] = np.minimum(s[:, K1], s[:, Q1] + s[:, HI])
-    s[:, LO] = np.maximum(s[:, LO], s[:, K0] - s[:, Q1] + 1)
-    s[:, HI] = np.minimum(s[:, HI], s[:, K1] - 1 - s[:, Q0])
-    return s[(s[:, Q0] < s[:, Q1]) & (s[:, K0] < s[:, K1]) & (s[:, LO] <= s[:, HI])]
-
-
-def restrict_slices(slices: np.ndarray, q0: Any, q1: Any, k0: Any, k1: Any) -> np.ndarray:
-    """Cut slices to rectangles (scalars or one per slice), coordinates unchanged, none dropped."""
-    cut = slices.copy()
-    np.maximum(cut[:, Q0], q0, out=cut[:, Q0])
-    np.minimum(cut[:, Q1], q1, out=cut[:, Q1])
-    np.maximum(cut[:, K0], k0, out=cut[:, K0])
-    np.minimum(cut[:, K1], k1, out=cut[:, K1])
-    return cut
-
-
-def shift_slices(slices: np.ndarray, q: Any, k: Any) -> np.ndarray:
-    """Move slices by ``q`` queries and ``k`` keys (scalars or one per slice)."""
-    moved = slices.copy()
-    for column, by in ((Q0, q), (Q1, q), (K0, k), (K1, k), (LO, k - q), (HI, k - q)):
-        moved[:, column] += by
-    return moved
-
-
-# --------------------------------------------------------------------------- the mask
+from dcp.slices import (
+    KINDS,
+    check_disjoint,
+    dense_to_ranges,
+    first_true,
+    kinds_of_slice,
+    make_slices,
+    merge_ranges,
+    ranges_to_slices,
+    restrict_slices,
+    shift_slices,
+    slice_area,
+    tighten,
+)
 
 
 class AttnMask:
@@ -236,8 +173,8 @@ class AttnMask:
             lo = k0 - q0 if kind in ("inv_causal", "bi_causal") else None
             hi = k1 - q1 if kind in ("causal", "bi_causal") else None
             rows.append((q0, q1, k0, k1, lo, hi))
-        mask = cls(q_len, k_len, _bands(rows))
-        _check_disjoint(mask.bands)
+        mask = cls(q_len, k_len, make_slices(rows))
+        check_disjoint(mask.bands)
         return mask
 
     @classmethod
@@ -258,9 +195,9 @@ class AttnMask:
         k_len = q_len if k_len is None else _length(k_len, "k_len")
         start, end = array[..., 0].astype(np.int64), array[..., 1].astype(np.int64)
         live = end > start
-        if bad := _first((live & ((start < 0) | (end > k_len))).any(axis=1)):
+        if bad := first_true((live & ((start < 0) | (end > k_len))).any(axis=1)):
             raise ValueError(f"query {bad[0]} has a key range outside [0, {k_len})")
-        return cls(q_len, k_len, _ranges_to_bands(*_merge_ranges(start, end)))
+        return cls(q_len, k_len, ranges_to_slices(*merge_ranges(start, end)))
 
     @classmethod
     def from_mask_mod(cls, fn: Callable[..., Any], q_len: int, k_len: int) -> AttnMask:
@@ -279,13 +216,13 @@ class AttnMask:
             rows = np.arange(row, min(row + step, q_len), dtype=np.int64)[:, None]
             seen = np.asarray(fn(zero, zero, index(rows), keys)).astype(bool)
             if k_len:
-                pieces.append(_dense_to_ranges(np.broadcast_to(seen, (len(rows), k_len))))
+                pieces.append(dense_to_ranges(np.broadcast_to(seen, (len(rows), k_len))))
         if not pieces:
-            return cls(q_len, k_len, _bands([]))
+            return cls(q_len, k_len, make_slices([]))
         most = max(piece.shape[1] for piece in pieces)
         padded = [np.pad(p, ((0, 0), (0, most - p.shape[1]), (0, 0))) for p in pieces]
         ranges = np.concatenate(padded)
-        return cls(q_len, k_len, _ranges_to_bands(ranges[..., 0], ranges[..., 1]))
+        return cls(q_len, k_len, ranges_to_slices(ranges[..., 0], ranges[..., 1]))
 
     # ------------------------------------------------------------------ what a mask tells
 
@@ -297,7 +234,7 @@ class AttnMask:
     @property
     def slices(self) -> list[tuple[int, int, int, int, str]]:
         """The mask as disjoint ``(q0, q1, k0, k1, kind)`` slices."""
-        return [piece for band in self.bands.tolist() for piece in _kinds_of_band(*band)]
+        return [piece for band in self.bands.tolist() for piece in kinds_of_slice(*band)]
 
     def restrict(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
         """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, renumbered from 0."""
@@ -367,9 +304,6 @@ def named_mask(name: str, seqlen: int, **parameters: Any) -> AttnMask:
         raise ValueError(f"mask {name!r}: {error}") from None
 
 
-# --------------------------------------------------------------------------- helpers
-
-
 def _length(value: int, name: str = "seqlen") -> int:
     if value < 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
@@ -381,104 +315,9 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-def _bands(rows: Sequence[tuple]) -> np.ndarray:
-    """Slices given as (q0, q1, k0, k1, lo, hi) where None means no bound."""
-    bands = [
-        (q0, q1, k0, k1, k0 - q1 if lo is None else lo, k1 - q0 if hi is None else hi)
-        for q0, q1, k0, k1, lo, hi in rows
-    ]
-    return np.array(bands, dtype=np.int64).reshape(-1, 6)
-
-
 def _of(seqlen: int, rows: Sequence[tuple]) -> AttnMask:
-    bands = restrict_slices(_bands(rows), 0, seqlen, 0, seqlen)
+    bands = restrict_slices(make_slices(rows), 0, seqlen, 0, seqlen)
     return AttnMask(seqlen, seqlen, bands)
-
-
-def _first(flags: np.ndarray | np.bool_) -> list[int]:
-    return np.flatnonzero(flags)[:1].tolist()
-
-
-def _kinds_of_band(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[tuple]:
-    """One slice cut at the rows where an edge of its band meets an edge of its rectangle."""
-    cuts = sorted({q0, q1, *(c for c in (k0 - lo, k1 - hi - 1) if q0 < c < q1)})
-    pieces = []
-    for a, b in pairwise(cuts):
-        start, end = max(k0, a + lo), min(k1, b + hi)
-        left, right = start == a + lo and b - a > 1, end == b + hi and b - a > 1
-        # a row further down must really move the edge, else the piece is straight on that side
-        left, right = left and start + (b - a - 1) > k0, right and end - (b - a - 1) < k1
-        kind = KINDS[2 * left + right]
-        pieces.append((a, b, start, end, kind))
-    return pieces
-
-
-def _check_disjoint(bands: np.ndarray) -> None:
-    """Raise for the first pair of slices that share a (query, key) pair."""
-    bands = bands[np.argsort(bands[:, Q0], kind="stable")]
-    for i, band in enumerate(bands):
-        stop = np.searchsorted(bands[:, Q0], band[Q1])
-        shared = restrict_slices(bands[i + 1 : stop], *band[:4])
-        shared[:, LO] = np.maximum(shared[:, LO], band[LO])
-        shared[:, HI] = np.minimum(shared[:, HI], band[HI])
-        if bad := _first(slice_area(shared) * (shared[:, LO] <= shared[:, HI]) > 0):
-            one, two = band[:4].tolist(), bands[i + 1 + bad[0], :4].tolist()
-            raise ValueError(f"slices overlap: {tuple(one)} and {tuple(two)}; make them disjoint")
-
-
-def _merge_ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each row's ranges ``[q_len, R]`` as a sorted union of disjoint ones, empties last."""
-    far = np.int64(1) << 60
-    empty = end <= start
-    start, end = np.where(empty, far, start), np.where(empty, far, end)
-    order = np.argsort(start, axis=1, kind="stable")
-    start, end = np.take_along_axis(start, order, 1), np.take_along_axis(end, order, 1)
-    reach = np.maximum.accumulate(end, axis=1)
-    opens = np.ones_like(start, dtype=bool)
-    opens[:, 1:] = start[:, 1:] > reach[:, :-1]  # touching ranges become one
-    closes = np.ones_like(opens)
-    closes[:, :-1] = opens[:, 1:]
-    slot = np.cumsum(opens, axis=1) - 1
-    merged_start, merged_end = np.zeros_like(start), np.zeros_like(end)
-    merged_start[np.nonzero(opens)[0], slot[opens]] = start[opens]
-    merged_end[np.nonzero(closes)[0], slot[closes]] = reach[closes]  # reach never falls
-    nothing = merged_start >= far
-    return np.where(nothing, 0, merged_start), np.where(nothing, 0, merged_end)
-
-
-def _ranges_to_bands(start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Slices of per-query ranges ``[q_len, R]``: rows whose edges both stand or step join."""
-    bands = []
-    for column in range(start.shape[1]):
-        s, e = start[:, column], end[:, column]
-        live = e > s
-        step = np.stack([np.diff(s), np.diff(e)], axis=1)
-        joins = live[:-1] & live[1:] & ((step == 0) | (step == 1)).all(axis=1)
-        same = np.ones_like(joins)
-        same[1:] = ~joins[:-1] | (step[1:] == step[:-1]).all(axis=1)
-        first = np.concatenate([live[:1], live[1:] & ~(joins & same)])
-        q0 = np.flatnonzero(first)
-        if not len(q0):
-            continue
-        q1 = np.append(q0[1:], len(s))
-        dead = np.append(np.flatnonzero(~live), len(s))
-        q1 = np.minimum(q1, dead[np.searchsorted(dead, q0)])
-        k0, k1 = s[q0], e[q1 - 1]
-        lo = np.where(s[q1 - 1] > k0, k0 - q0, k0 - q1)
-        hi = np.where(e[q0] < k1, k1 - q1, k1 - q0)
-        bands.append(np.stack([q0, q1, k0, k1, lo, hi], axis=1))
-    return np.concatenate(bands) if bands else _bands([])
-
-
-def _dense_to_ranges(dense: np.ndarray) -> np.ndarray:
-    """Boolean ``[rows, k_len]`` as half-open runs ``[rows, most runs of a row, 2]``."""
-    edges = np.diff(np.pad(dense.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-    row, start = np.nonzero(edges == 1)
-    end = np.nonzero(edges == -1)[1]
-    slot = np.arange(len(row)) - np.searchsorted(row, row)
-    ranges = np.zeros((len(dense), int(slot.max(initial=-1)) + 1, 2), dtype=np.int64)
-    ranges[row, slot, 0], ranges[row, slot, 1] = start, end
-    return ranges
 
 
 def _index_backend() -> Callable[[np.ndarray], Any]:

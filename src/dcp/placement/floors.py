@@ -7,8 +7,8 @@ import numpy as np
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds
-from dcp.masks import HI, slice_area
 from dcp.placement.grids import Grid, column_of_group, head_groups
+from dcp.slices import HI, slice_area
 
 
 def sequence_areas(batch: SequenceBatch) -> np.ndarray:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp.masks import HI, K0, K1, LO, Q0, Q1, shift_slices, tighten
 from dcp.program import Attention, MaskProgram, Reduce
 from dcp.runtime.division import (
     DKV_SHIFT,
@@ -25,6 +24,7 @@ from dcp.runtime.division import (
     row_slices,
 )
 from dcp.schedule import OUT
+from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices, tighten
 
 # Queries of a masked cell along the lower edge of a band: larger ones waste pairs, smaller ones
 # cost more calls.

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcp.masks import HI, K0, K1, LO, Q0, Q1, shift_slices
 from dcp.program import Attention, MaskProgram, runs
+from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices
 
 # Columns after a slice's own six: what to add to a query row for its output row (backward: query
 # gradient), and to a key row for its gradient row.

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.blocks import expand
-from dcp.masks import HI, K0, K1, LO, Q0, Q1
 from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
+from dcp.slices import HI, K0, K1, LO, Q0, Q1
 
 # Columns of the tables, int32.
 TILE = ("row", "rows", "result_row", "first_entry", "end_entry")

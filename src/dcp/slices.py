@@ -1,0 +1,181 @@
+"""Slices as integer arrays.
+
+A slice is a rectangle of (query, key) pairs cut by a band of diagonals: the pair counts when
+``q0 <= q < q1``, ``k0 <= k < k1`` and ``lo <= k - q <= hi``. The four kinds of the public
+interface are the bands that touch the rectangle's corners:
+
+=============  ===========================================  ============================
+kind           which pairs of the rectangle                 band
+=============  ===========================================  ============================
+``full``       all                                          none
+``causal``     at or below the diagonal that ends in the    ``hi = k1 - q1``
+               bottom-right corner
+``inv_causal`` at or above the diagonal that starts in the  ``lo = k0 - q0``
+               top-left corner
+``bi_causal``  between the two                              both
+=============  ===========================================  ============================
+
+Cutting a slice to a smaller rectangle keeps its band, so that blocks of a mask need no case
+analysis: see :func:`restrict_slices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+KINDS = ("full", "causal", "inv_causal", "bi_causal")
+Q0, Q1, K0, K1, LO, HI = range(6)
+
+
+def slice_area(slices: np.ndarray) -> np.ndarray:
+    """Number of pairs in each slice. ``slices`` is int64 ``[n, 6]`` (q0, q1, k0, k1, lo, hi)."""
+    q0, q1, k0, k1, lo, hi = slices.T
+    height, width = np.maximum(q1 - q0, 0), np.maximum(k1 - k0, 0)
+
+    def up_to(bound: np.ndarray) -> np.ndarray:
+        """Pairs of the rectangle with k - q <= bound: a sum of row widths clipped to [0, width]."""
+        first = q0 + bound + 1 - k0  # width of the first row before clipping
+        return _clipped_sum(first + height, width) - _clipped_sum(first, width)
+
+    return np.maximum(up_to(hi) - up_to(lo - 1), 0)
+
+
+def _clipped_sum(stop: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Sum of ``clip(t, 0, width)`` over all integers ``t < stop``."""
+    inside = np.clip(stop, 0, width)
+    return inside * (inside - 1) // 2 + np.maximum(stop - width, 0) * width
+
+
+def tighten(slices: np.ndarray) -> np.ndarray:
+    """Drop empty slices and clip each band and rectangle to what the other leaves."""
+    q0, q1, k0, k1, lo, hi = np.ascontiguousarray(slices.T)
+    for _ in range(2):  # the second round sees the first one's smaller rectangles
+        q0 = np.maximum(q0, k0 - hi)
+        q1 = np.minimum(q1, k1 - lo)
+        k0 = np.maximum(k0, q0 + lo)
+        k1 = np.minimum(k1, q1 + hi)
+    lo = np.maximum(lo, k0 - q1 + 1)
+    hi = np.minimum(hi, k1 - 1 - q0)
+    tight = np.stack([q0, q1, k0, k1, lo, hi], axis=1)
+    return tight[(q0 < q1) & (k0 < k1) & (lo <= hi)]
+
+
+def restrict_slices(slices: np.ndarray, q0: Any, q1: Any, k0: Any, k1: Any) -> np.ndarray:
+    """Cut slices to rectangles (scalars or one per slice), coordinates unchanged, none dropped."""
+    cut = slices.copy()
+    np.maximum(cut[:, Q0], q0, out=cut[:, Q0])
+    np.minimum(cut[:, Q1], q1, out=cut[:, Q1])
+    np.maximum(cut[:, K0], k0, out=cut[:, K0])
+    np.minimum(cut[:, K1], k1, out=cut[:, K1])
+    return cut
+
+
+def shift_slices(slices: np.ndarray, q: Any, k: Any) -> np.ndarray:
+    """Move slices by ``q`` queries and ``k`` keys (scalars or one per slice)."""
+    moved = slices.copy()
+    for column, by in ((Q0, q), (Q1, q), (K0, k), (K1, k), (LO, k - q), (HI, k - q)):
+        moved[:, column] += by
+    return moved
+
+
+def make_slices(rows: Sequence[tuple]) -> np.ndarray:
+    """Slices given as (q0, q1, k0, k1, lo, hi) where None means no bound."""
+    bands = [
+        (q0, q1, k0, k1, k0 - q1 if lo is None else lo, k1 - q0 if hi is None else hi)
+        for q0, q1, k0, k1, lo, hi in rows
+    ]
+    return np.array(bands, dtype=np.int64).reshape(-1, 6)
+
+
+def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[tuple]:
+    """One slice cut at the rows where an edge of its band meets an edge of its rectangle."""
+    cuts = sorted({q0, q1, *(c for c in (k0 - lo, k1 - hi - 1) if q0 < c < q1)})
+    pieces = []
+    for a, b in pairwise(cuts):
+        start, end = max(k0, a + lo), min(k1, b + hi)
+        left, right = start == a + lo and b - a > 1, end == b + hi and b - a > 1
+        # a row further down must really move the edge, else the piece is straight on that side
+        left, right = left and start + (b - a - 1) > k0, right and end - (b - a - 1) < k1
+        kind = KINDS[2 * left + right]
+        pieces.append((a, b, start, end, kind))
+    return pieces
+
+
+def check_disjoint(bands: np.ndarray) -> None:
+    """Raise for the first pair of slices that share a (query, key) pair."""
+    bands = bands[np.argsort(bands[:, Q0], kind="stable")]
+    for i, band in enumerate(bands):
+        stop = np.searchsorted(bands[:, Q0], band[Q1])
+        shared = restrict_slices(bands[i + 1 : stop], *band[:4])
+        shared[:, LO] = np.maximum(shared[:, LO], band[LO])
+        shared[:, HI] = np.minimum(shared[:, HI], band[HI])
+        if bad := first_true(slice_area(shared) * (shared[:, LO] <= shared[:, HI]) > 0):
+            one, two = band[:4].tolist(), bands[i + 1 + bad[0], :4].tolist()
+            raise ValueError(f"slices overlap: {tuple(one)} and {tuple(two)}; make them disjoint")
+
+
+# --------------------------------------------------------------------------- ranges per query
+
+
+def merge_ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's ranges ``[q_len, R]`` as a sorted union of disjoint ones, empties last."""
+    far = np.int64(1) << 60
+    empty = end <= start
+    if not empty[:, :-1].any() and (start[:, 1:] > end[:, :-1])[~empty[:, 1:]].all():
+        return np.where(empty, 0, start), np.where(empty, 0, end)  # it is one already
+    start, end = np.where(empty, far, start), np.where(empty, far, end)
+    order = np.argsort(start, axis=1, kind="stable")
+    start, end = np.take_along_axis(start, order, 1), np.take_along_axis(end, order, 1)
+    reach = np.maximum.accumulate(end, axis=1)
+    opens = np.ones_like(start, dtype=bool)
+    opens[:, 1:] = start[:, 1:] > reach[:, :-1]  # touching ranges become one
+    closes = np.ones_like(opens)
+    closes[:, :-1] = opens[:, 1:]
+    slot = np.cumsum(opens, axis=1) - 1
+    merged_start, merged_end = np.zeros_like(start), np.zeros_like(end)
+    merged_start[np.nonzero(opens)[0], slot[opens]] = start[opens]
+    merged_end[np.nonzero(closes)[0], slot[closes]] = reach[closes]  # reach never falls
+    nothing = merged_start >= far
+    return np.where(nothing, 0, merged_start), np.where(nothing, 0, merged_end)
+
+
+def ranges_to_slices(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Slices of per-query ranges ``[q_len, R]``: rows whose edges both stand or step join."""
+    bands = []
+    for s, e in zip(np.ascontiguousarray(start.T), np.ascontiguousarray(end.T), strict=True):
+        live = e > s
+        step = np.stack([np.diff(s), np.diff(e)], axis=1)
+        joins = live[:-1] & live[1:] & ((step == 0) | (step == 1)).all(axis=1)
+        same = np.ones_like(joins)
+        same[1:] = ~joins[:-1] | (step[1:] == step[:-1]).all(axis=1)
+        first = np.concatenate([live[:1], live[1:] & ~(joins & same)])
+        q0 = np.flatnonzero(first)
+        if not len(q0):
+            continue
+        q1 = np.append(q0[1:], len(s))
+        dead = np.append(np.flatnonzero(~live), len(s))
+        q1 = np.minimum(q1, dead[np.searchsorted(dead, q0)])
+        k0, k1 = s[q0], e[q1 - 1]
+        lo = np.where(s[q1 - 1] > k0, k0 - q0, k0 - q1)
+        hi = np.where(e[q0] < k1, k1 - q1, k1 - q0)
+        bands.append(np.stack([q0, q1, k0, k1, lo, hi], axis=1))
+    return np.concatenate(bands) if bands else make_slices([])
+
+
+def dense_to_ranges(dense: np.ndarray) -> np.ndarray:
+    """Boolean ``[rows, k_len]`` as half-open runs ``[rows, most runs of a row, 2]``."""
+    edges = np.diff(np.pad(dense.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    row, start = np.nonzero(edges == 1)
+    end = np.nonzero(edges == -1)[1]
+    slot = np.arange(len(row)) - np.searchsorted(row, row)
+    ranges = np.zeros((len(dense), int(slot.max(initial=-1)) + 1, 2), dtype=np.int64)
+    ranges[row, slot, 0], ranges[row, slot, 1] = start, end
+    return ranges
+
+
+def first_true(flags: np.ndarray | np.bool_) -> list[int]:
+    return np.flatnonzero(flags)[:1].tolist()
