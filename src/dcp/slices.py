@@ -51,17 +51,19 @@ def _clipped_sum(stop: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 
 def tighten(slices: np.ndarray) -> np.ndarray:
-    """Drop empty slices and clip each band and rectangle to what the other leaves."""
-    q0, q1, k0, k1, lo, hi = np.ascontiguousarray(slices.T)
+    """Drop empty slices and clip each band and rectangle to what the other leaves.
+
+    Columns behind the six stay with their slice.
+    """
+    s = slices.copy()
     for _ in range(2):  # the second round sees the first one's smaller rectangles
-        q0 = np.maximum(q0, k0 - hi)
-        q1 = np.minimum(q1, k1 - lo)
-        k0 = np.maximum(k0, q0 + lo)
-        k1 = np.minimum(k1, q1 + hi)
-    lo = np.maximum(lo, k0 - q1 + 1)
-    hi = np.minimum(hi, k1 - 1 - q0)
-    tight = np.stack([q0, q1, k0, k1, lo, hi], axis=1)
-    return tight[(q0 < q1) & (k0 < k1) & (lo <= hi)]
+        s[:, Q0] = np.maximum(s[:, Q0], s[:, K0] - s[:, HI])
+        s[:, Q1] = np.minimum(s[:, Q1], s[:, K1] - s[:, LO])
+        s[:, K0] = np.maximum(s[:, K0], s[:, Q0] + s[:, LO])
+        s[:, K1] = np.minimum(s[:, K1], s[:, Q1] + s[:, HI])
+    s[:, LO] = np.maximum(s[:, LO], s[:, K0] - s[:, Q1] + 1)
+    s[:, HI] = np.minimum(s[:, HI], s[:, K1] - 1 - s[:, Q0])
+    return s[(s[:, Q0] < s[:, Q1]) & (s[:, K0] < s[:, K1]) & (s[:, LO] <= s[:, HI])]
 
 
 def restrict_slices(slices: np.ndarray, q0: Any, q1: Any, k0: Any, k1: Any) -> np.ndarray:
