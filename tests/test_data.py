@@ -19,6 +19,7 @@ from dcp.data import (
     ByteTokenizer,
     PlanningError,
     PlanningPool,
+    PoolLost,
     TokenBudgetBatches,
     TokenDataset,
     open_documents,
@@ -141,6 +142,48 @@ def test_batches_resume_anywhere(lengths, skip):
         take(0, 99, 1)
 
 
+@given(lengths_strategy, st.integers(40, 90), st.integers(1, 20), st.none() | st.integers(0, 3))
+def test_bucketed_batches_hold_every_document_once(lengths, budget, window, seed):
+    batches = TokenBudgetBatches(np.array(lengths), budget, seed=seed, bucket_window=window)
+    for epoch in (0, 1):
+        found = list(batches.epoch(epoch))
+        assert all((pieces[:, 2] - pieces[:, 1]).sum() <= budget for pieces in found)
+        assert sorted(np.concatenate(found)[:, 0].tolist()) == list(range(len(lengths)))
+
+
+def test_a_bucket_window_brings_similar_lengths_together():
+    lengths = np.random.default_rng(0).integers(1, 100, size=400)
+
+    def spread(window):
+        found = list(TokenBudgetBatches(lengths, 300, bucket_window=window).epoch(0))
+        means = [lengths[pieces[:, 0]].mean() for pieces in found]
+        return np.mean([lengths[pieces[:, 0]].std() for pieces in found]), means
+
+    (mixed, _), (bucketed, means) = spread(0), spread(100)
+    assert bucketed < mixed / 4
+    assert means != sorted(means)  # batches of a window come in a random order
+
+
+@given(lengths_strategy, st.integers(40, 60))
+def test_ordered_packing_follows_the_rule_of_the_artifact(lengths, budget):
+    def by_the_rule(order):
+        batch, total = [], 0
+        for document in [*order, None]:
+            length = 0 if document is None else lengths[document]
+            if document is None or total + length > budget:
+                if total >= 0.75 * budget:
+                    yield batch
+                batch, total = [], 0
+            batch.append(document)
+            total += length
+
+    order = np.random.default_rng([5, 0]).permutation(len(lengths)).tolist()
+    batches = TokenBudgetBatches(np.array(lengths), budget, seed=5, packing="ordered")
+    for epoch in (0, 3):  # one order for all
+        found = [pieces[:, 0].tolist() for pieces in batches.epoch(epoch)]
+        assert found == list(by_the_rule(order))
+
+
 def test_orders_differ_by_epoch_and_seed():
     lengths = np.full(50, 3)
 
@@ -162,6 +205,8 @@ def test_orders_differ_by_epoch_and_seed():
         ("the dataset is empty", [], {}),
         ("got 'drop'", [3], {"over_long": "drop"}),
         ("must be 0 or more, got -1", [-1], {}),
+        ("packing must be 'first_fit' or 'ordered', got 'tetris'", [3], {"packing": "tetris"}),
+        ("0 for packing='ordered', got 4", [3], {"packing": "ordered", "bucket_window": 4}),
     ],
 )
 def test_batching_errors(match, lengths, options):
@@ -230,7 +275,7 @@ def test_a_killed_worker_is_replaced_and_its_batch_planned_again():
     os.kill(pid, signal.SIGSTOP)  # it cannot answer before it dies
     future = pool.submit(request)
     time.sleep(0.2)
-    with pytest.warns(RuntimeWarning, match=f"pid {pid}.*died") as caught:
+    with pytest.warns(RuntimeWarning, match=f"died .pid {pid}, exit status -9") as caught:
         os.kill(pid, signal.SIGKILL)
         assert len(future.result(60)) == 1
     assert len(caught) == 1
@@ -241,16 +286,18 @@ def test_a_killed_worker_is_replaced_and_its_batch_planned_again():
     pool.close()
 
 
-def test_a_batch_that_kills_every_worker_is_given_up(monkeypatch):
+def test_a_pool_whose_workers_die_in_a_row_is_lost(monkeypatch):
     from dcp.data import planning
 
     dead = [sys.executable, "-c", "raise SystemExit(3)"]
     monkeypatch.setattr(planning, "_COMMAND", dead)
     pool = PlanningPool(1)
-    with pytest.warns(RuntimeWarning, match="exit status 3"):
-        with pytest.raises(PlanningError, match="3 planning workers died on one batch"):
-            pool.submit(b"anything").result(60)
-        pool.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the error says it all
+        for _ in range(2):
+            with pytest.raises(PoolLost, match=r"3 planning workers in a row.*exit status 3"):
+                pool.submit(b"anything").result(60)
+    pool.close()
 
 
 # --------------------------------------------------------------------------- the loader
@@ -340,7 +387,7 @@ def test_loader_errors():
         loader_of([])
     with pytest.raises(ValueError, match="document 1 has 70 tokens"):
         loader_of(over_long="raise")
-    with pytest.raises(ValueError, match="4 devices and the group 1 ranks"):
+    with pytest.raises(ValueError, match="4 devices and attention 1 ranks"):
         loader_of(cluster=Cluster(devices_per_node=4))
     with pytest.raises(ValueError, match=r"mask 'default'.*is 3 x 3"):
         next(iter(loader_of(mask_fn=lambda seqlens, samples: [AttnMask.full(3)] * len(seqlens))))
@@ -348,6 +395,8 @@ def test_loader_errors():
         loader_of(look_ahead=0)
     with pytest.raises(ValueError, match="vector of integers"):
         loader_of([np.zeros((2, 3))])
+    with pytest.raises(ValueError, match="no batch of epoch 0 is 75% full: lower tokens_per_batch"):
+        next(iter(loader_of(DOCUMENTS[:1], packing="ordered")))
 
 
 def on_each_rank(planning_ranks, num_epochs):

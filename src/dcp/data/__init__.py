@@ -16,8 +16,10 @@ _HOMES = {
     "TokenDataset": "datasets",
     "as_dataset": "datasets",
     "TokenBudgetBatches": "batching",
+    "Pool": "planning",
     "PlanningPool": "planning",
     "PlanningError": "planning",
+    "PoolLost": "planning",
     "DCPDataLoader": "loader",
     "LocalBatch": "loader",
 }

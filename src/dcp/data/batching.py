@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 OPEN_BATCHES = 8  # how many partly filled batches a document may choose from
+ORDERED_FILL = 0.75  # the least full batch that the "ordered" packing keeps
 DOCUMENT, START, STOP = range(3)
+Piece = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class TokenBudgetBatches:
     """Batches of whole documents, or pieces of long ones, of at most ``tokens_per_batch`` tokens.
 
-    A document goes into the oldest open batch that has room for it; when more than
-    ``OPEN_BATCHES`` are open, the oldest is handed out. Nothing is dropped: the last batches of an
-    epoch are smaller, and documents of 0 tokens are sequences of length 0.
+    Packing ``"first_fit"``: a document goes into the oldest open batch that has room for it; when
+    more than ``OPEN_BATCHES`` are open, the oldest is handed out. Nothing is dropped: the last
+    batches of an epoch are smaller, and documents of 0 tokens are sequences of length 0.
+
+    With a ``bucket_window``, that many documents of the order at a time are sorted by length, cut
+    into batches of similar lengths, and these batches are shuffled. Nothing is dropped either.
+
+    Packing ``"ordered"`` is the rule of the DCP paper's artifact (github.com/chenyu-jiang/dcp), to
+    reproduce its batches: one order for all epochs; documents are added until the next would
+    exceed the budget; a batch less than ``ORDERED_FILL`` full is skipped, its documents with it.
 
     Args:
         lengths: tokens of each document, int64 ``[n]``.
@@ -26,6 +36,8 @@ class TokenBudgetBatches:
         over_long: what a document longer than that does: ``"raise"`` a ``ValueError``, or
             ``"split"`` into pieces, which are shuffled like documents.
         seed: of the order, which differs from epoch to epoch; None keeps the documents' own order.
+        packing: ``"first_fit"`` or ``"ordered"``.
+        bucket_window: documents that are sorted by length together; 0 sorts none.
     """
 
     lengths: np.ndarray
@@ -33,12 +45,21 @@ class TokenBudgetBatches:
     max_seqlen: int | None = None
     over_long: str = "raise"
     seed: int | None = 0
+    packing: str = "first_fit"
+    bucket_window: int = 0
 
     def __post_init__(self) -> None:
         if self.tokens_per_batch < 1:
             raise ValueError(f"tokens_per_batch must be 1 or more, got {self.tokens_per_batch}")
         if self.over_long not in ("raise", "split"):
             raise ValueError(f"over_long must be 'raise' or 'split', got {self.over_long!r}")
+        if self.packing not in ("first_fit", "ordered"):
+            raise ValueError(f"packing must be 'first_fit' or 'ordered', got {self.packing!r}")
+        if self.bucket_window < 0 or (self.bucket_window and self.packing == "ordered"):
+            raise ValueError(
+                f"bucket_window must be 0 or more, and 0 for packing='ordered', "
+                f"got {self.bucket_window}"
+            )
         if not len(self.lengths):
             raise ValueError("the dataset is empty: there are no documents to batch")
         if (self.lengths < 0).any():
@@ -63,9 +84,27 @@ class TokenBudgetBatches:
 
     def epoch(self, epoch: int) -> Iterator[np.ndarray]:
         """Batches of one epoch: int64 ``[n, 3]`` of (document, start, stop) each."""
-        batches: list[list[tuple[int, int, int]]] = []
+        # The artifact keeps one order for all epochs.
+        rng = self._rng(0 if self.packing == "ordered" else epoch)
+        pieces = self._pieces(rng)
+        batches: Iterator[list[Piece]]
+        if self.packing == "ordered":
+            full = ORDERED_FILL * self.tokens_per_batch
+            batches = (batch for batch in self._in_turn(pieces) if _num_tokens(batch) >= full)
+        elif self.bucket_window:
+            batches = self._bucketed(pieces, rng)
+        else:
+            batches = self._first_fit(pieces)
+        for batch in batches:
+            yield np.array(batch, dtype=np.int64)
+
+    def _rng(self, epoch: int) -> np.random.Generator | None:
+        return None if self.seed is None else np.random.default_rng([self.seed, epoch])
+
+    def _first_fit(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+        batches: list[list[Piece]] = []
         rooms: list[int] = []
-        for piece in self._pieces(epoch):
+        for piece in pieces:
             need = piece[STOP] - piece[START]
             chosen = next((i for i, room in enumerate(rooms) if room >= need), len(rooms))
             if chosen == len(rooms):
@@ -75,11 +114,33 @@ class TokenBudgetBatches:
             rooms[chosen] -= need
             if len(batches) > OPEN_BATCHES:
                 rooms.pop(0)
-                yield np.array(batches.pop(0), dtype=np.int64)
-        for batch in batches:
-            yield np.array(batch, dtype=np.int64)
+                yield batches.pop(0)
+        yield from batches
 
-    def _pieces(self, epoch: int) -> Iterator[tuple[int, int, int]]:
+    def _in_turn(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+        """Batches that end where the next piece would exceed the budget."""
+        batch: list[Piece] = []
+        room = self.tokens_per_batch
+        for piece in pieces:
+            need = piece[STOP] - piece[START]
+            if batch and need > room:
+                yield batch
+                batch, room = [], self.tokens_per_batch
+            batch.append(piece)
+            room -= need
+        if batch:
+            yield batch
+
+    def _bucketed(
+        self, pieces: Iterator[Piece], rng: np.random.Generator | None
+    ) -> Iterator[list[Piece]]:
+        while window := list(islice(pieces, self.bucket_window)):
+            window.sort(key=lambda piece: piece[STOP] - piece[START])
+            batches = list(self._in_turn(window))
+            order = range(len(batches)) if rng is None else rng.permutation(len(batches))
+            yield from (batches[i] for i in order)
+
+    def _pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
         """(document, start, stop) of every piece, in the epoch's order."""
         counts = np.maximum(-(-self.lengths // self.longest), 1)
         document = np.repeat(np.arange(len(counts)), counts)
@@ -87,10 +148,14 @@ class TokenBudgetBatches:
         start = number * self.longest
         stop = np.minimum(start + self.longest, self.lengths[document])
         order = np.arange(len(document))
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(document))
+        if rng is not None:
+            order = rng.permutation(len(document))
         columns = (column[order].tolist() for column in (document, start, stop))
         yield from zip(*columns, strict=True)
+
+
+def _num_tokens(batch: list[Piece]) -> int:
+    return sum(stop - start for _, start, stop in batch)
 
 
 @dataclass(frozen=True)
@@ -115,7 +180,12 @@ def batches_from(
                 assert pieces is not None
                 yield PlacedBatch(epoch, count - 1, pieces, last=False)
             pieces = following
-        if position > count or pieces is None:
+        if pieces is None:
+            raise ValueError(
+                f"no batch of epoch {epoch} is {ORDERED_FILL:.0%} full: lower tokens_per_batch="
+                f"{batches.tokens_per_batch} or use packing='first_fit'"
+            )
+        if position > count:
             raise ValueError(
                 f"cannot resume at batch {position} of epoch {epoch}: it has {count + 1} batches"
             )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import threading
+from bisect import bisect_left
 from collections.abc import Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from dcp import wire
-from dcp.data.planning import PlanningError
+from dcp.data.planning import PlanningError, PoolLost
 from dcp.program import RankPlan
 
 _KIND = "batch-share"
@@ -43,10 +42,10 @@ class Share:
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Share:
-        """Read a share; :class:`PlanningError` where the planning rank sent its error instead."""
+        """Read a share; raises the error that :func:`error_to_bytes` put in its place."""
         meta, arrays = wire.unpack(_KIND, message)
         if "error" in meta:
-            raise PlanningError(meta["error"])
+            raise (PoolLost if meta["pool_lost"] else PlanningError)(meta["error"])
         return cls(
             arrays["pieces"], meta["num_loss_tokens"], meta["last"], arrays["plan"].tobytes()
         )
@@ -55,117 +54,171 @@ class Share:
         return RankPlan.from_bytes(self.plan)
 
 
+def error_to_bytes(error: BaseException, *, rank: int) -> bytes:
+    """The error of a planning rank in place of a share: every reader raises its like."""
+    lost = isinstance(error, PoolLost)
+    text = str(error) if lost else f"rank {rank} could not plan: {error}"
+    return wire.pack(_KIND, {"error": text, "pool_lost": lost}, {})
+
+
+class Exchange(Protocol):
+    """The ranks of a loader, and what passes between them under the key of a batch.
+
+    Attributes:
+        rank, num_ranks: of the loader's group.
+        plan_ranks: the rank in the plan of each of them; some may share one.
+    """
+
+    rank: int
+    num_ranks: int
+    plan_ranks: tuple[int, ...]
+
+    def publish(self, key: str, messages: Sequence[bytes]) -> None:
+        """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
+
+    def fetch(self, key: str, planner: int) -> bytes:
+        """Wait for this rank's share from another rank, and take it away."""
+
+    def num_published(self, keys: Sequence[str]) -> int:
+        """How many of these batches, up to the first that is not, this rank could fetch now."""
+
+    def was_read(self, key: str, *, wait: bool = False) -> bool:
+        """Whether all have fetched a batch that this rank published."""
+
+    def withdraw(self, key: str) -> None:
+        """Take back a published batch that nobody will fetch."""
+
+    def close(self) -> None:
+        """Publish nothing more: the store may be gone before the last plan is finished."""
+
+
 class SingleRank:
     """The exchange of a world of one rank: nobody to tell."""
 
     rank, num_ranks = 0, 1
+    plan_ranks: tuple[int, ...] = (0,)
 
-    def publish(self, key: str, shares: Sequence[Share]) -> None:
-        """Nothing to do."""
+    def publish(self, key: str, messages: Sequence[bytes]) -> None:
+        pass
 
-    def publish_error(self, key: str, error: str) -> None:
-        """Nothing to do: the error is raised here."""
-
-    def fetch(self, key: str, planning_rank: int) -> Share:
+    def fetch(self, key: str, planner: int) -> bytes:
         raise AssertionError("a single rank plans everything itself")
 
+    def num_published(self, keys: Sequence[str]) -> int:
+        return 0
+
+    def was_read(self, key: str, *, wait: bool = False) -> bool:
+        return True
+
+    def withdraw(self, key: str) -> None:
+        pass
+
     def close(self) -> None:
-        """Nothing to do."""
+        pass
 
 
 class StoreExchange:
-    """Shares in the store of a process group, under a key per batch and rank.
+    """Shares in the store of a process group, under a key per batch and rank of the plan.
 
-    Constructing it is collective over the group. A share is deleted when it is read.
+    Constructing it is collective over ``group``. Ranks with the same rank in their
+    ``attention_group`` share a plan, which then is in the store once. The last to read a share
+    deletes it; the last share to go marks the batch as read, for the flow control of its planner.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, timeout_seconds: float) -> None:
+    def __init__(self, group: Any, attention_group: Any, *, timeout_seconds: float) -> None:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        seed = int(np.random.default_rng().integers(1 << 62))
+        mine = [seed, dist.get_rank(attention_group), dist.get_world_size(attention_group)]
+        seeds, plan_ranks, sizes = zip(*_gather(group, mine), strict=True)
+        self.plan_ranks: tuple[int, ...] = plan_ranks
+        if set(sizes) != {max(self.plan_ranks) + 1} or len(set(self.plan_ranks)) != sizes[0]:
+            raise ValueError(
+                f"attention_group must have the same size on all ranks of group, and a member for "
+                f"each of its ranks there: the sizes are {sizes}, the ranks {self.plan_ranks}"
+            )
         self._timeout, self._closed = timedelta(seconds=timeout_seconds), False
         store: Any = group.get_group_store()
         # A clone has its own connection: publishing threads never wait behind a blocking read.
         store = store.clone()
-        self._store: Any = dist.PrefixStore(f"dcp-loader/{_common_number(group)}", store)
+        self._store: Any = dist.PrefixStore(f"dcp-loader/{seeds[0]}", store)
 
-    def publish(self, key: str, shares: Sequence[Share]) -> None:
-        """Leave every other rank its share."""
-        self._set(key, [share.to_bytes() for share in shares])
+    def publish(self, key: str, messages: Sequence[bytes]) -> None:
+        for plan_rank in self._published_by(self.rank):
+            if not self._closed:
+                self._store.set(f"{key}/{plan_rank}", messages[plan_rank])
 
-    def publish_error(self, key: str, error: str) -> None:
-        """Let every other rank raise what this one raises."""
-        message = wire.pack(_KIND, {"error": f"rank {self.rank} could not plan: {error}"}, {})
-        self._set(key, [message] * self.num_ranks)
-
-    def fetch(self, key: str, planning_rank: int) -> Share:
-        """Wait for this rank's share of a batch that another rank plans."""
-        key = f"{key}/{self.rank}"
+    def fetch(self, key: str, planner: int) -> bytes:
+        name = self._name(key)
         try:
-            self._store.wait([key], self._timeout)
-            message = self._store.get(key)
+            self._store.wait([name], self._timeout)
+            message = self._store.get(name)
+            self._acknowledge(key, planner)
         except RuntimeError as error:  # torch's kinds for a timeout and for a lost store
             reason = str(error).splitlines()[0]
-            raise PlanningError(f"rank {planning_rank} sent no plan: {reason}") from None
-        self._store.delete_key(key)
-        return Share.from_bytes(message)
+            raise PlanningError(
+                f"rank {planner} sent no plan within {self._timeout.total_seconds():g} s: it died, "
+                f"or planning takes longer ({reason})"
+            ) from None
+        return message
+
+    def num_published(self, keys: Sequence[str]) -> int:
+        names = [self._name(key) for key in keys]
+        counts = range(1, len(names) + 1)  # "all of the first n are there" holds up to the answer
+        return bisect_left(counts, True, key=lambda n: not self._store.check(names[:n]))
+
+    def was_read(self, key: str, *, wait: bool = False) -> bool:
+        if not self._published_by(self.rank):
+            return True
+        if wait:
+            self._store.wait([f"{key}/done"], self._timeout)
+        elif not self._store.check([f"{key}/done"]):
+            return False
+        self._store.delete_key(f"{key}/done")
+        return True
+
+    def withdraw(self, key: str) -> None:
+        for plan_rank in self._published_by(self.rank):
+            self._store.delete_key(f"{key}/{plan_rank}")
 
     def close(self) -> None:
-        """Publish nothing more: the store may be gone before the last plan is finished."""
         self._closed = True
 
-    def _set(self, key: str, messages: Sequence[bytes]) -> None:
-        for rank, message in enumerate(messages):
-            if rank != self.rank and not self._closed:
-                self._store.set(f"{key}/{rank}", message)
-
-
-Exchange = SingleRank | StoreExchange
-
-
-class Planned:
-    """A batch on its way: the other ranks get their shares as soon as its plan is finished."""
-
-    def __init__(
-        self, exchange: Exchange, key: str, share: Share, future: Future[list[bytes]]
-    ) -> None:
-        self.exchange, self.key, self.share, self.future = exchange, key, share, future
-        self._published = threading.Event()
-        future.add_done_callback(self._publish)
-
-    def own_share(self, timeout: float) -> Share:
-        """The planning rank's own share, once the others have theirs."""
-        try:
-            rank_plans = self.future.result(timeout)
-        finally:
-            if self.future.done():
-                self._published.wait(timeout)
-        return replace(self.share, plan=rank_plans[self.exchange.rank])
-
-    def _publish(self, future: Future[list[bytes]]) -> None:
-        """Runs in the pool's thread."""
-        try:
-            if future.cancelled():
+    def _acknowledge(self, key: str, planner: int) -> None:
+        """Delete the share after its last reader, and mark the batch after its last share."""
+        name, mine = self._name(key), self.plan_ranks[self.rank]
+        num_readers = self.plan_ranks.count(mine) - (self.plan_ranks[planner] == mine)
+        if num_readers > 1:
+            if self._store.add(f"{name}/read", 1) < num_readers:
                 return
-            if error := future.exception():
-                self.exchange.publish_error(self.key, str(error))
-            else:
-                shares = [replace(self.share, plan=plan) for plan in future.result()]
-                self.exchange.publish(self.key, shares)
-        finally:
-            self._published.set()
+            self._store.delete_key(f"{name}/read")
+        self._store.delete_key(name)
+        if self._store.add(f"{key}/read", 1) == len(self._published_by(planner)):
+            self._store.delete_key(f"{key}/read")
+            self._store.set(f"{key}/done", b"")
+
+    def _published_by(self, planner: int) -> set[int]:
+        """Ranks of the plan that somebody other than the planner needs."""
+        return {p for rank, p in enumerate(self.plan_ranks) if rank != planner}
+
+    def _name(self, key: str) -> str:
+        return f"{key}/{self.plan_ranks[self.rank]}"
 
 
-def make_exchange(group: Any, *, timeout_seconds: float) -> Exchange:
+def make_exchange(group: Any, attention_group: Any, *, timeout_seconds: float) -> Exchange:
     """The exchange of a process group; None is a world of one rank."""
     if group is None:
+        if attention_group is not None:
+            raise ValueError("attention_group needs group: the ranks that use the loader")
         return SingleRank()
-    return StoreExchange(group, timeout_seconds=timeout_seconds)
+    attention_group = group if attention_group is None else attention_group
+    return StoreExchange(group, attention_group, timeout_seconds=timeout_seconds)
 
 
-def _common_number(group: dist.ProcessGroup) -> int:
-    """A random number that all ranks of the group share."""
+def _gather(group: Any, numbers: Sequence[int]) -> list[list[int]]:
+    """Every rank's numbers, in the order of ranks."""
     on_gpu = "nccl" in dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    seed = int(np.random.default_rng().integers(1 << 62))
-    number = torch.tensor([seed], dtype=torch.int64, device=device)
-    dist.broadcast(number, src=dist.get_global_rank(group, 0), group=group)
-    return int(number)
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, own, group=group)
+    return [one.tolist() for one in found]

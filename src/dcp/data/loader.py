@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +11,19 @@ import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.data.batching import DOCUMENT, START, STOP, TokenBudgetBatches, batches_from
+from dcp.data.ahead import LookAhead, Taken
+from dcp.data.batching import (
+    DOCUMENT,
+    START,
+    STOP,
+    PlacedBatch,
+    TokenBudgetBatches,
+    batches_from,
+)
 from dcp.data.datasets import Samples, as_dataset, shifted_labels, tokens_of
-from dcp.data.exchange import Planned, Share, make_exchange
+from dcp.data.exchange import Share, make_exchange
 from dcp.data.messages import request_to_bytes
-from dcp.data.planning import PlanningPool
+from dcp.data.planning import Pool, open_pool
 from dcp.program import RankPlan
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
@@ -34,7 +39,9 @@ class LocalBatch:
         num_loss_tokens: labels that count, over all ranks: divide the summed loss by it.
         seqlens: tokens of every sequence of the whole batch, int64 ``[num_sequences]``.
         epoch, index: where the batch stands.
-        plan_wait_seconds: how long this rank waited for the plan.
+        plan_wait_seconds: how long planning held this rank up: asking for plans and waiting.
+        planned_ahead: batches, this one included, whose plans were there when it was asked for;
+            None on ranks that do not plan.
     """
 
     tokens: torch.Tensor
@@ -45,6 +52,7 @@ class LocalBatch:
     epoch: int
     index: int
     plan_wait_seconds: float
+    planned_ahead: int | None
 
     @property
     def num_tokens(self) -> int:
@@ -56,27 +64,35 @@ class DCPDataLoader:
     """Yields ``(local_batch, rank_plan)``: this rank's share of batch after batch.
 
     Iterating goes on from where the last iteration stopped, to the end of that epoch; the next
-    ``for`` loop is the next epoch. The planning rank plans ``look_ahead`` batches ahead in worker
-    processes and leaves every rank its share in the group's store; all ranks iterate in step.
+    ``for`` loop is the next epoch. Planning ranks plan ahead in worker processes, each batch on one
+    of them, and leave every rank its share in the group's store; all ranks iterate in step. Where
+    a rank loses its pool of workers, the other planning ranks plan its batches, too.
 
     Args:
         dataset: anything with a length and an index that gives token vectors, or mappings with
-            ``input_ids`` and maybe ``labels``; only the planning rank asks for all lengths.
+            ``input_ids`` and maybe ``labels``; only planning ranks ask for all lengths.
         mask_fn: the name of a mask, or ``fn(seqlens, samples)`` that returns one mask per sequence
-            (an ``AttnMask``, a range tensor or a name), or such lists by mask name. It runs on the
-            planning rank; ``samples`` are read when they are indexed.
-        spec: heads and dtype of attention.
-        cluster: the machine, with as many devices as the group has ranks; by default one node.
+            (an ``AttnMask``, a range tensor or a name), or such lists by mask name. It runs on
+            planning ranks; ``samples`` are read when they are indexed.
+        spec: heads and dtype of attention, as each rank computes it.
+        cluster: the machine, with as many devices as attention has ranks; by default one node.
         tokens_per_batch: the budget of a batch, over all ranks.
-        group: a ``torch.distributed`` group (constructing the loader is then collective), or None
-            for a world of one rank.
+        group: the ``torch.distributed`` group of all ranks that use the loader (constructing it is
+            then collective), or None for a world of one rank.
+        attention_group: the group over which this rank's attention runs; None is ``group``. Ranks
+            with the same rank in theirs, such as the members of a tensor- or pipeline-parallel
+            group, share a plan and get the same tokens.
         max_seqlen: longest sequence; None is the budget.
         over_long: what a document longer than that does: ``"raise"`` or ``"split"``.
         seed: of the order of documents, which differs by epoch; None keeps their own order.
+        packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
         mask_weights: layers that use each mask, where ``mask_fn`` names several.
-        look_ahead: batches being planned before they are asked for.
+        look_ahead: batches that each planning rank plans before they are asked for.
         num_workers: planning processes of a planning rank; 0 plans in this one, unhidden.
-        planning_ranks: ranks that plan, in turn; iteration ``i`` belongs to one of them.
+        planning_pool: where planning ranks plan: ``"processes"`` of theirs, ``"ray"``, or an own
+            :class:`dcp.data.Pool`.
+        planning_ranks: ranks that plan, in turn; None is the first rank of each node, with Ray
+            rank 0.
         device: where the tensors go.
         timeout_seconds: how long a rank waits for a plan before it raises ``PlanningError``.
         plan_options: keywords of ``dcp.plan``, such as ``{"strategy": "zigzag"}``.
@@ -95,13 +111,17 @@ class DCPDataLoader:
         tokens_per_batch: int,
         cluster: Cluster | None = None,
         group: Any = None,
+        attention_group: Any = None,
         max_seqlen: int | None = None,
         over_long: str = "raise",
         seed: int | None = 0,
+        packing: str = "first_fit",
+        bucket_window: int = 0,
         mask_weights: Mapping[str, float] | None = None,
         look_ahead: int = 4,
         num_workers: int = 1,
-        planning_ranks: Sequence[int] = (0,),
+        planning_pool: str | Pool = "processes",
+        planning_ranks: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_seconds: float = 600.0,
         plan_options: Mapping[str, Any] | None = None,
@@ -115,36 +135,56 @@ class DCPDataLoader:
             "max_seqlen": max_seqlen,
             "over_long": over_long,
             "seed": seed,
+            "packing": packing,
+            "bucket_window": bucket_window,
         }
-        self._look_ahead, self._timeout = look_ahead, timeout_seconds
         self._plan_options = dict(plan_options or {})
-        self._exchange = make_exchange(group, timeout_seconds=timeout_seconds)
-        num_ranks = self._exchange.num_ranks
-        self.cluster = cluster or Cluster(num_nodes=1, devices_per_node=num_ranks)
-        if self.cluster.num_ranks != num_ranks:
+        self._exchange = make_exchange(group, attention_group, timeout_seconds=timeout_seconds)
+        plan_ranks = self._exchange.plan_ranks
+        self.cluster = cluster or Cluster(num_nodes=1, devices_per_node=max(plan_ranks) + 1)
+        if self.cluster.num_ranks != max(plan_ranks) + 1:
             raise ValueError(
-                f"the cluster has {self.cluster.num_ranks} devices and the group {num_ranks} ranks"
+                f"the cluster has {self.cluster.num_ranks} devices and attention "
+                f"{max(plan_ranks) + 1} ranks"
             )
-        self._planning_ranks = tuple(planning_ranks)
-        if not self._planning_ranks or not set(self._planning_ranks) <= set(range(num_ranks)):
+        if planning_ranks is None:
+            nodes = self.cluster.node_of_rank[np.array(plan_ranks)].tolist()
+            one = planning_pool == "ray"  # which has the cores of all nodes
+            planning_ranks = [0] if one else sorted(nodes.index(node) for node in set(nodes))
+        num_ranks = self._exchange.num_ranks
+        if not planning_ranks or not set(planning_ranks) <= set(range(num_ranks)):
             raise ValueError(f"planning_ranks {planning_ranks} are not ranks below {num_ranks}")
-        self.plans = self._exchange.rank in self._planning_ranks
+        self.planning_ranks = tuple(dict.fromkeys(planning_ranks))
         self._batches: TokenBudgetBatches | None = None
-        if self.plans:
+        self._pool: Pool | None = None
+        if self._exchange.rank in self.planning_ranks:
             self._batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
-        self._pool = PlanningPool(num_workers if self.plans else 0)
-        self._epoch, self._position, self._starts = 0, 0, 0
+            self._pool = open_pool(planning_pool, num_workers=num_workers)
+        self._ahead = LookAhead(
+            self._exchange,
+            self.planning_ranks,
+            self._pool,
+            self._prepare,
+            look_ahead=look_ahead,
+            timeout_seconds=timeout_seconds,
+        )
+        self._epoch, self._position = 0, 0
         self._start(epoch=0, position=0)
+
+    @property
+    def plans(self) -> bool:
+        """Whether this rank is one of those that plan."""
+        return self._pool is not None
 
     # ------------------------------------------------------------------ iteration
 
     def __iter__(self) -> Iterator[tuple[LocalBatch, RankPlan]]:
         last = False
         while not last:
-            share, waited = self._take()
-            plan = share.rank_plan()
-            batch = self._local_batch(share, plan, waited)
-            last = share.last
+            taken = self._ahead.take()
+            plan = taken.share.rank_plan()
+            batch = self._local_batch(taken, plan)
+            last = taken.share.last
             self._epoch, self._position = (
                 (self._epoch + 1, 0) if last else (self._epoch, self._position + 1)
             )
@@ -167,7 +207,6 @@ class DCPDataLoader:
             epoch, position = int(state["epoch"]), int(state["position"])
         except KeyError as error:
             raise ValueError(f"cannot resume: the loader's state lacks {error}") from None
-        self._cancel()
         self._start(epoch=epoch, position=position)
 
     def sequence_batch(self, epoch: int, position: int) -> SequenceBatch:
@@ -180,8 +219,9 @@ class DCPDataLoader:
     def close(self) -> None:
         """End the planning processes."""
         self._exchange.close()
-        self._cancel()
-        self._pool.close()
+        self._ahead.stop()
+        if self._pool is not None:
+            self._pool.close()
 
     def __enter__(self) -> DCPDataLoader:
         return self
@@ -192,50 +232,22 @@ class DCPDataLoader:
     # ------------------------------------------------------------------ planning ahead
 
     def _start(self, *, epoch: int, position: int) -> None:
-        self._epoch, self._position, self._iteration = epoch, position, 0
-        self._starts += 1  # tells the shares of this run from stale ones
-        self._pending: dict[int, Planned] = {}
+        self._epoch, self._position = epoch, position
+        places = None
         if self._batches is not None:
-            places = enumerate(batches_from(self._batches, epoch=epoch, position=position))
-            turn = len(self._planning_ranks)
-            mine = self._planning_ranks.index(self._exchange.rank)
-            self._places = islice(places, mine, None, turn)
+            places = batches_from(self._batches, epoch=epoch, position=position)
+        self._ahead.start(places)
 
-    def _take(self) -> tuple[Share, float]:
-        """This rank's share of the next batch, and the seconds it was waited for."""
-        iteration, self._iteration = self._iteration, self._iteration + 1
-        planner = self._planning_ranks[iteration % len(self._planning_ranks)]
-        if self.plans:
-            self._plan_ahead()
-        began = time.perf_counter()
-        if planner == self._exchange.rank:
-            share = self._pending.pop(iteration).own_share(self._timeout)
-        else:
-            share = self._exchange.fetch(self._key(iteration), planner)
-        return share, time.perf_counter() - began
-
-    def _plan_ahead(self) -> None:
-        while len(self._pending) <= self._look_ahead:
-            iteration, place = next(self._places)
-            share = Share(self._full_pieces(place.pieces), 0, place.last, b"")
-            try:
-                share = replace(share, num_loss_tokens=self._count_loss_tokens(place.pieces))
-                request = request_to_bytes(
-                    self._sequence_batch(place.pieces), self.spec, self.cluster, self._plan_options
-                )
-                future = self._pool.submit(request)
-            except Exception as error:  # raised when its turn comes, here and on every rank
-                future = Future()
-                future.set_exception(error)
-            self._pending[iteration] = Planned(self._exchange, self._key(iteration), share, future)
-
-    def _key(self, iteration: int) -> str:
-        return f"{self._starts}/{iteration}"
-
-    def _cancel(self) -> None:
-        for planned in self._pending.values():
-            planned.future.cancel()
-        self._pending = {}
+    def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
+        """A batch's share, without plan, and the request for its plan."""
+        pieces = place.pieces
+        # with each document's length, for the readers to check theirs against
+        full = np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
+        num_loss_tokens = sum(self.dataset.num_loss_tokens(*piece) for piece in pieces.tolist())
+        request = request_to_bytes(
+            self._sequence_batch(pieces), self.spec, self.cluster, self._plan_options
+        )
+        return Share(full, num_loss_tokens, place.last, b""), request
 
     # ------------------------------------------------------------------ batches
 
@@ -246,13 +258,6 @@ class DCPDataLoader:
             identity["document_tokens"] = int(self._batches.lengths.sum())
         return identity
 
-    def _full_pieces(self, pieces: np.ndarray) -> np.ndarray:
-        """Pieces with each document's length, for the readers to check theirs against."""
-        return np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
-
-    def _count_loss_tokens(self, pieces: np.ndarray) -> int:
-        return sum(self.dataset.num_loss_tokens(*piece) for piece in pieces.tolist())
-
     def _sequence_batch(self, pieces: np.ndarray) -> SequenceBatch:
         seqlens = (pieces[:, STOP] - pieces[:, START]).tolist()
         masks = self._mask_fn
@@ -260,8 +265,9 @@ class DCPDataLoader:
             masks = masks(seqlens, Samples(self.dataset, pieces))
         return SequenceBatch(seqlens, masks, weights=self._mask_weights)
 
-    def _local_batch(self, share: Share, plan: RankPlan, waited: float) -> LocalBatch:
+    def _local_batch(self, taken: Taken, plan: RankPlan) -> LocalBatch:
         """Read the documents of which this rank owns tokens, and take those tokens."""
+        share = taken.share
         sequence, position = plan.sequence_ids, plan.positions
         tokens, labels = np.empty_like(position), np.empty_like(position)
         order = np.argsort(sequence, kind="stable")
@@ -285,5 +291,6 @@ class DCPDataLoader:
             seqlens=share.pieces[:, STOP] - share.pieces[:, START],
             epoch=self._epoch,
             index=self._position,
-            plan_wait_seconds=waited,
+            plan_wait_seconds=taken.waited_seconds,
+            planned_ahead=taken.planned_ahead,
         )

@@ -1,4 +1,4 @@
-"""Planning ahead: a pool of worker processes that outlives the death of any of them."""
+"""Where plans are made: a pool of worker processes that outlives the death of any of them."""
 
 from __future__ import annotations
 
@@ -11,57 +11,85 @@ import warnings
 import weakref
 from concurrent.futures import Future
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Protocol, cast
 
 from dcp.data.messages import answer_from_bytes, read_message, write_message
 from dcp.data.worker import answer_or_refusal
 
 _COMMAND = [sys.executable, "-m", "dcp.data.worker"]
-ATTEMPTS = 3  # a batch that kills this many workers is given up
+ATTEMPTS = 3  # workers in a row that may die on one batch
 
 
 class PlanningError(RuntimeError):
-    """Planning workers died on a batch, again and again."""
+    """A batch has no plan, and not through the batch's own fault."""
+
+
+class PoolLost(PlanningError):
+    """A pool has ended and plans nothing more; another one may."""
+
+
+class Pool(Protocol):
+    """Something that plans requests (:mod:`dcp.data.messages`), in any order."""
+
+    def submit(self, request: bytes) -> Future[list[bytes]]:
+        """Plan a request; the result is every rank's ``RankPlan`` as bytes.
+
+        The future fails with the planner's ``PlanningFailed``, or with :class:`PoolLost`.
+        """
+
+    def close(self) -> None:
+        """End the pool; what is not planned by then fails."""
+
+
+def open_pool(backend: str | Pool, *, num_workers: int) -> Pool:
+    """A pool by the name of its backend, or the given pool itself."""
+    if backend == "processes":
+        return PlanningPool(num_workers)
+    if backend == "ray":
+        from dcp.data.ray_pool import RayPool
+
+        return RayPool()
+    if isinstance(backend, str) or not (hasattr(backend, "submit") and hasattr(backend, "close")):
+        raise ValueError(
+            f"planning_pool must be 'processes', 'ray' or an object with submit and close, "
+            f"got {backend!r}"
+        )
+    return backend
 
 
 class PlanningPool:
-    """Plans requests in worker processes, in any order; each result is a ``Future``.
+    """Plans in worker processes of this machine.
 
-    A worker that dies is replaced and its request planned again, with one warning per death.
+    A worker that dies is replaced and its batch planned again, with one warning. When ``ATTEMPTS``
+    workers in a row die on one batch, or none can be started, the pool is lost.
     ``num_workers=0`` plans in this process, when the result is asked for.
     """
 
     def __init__(self, num_workers: int) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
-        self._requests: queue.SimpleQueue[tuple[bytes, Future] | None] = queue.SimpleQueue()
-        self._workers = [_Worker(self._requests) for _ in range(num_workers)]
+        self._jobs = _Jobs()
         # also at garbage collection and at exit
-        self._finalizer = weakref.finalize(self, _stop_all, self._workers, self._requests)
+        closed = PlanningError("the planning pool was closed")
+        self._finalizer = weakref.finalize(self, self._jobs.end, closed)
+        self._jobs.workers = [_Worker(self._jobs) for _ in range(num_workers)]
 
     @property
     def worker_pids(self) -> list[int]:
         """Process ids of the living workers."""
-        return [worker.process.pid for worker in self._workers]
+        return [worker.process.pid for worker in self._jobs.workers]
 
     def submit(self, request: bytes) -> Future[list[bytes]]:
-        """Plan a request message; the result is every rank's ``RankPlan`` as bytes."""
-        if not self._workers:
+        """See :class:`Pool`."""
+        if not self._jobs.workers:
             return _Inline(request)
         future: Future[list[bytes]] = Future()
-        self._requests.put((request, future))
+        self._jobs.put(request, future)
         return future
 
     def close(self) -> None:
-        """End the workers; what was not planned stays unanswered."""
+        """See :class:`Pool`."""
         self._finalizer()
-
-
-def _stop_all(workers: list[_Worker], requests: queue.SimpleQueue) -> None:
-    for worker in workers:
-        worker.stop()
-    for _ in workers:
-        requests.put(None)
 
 
 class _Inline(Future):
@@ -80,57 +108,99 @@ class _Inline(Future):
         return super().result()
 
 
+class _Jobs:
+    """The requests that wait, the workers that serve them, and why it all ended, once it has."""
+
+    def __init__(self) -> None:
+        self.waiting: queue.SimpleQueue[tuple[bytes, Future] | None] = queue.SimpleQueue()
+        self.workers: list[_Worker] = []
+        self.ended: PlanningError | None = None
+        self._lock = threading.Lock()
+
+    def put(self, request: bytes, future: Future) -> None:
+        with self._lock:  # nothing may enter the queue behind the workers' last word
+            if self.ended is None:
+                self.waiting.put((request, future))
+                return
+        future.set_exception(self.ended)
+
+    def end(self, error: PlanningError) -> None:
+        """End the workers; what waits, or comes yet, fails with the first ``error``."""
+        with self._lock:
+            if self.ended is not None:
+                return
+            self.ended = error
+            for _ in self.workers:
+                self.waiting.put(None)
+        for worker in self.workers:
+            worker.process.kill()
+
+
 class _Worker:
     """A worker process and the thread that feeds it."""
 
-    def __init__(self, requests: queue.SimpleQueue) -> None:
-        self._requests, self._stopping = requests, False
+    def __init__(self, jobs: _Jobs) -> None:
+        self._jobs = jobs
         self.process = _start_process()
         threading.Thread(target=self._serve, name="dcp-planning", daemon=True).start()
 
-    def stop(self) -> None:
-        self._stopping = True
-        self.process.kill()
-
     def _serve(self) -> None:
-        while (job := self._requests.get()) is not None and not self._stopping:
+        while (job := self._jobs.waiting.get()) is not None:
             request, future = job
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(answer_from_bytes(self._ask(request)))
-                except Exception as error:  # whoever waits for the plan must hear of it
-                    future.set_exception(error)
-        self.process.kill()
-        self.process.communicate()
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(answer_from_bytes(self._ask(request)))
+            except Exception as error:  # whoever waits for the plan must hear of it
+                if isinstance(error, PoolLost):
+                    self._jobs.end(error)
+                future.set_exception(error)
+        self._bury()
 
     def _ask(self, request: bytes) -> bytes:
         """The worker's answer, or its successors'."""
-        for _ in range(ATTEMPTS):
+        deaths: list[str] = []
+        while len(deaths) < ATTEMPTS:
+            if self._jobs.ended is not None:
+                raise self._jobs.ended
             try:
                 write_message(cast(BinaryIO, self.process.stdin), request)
                 answer = read_message(cast(BinaryIO, self.process.stdout))
             except OSError:  # the pipe broke
                 answer = None
             if answer is not None:
+                if deaths:
+                    _warn(deaths)
                 return answer
-            if self._stopping:
-                raise PlanningError("the planning pool was closed")
-            self._replace()
-        raise PlanningError(f"{ATTEMPTS} planning workers died on one batch")
+            if self._jobs.ended is None:
+                deaths.append(self._replace())
+        raise PoolLost(f"{ATTEMPTS} planning workers in a row died on a batch: {deaths[-1]}")
 
-    def _replace(self) -> None:
-        dead = self.process
-        dead.kill()
-        dead.communicate()
-        self.process = _start_process()
-        if self._stopping:  # stop() may have killed the old one
+    def _replace(self) -> str:
+        """Start a new process; says how the old one ended."""
+        self._bury()
+        dead = f"pid {self.process.pid}, exit status {self.process.returncode}"
+        try:
+            self.process = _start_process()
+        except OSError as error:
+            raise PoolLost(
+                f"a planning worker died ({dead}) and no other starts: {error}"
+            ) from None
+        if self._jobs.ended is not None:  # end() may have killed the old one
             self.process.kill()
-        warnings.warn(
-            f"a planning worker (pid {dead.pid}) died with exit status {dead.returncode}; "
-            "a new one plans its batch again",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        return dead
+
+    def _bury(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def _warn(deaths: list[str]) -> None:
+    warnings.warn(
+        f"a planning worker died ({'; '.join(deaths)}); a new one planned its batch again",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _start_process() -> subprocess.Popen:
