@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dcp import AttentionSpec, AttnMask, Cluster, DCPDataLoader, SequenceBatch, plan
 from dcp.data import (
     ByteTokenizer,
+    ModalityMasks,
     PlanningError,
     PlanningPool,
     PoolLost,
@@ -353,6 +354,53 @@ def test_mask_fn_sees_lengths_and_samples():
     assert [mask.area for mask in masks] == [
         n * n if n < 20 else AttnMask.sliding_window(n, 5).area for n in batch.seqlens.tolist()
     ]
+
+
+def visible(text_lengths, image_size, own_only):
+    """The modality mask by its rule, token by token."""
+    image = np.concatenate(
+        [np.repeat([-1 - i, i], [n, image_size]) for i, n in enumerate(text_lengths)]
+    )[: len(text_lengths) * image_size + sum(text_lengths) - image_size]
+    dense = np.zeros((len(image), len(image)), dtype=bool)
+    for q, of in enumerate(image):
+        for k, other in enumerate(image):
+            same = of >= 0 and of == other
+            dense[q, k] = same or (k <= q and not (own_only and of >= 0))
+    return dense
+
+
+@pytest.mark.parametrize("own_only", [False, True])
+def test_image_sizes_and_text_lengths_make_the_modality_mask(own_only):
+    shapes = [([3, 0, 4], 5), ([2, 1], 8), ([7], 4), (None, None)]
+    samples = []
+    for text_lengths, image_size in shapes:
+        total = (
+            6 if text_lengths is None else sum(text_lengths) + (len(text_lengths) - 1) * image_size
+        )
+        samples.append(
+            {"input_ids": np.arange(total), "text_lengths": text_lengths, "image_size": image_size}
+        )
+    loader = loader_of(samples, ModalityMasks(own_only), seed=None, over_long="raise")
+    batch, _ = next(iter(loader))
+    assert batch.seqlens.tolist() == [len(sample["input_ids"]) for sample in samples]
+    masks = loader.sequence_batch(0, 0).masks["default"]
+    for mask, (text_lengths, image_size) in zip(masks[:3], shapes[:3], strict=True):
+        assert (mask.to_dense() == visible(text_lengths, image_size, own_only)).all()
+    assert masks[3] == AttnMask.causal(6)
+
+
+@pytest.mark.parametrize(
+    ("match", "sample"),
+    [
+        (r"text_lengths \[3, 3\] with images of 5 tokens make 11 tokens, the sample has 12",
+         {"input_ids": np.arange(12), "text_lengths": [3, 3], "image_size": 5}),
+        ("needs 'text_lengths'", {"input_ids": np.arange(12), "image_size": 5}),
+        ("must be a mapping, got ndarray of 12 tokens", np.arange(12)),
+    ],
+)  # fmt: skip
+def test_multimodal_mistakes(match, sample):
+    with pytest.raises(ValueError, match=match):
+        next(iter(loader_of([sample], ModalityMasks())))
 
 
 def test_resuming_counts_what_was_yielded():

@@ -205,6 +205,47 @@ def test_a_killed_rank_ends_the_job(tmp_path, texts):
     assert not rank_pids(job.pid)
 
 
+def start_ranks(world, folder, values):
+    """Ranks without a launcher to end them: each on its own, its end of stdin held by us."""
+    import socket
+
+    TrainConfig(**values).save(folder / "config.json")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1"}
+    ranks = []
+    for rank in range(world):
+        variables = common | {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        command = [sys.executable, "-m", "dcp.train.process", str(folder)]
+        ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
+    return ranks
+
+
+@pytest.mark.parametrize(("world", "victim"), [(2, 0), (3, 1)])
+def test_every_rank_names_the_one_that_was_killed(tmp_path, texts, world, victim):
+    values = TINY | {"source": str(texts), "output": str(tmp_path), "steps": 100000}
+    ranks = start_ranks(world, tmp_path, values | {"timeout_seconds": 30.0, "planning_ranks": "1"})
+    metrics = tmp_path / "metrics.jsonl"
+    try:
+        while not metrics.exists() or not metrics.read_text():
+            assert all(rank.poll() is None for rank in ranks)
+            time.sleep(0.1)
+        ranks[victim].send_signal(signal.SIGKILL)
+        left = [rank for rank in range(world) if rank != victim]
+        for rank in left:
+            assert ranks[rank].wait(timeout=50) == 1
+            failure = json.loads((tmp_path / f"failure-{rank}.json").read_text())
+            assert failure["error"].startswith(f"rank {victim}")
+            assert " died" in failure["error"]
+            assert failure["traceback"] is None
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
+
+
 def rank_pids(parent):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True)
     return [int(pid) for pid in found.stdout.split()]

@@ -20,6 +20,7 @@ _HOMES = {
     "PlanningPool": "planning",
     "PlanningError": "planning",
     "PoolLost": "planning",
+    "ModalityMasks": "multimodal",
     "DCPDataLoader": "loader",
     "LocalBatch": "loader",
 }

@@ -38,9 +38,15 @@ def run(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key, *_ in options()}
     config = TrainConfig.load(args.config, {k: v for k, v in given.items() if v is not None})
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
+        from dcp.data.planning import PlanningError
+        from dcp.train.heartbeat import RankLost
         from dcp.train.process import run_rank
 
-        run_rank(config)
+        try:
+            run_rank(config)
+        except (RankLost, PlanningError) as error:
+            print(f"dcp train: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+            return 1
         return 0
     try:
         launch(config, num_processes=args.num_processes)

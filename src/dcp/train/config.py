@@ -24,6 +24,7 @@ _NOT_NEGATIVE = (
     "seed",
     "block_size",
     "planning_workers",
+    "bucket_window",
     "checkpoint_every",
 )
 
@@ -45,6 +46,8 @@ class TrainConfig:
     tokens_per_batch: int = _key(12288, "tokens of a batch, over all ranks")
     max_seqlen: int = _key(4096, "tokens of the longest sequence; 0 is tokens_per_batch")
     over_long: str = _key("split", "documents longer than that: 'split' or 'raise'")
+    packing: str = _key("first_fit", "how batches are filled: 'first_fit' or 'ordered'")
+    bucket_window: int = _key(0, "documents whose lengths are sorted together; 0 sorts none")
     mask: str = _key("causal", "name of the attention mask")
 
     # model
@@ -67,12 +70,15 @@ class TrainConfig:
     strategy: str = _key("auto", "placement strategy")
     block_size: int = _key(0, "most tokens of a data block; 0 lets the planner choose")
     cluster: str = _key("auto", "preset or file with the machine's rates")
-    look_ahead: int = _key(4, "batches planned ahead")
-    planning_workers: int = _key(1, "planning processes")
+    look_ahead: int = _key(4, "batches that each planning rank plans ahead")
+    planning_workers: int = _key(1, "planning processes of each planning rank")
+    planning_ranks: str = _key("", "ranks that plan, as 0,8; empty: the first of each node")
+    planning_pool: str = _key("processes", "where they plan: 'processes' or 'ray'")
 
     # running
     device: str = _key("auto", "'cpu', 'cuda', or 'auto': cuda where every local rank has a GPU")
     threads: int = _key(1, "CPU threads of each process")
+    timeout_seconds: float = _key(600.0, "how long a rank waits for another, or for a plan")
     output: str = _key("runs/train", "folder for metrics, pictures and checkpoints")
     checkpoint_every: int = _key(0, "steps between checkpoints; 0 writes one at the end")
     resume: str = _key("", "checkpoint folder to go on from, or 'latest' of the output folder")
@@ -83,10 +89,17 @@ class TrainConfig:
             self._require(name, getattr(self, name) > 0, "1 or more")
         for name in _NOT_NEGATIVE:
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("learning_rate", self.learning_rate > 0, "more than 0")
+        for name in ("learning_rate", "timeout_seconds"):
+            self._require(name, getattr(self, name) > 0, "more than 0")
         self._require("over_long", self.over_long in ("split", "raise"), "'split' or 'raise'")
         self._require("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         self._require("dtype", self.dtype in ("float32", "bfloat16"), "float32 or bfloat16")
+        packing = self.packing in ("first_fit", "ordered")
+        self._require("packing", packing, "'first_fit' or 'ordered'")
+        pool = self.planning_pool in ("processes", "ray")
+        self._require("planning_pool", pool, "'processes' or 'ray'")
+        ranks = all(part.strip().isdecimal() for part in self.planning_ranks.split(",") if part)
+        self._require("planning_ranks", ranks, "numbers with commas between")
         heads = self.hidden_size % (2 * self.num_heads) == 0 if self.num_heads > 0 else True
         self._require("hidden_size", heads, f"a multiple of 2 * num_heads={2 * self.num_heads}")
         short = self.max_seqlen <= self.tokens_per_batch
@@ -110,6 +123,25 @@ class TrainConfig:
     def plan_options(self) -> dict[str, Any]:
         """Keywords of ``dcp.plan``."""
         return {"strategy": self.strategy, "block_size": self.block_size or "auto"}
+
+    @property
+    def loader_options(self) -> dict[str, Any]:
+        """Keywords of ``DCPDataLoader`` that are keys of the same meaning."""
+        ranks = [int(part) for part in self.planning_ranks.split(",") if part]
+        return {
+            "tokens_per_batch": self.tokens_per_batch,
+            "max_seqlen": self.max_seqlen or None,
+            "over_long": self.over_long,
+            "seed": self.seed,
+            "packing": self.packing,
+            "bucket_window": self.bucket_window,
+            "look_ahead": self.look_ahead,
+            "num_workers": self.planning_workers,
+            "planning_ranks": ranks or None,
+            "planning_pool": self.planning_pool,
+            "timeout_seconds": self.timeout_seconds,
+            "plan_options": self.plan_options,
+        }
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

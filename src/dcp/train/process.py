@@ -18,21 +18,21 @@ import torch.distributed as dist
 
 from dcp.data.planning import PlanningError
 from dcp.train.config import TrainConfig
+from dcp.train.heartbeat import Heartbeat, RankLost
 from dcp.train.trainer import Trainer
-
-TIMEOUT = timedelta(minutes=10)
 
 
 def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
     """Join the group that the environment describes (as torchrun sets it) and train.
 
     ``listen_fd`` is the first rank's inherited listening socket for the store, if there is one.
+    Raises ``RankLost`` within ``config.timeout_seconds`` and some seconds where another rank dies.
     """
     torch.set_num_threads(config.threads)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = choose_device(config.device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = None
+    timeout, store = timedelta(seconds=config.timeout_seconds), None
     if listen_fd is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -40,14 +40,18 @@ def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
             size,
             is_master=rank == 0,
             master_listen_fd=listen_fd,
-            timeout=TIMEOUT,
+            timeout=timeout,
         )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         group = dist.group.WORLD
         assert group is not None
-        with Trainer(config, group, device) as trainer:
-            trainer.train()
+        with Heartbeat(group) as heartbeat:
+            try:
+                with Trainer(config, group, device) as trainer:
+                    trainer.train()
+            except RuntimeError as error:  # also what torch raises when communication fails
+                raise heartbeat.explain(error) from error
     finally:
         dist.destroy_process_group()
 
@@ -79,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 def _record(folder: Path, error: Exception) -> None:
     """Leave the launcher one line, and a traceback where the user is not to blame."""
-    mistake = isinstance(error, ValueError | OSError | PlanningError)
+    mistake = isinstance(error, ValueError | OSError | PlanningError | RankLost)
     message = " ".join(str(error).split())
     rank = int(os.environ["RANK"])
     failure = {

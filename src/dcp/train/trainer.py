@@ -72,15 +72,9 @@ class Trainer:
             config.mask,
             spec=config.spec,
             cluster=make_cluster(config.cluster, self.num_ranks, self.device),
-            tokens_per_batch=config.tokens_per_batch,
             group=group,
-            max_seqlen=config.max_seqlen or None,
-            over_long=config.over_long,
-            seed=config.seed,
-            look_ahead=config.look_ahead,
-            num_workers=config.planning_workers,
             device=self.device,
-            plan_options=config.plan_options,
+            **config.loader_options,
         )
         self.step, self._clock = 0, time.perf_counter()
         if config.resume:
@@ -180,6 +174,7 @@ class Trainer:
             "seconds": seconds,
             "tokens_per_second": batch.num_tokens / seconds,
             "plan_wait_seconds": batch.plan_wait_seconds,
+            "planned_ahead": batch.planned_ahead,
             **{name: stats[name] for name in _PLAN_FIGURES},
             # of the forward passes of all layers
             "inter_node_bytes": stats["inter_node_bytes"] * layers,
@@ -199,7 +194,7 @@ class Trainer:
 
     def _draw_next_plan(self) -> None:
         """Draw the plan of the batch that comes next (the planner repeats itself)."""
-        if self.journal is None:
+        if self.journal is None or not self.loader.plans:
             return
         state = self.loader.state_dict()
         batch = self.loader.sequence_batch(state["epoch"], state["position"])

@@ -1,0 +1,89 @@
+"""Who is still there: when communication fails, every rank can say which rank is to blame."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+INTERVAL_SECONDS = 0.5
+SILENCE_SECONDS = 3.0  # so long without a beat is death: six beats
+
+
+class RankLost(RuntimeError):
+    """A rank of the job died or cannot be reached any more."""
+
+
+class Heartbeat:
+    """Beats into the job's store, from a thread, while the ``with`` block runs.
+
+    Args:
+        group: all ranks of the job.
+        patience_seconds: how long the rank that keeps the store stays for the others to ask it.
+    """
+
+    def __init__(self, group: Any, *, patience_seconds: float = 2 * SILENCE_SECONDS) -> None:
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._patience = timedelta(seconds=patience_seconds)
+        # own connections: one thread's blocking call must not hold the other up
+        self._beats = dist.PrefixStore("dcp-beats", group.get_group_store().clone())
+        self._notes = dist.PrefixStore("dcp-beats", group.get_group_store().clone())
+        self._ended = threading.Event()
+        self._beats.set(f"beat/{self._rank}", "0")
+
+    def __enter__(self) -> Heartbeat:
+        threading.Thread(target=self._beat, name="dcp-heartbeat", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def explain(self, error: Exception) -> Exception:
+        """A :class:`RankLost` that names the silent ranks, else the error itself.
+
+        Takes ``SILENCE_SECONDS``. A rank that fails in turn says so first, and is not blamed.
+        """
+        reason = str(error).strip().splitlines()
+        cause = f"{type(error).__name__}: {reason[0][:300] if reason else ''}"
+        try:
+            self._notes.set(f"failed/{self._rank}", "")
+            before = self._pulse()
+            time.sleep(SILENCE_SECONDS)
+            silent = [
+                rank
+                for rank, (one, other) in enumerate(zip(before, self._pulse(), strict=True))
+                if one == other and not self._notes.check([f"failed/{rank}"])
+            ]
+            self._notes.set(f"left/{self._rank}", "")
+            if self._rank == 0:
+                self._wait_for(set(range(self._size)) - set(silent))
+        except RuntimeError:  # torch's kinds for a lost store
+            return RankLost(f"rank 0, or what else keeps the job's store, died ({cause})")
+        if not silent:
+            return error
+        names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+        return RankLost(
+            f"{names} died or cannot be reached, silent for {SILENCE_SECONDS:g} s ({cause})"
+        )
+
+    def _pulse(self) -> list[bytes]:
+        return self._notes.multi_get([f"beat/{rank}" for rank in range(self._size)])
+
+    def _wait_for(self, ranks: set[int]) -> None:
+        """The store ends with this rank: let the others find their own explanation."""
+        try:
+            self._notes.wait([f"left/{rank}" for rank in ranks], self._patience)
+        except RuntimeError:  # they will say that this rank is gone
+            return
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(INTERVAL_SECONDS):
+            count += 1
+            try:
+                self._beats.set(f"beat/{self._rank}", str(count))
+            except RuntimeError:  # the store is gone: so is the job
+                return
