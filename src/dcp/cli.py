@@ -22,6 +22,7 @@ _BENCHES = {  # modules of dcp.bench
     "planner": "plans and planning time, beside recorded ones",
     "kernels": "attention kernels beside torch's",
     "simulate": "the simulator beside real ranks on shaped links",
+    "soak": "training while planning workers are killed, beside the same run in peace",
     "published": "the simulator beside the published microbenchmark",
 }
 
