@@ -80,19 +80,27 @@ def test_lost_turns_go_round_the_others():
 
 
 def kill_for_good(pool):
-    """SIGKILL every worker of a pool as soon as it starts, until the pool has given up."""
+    """SIGKILL every worker of a pool now, and each new one as soon as it starts, to the end."""
     killed = set()
-    while pool._jobs.ended is None:
+
+    def kill():
         for pid in set(pool.worker_pids) - killed:
             os.kill(pid, signal.SIGKILL)
             killed.add(pid)
-        time.sleep(0.01)
-    return len(killed)
+
+    def go_on():
+        while pool._jobs.ended is None:
+            kill()
+            time.sleep(0.005)
+
+    kill()
+    threading.Thread(target=go_on, daemon=True).start()
 
 
 def losing_pools_on_each_rank(victims):
     """An epoch with the pools of some ranks killed after three batches, and the warnings."""
-    options = {"group": dist.group.WORLD, "num_workers": 1, "planning_ranks": (2, 0)}
+    options = {"group": dist.group.WORLD, "num_workers": 1, "look_ahead": 1}
+    options["planning_ranks"] = (2, 0)
     with warnings.catch_warnings(record=True) as caught, loader_of(**options) as loader:
         warnings.simplefilter("always")
         batches, error = [], None
@@ -101,7 +109,7 @@ def losing_pools_on_each_rank(victims):
                 columns = (batch.tokens, batch.labels, batch.positions)
                 batches.append(list(zip(*(c.tolist() for c in columns), strict=True)))
                 if len(batches) == 3 and dist.get_rank() in victims:
-                    threading.Thread(target=kill_for_good, args=[loader._pool]).start()
+                    kill_for_good(loader._pool)
         except PlanningError as raised:
             error = str(raised)
         dist.barrier()

@@ -137,15 +137,17 @@ class StoreExchange:
                 f"each of its ranks there: the sizes are {sizes}, the ranks {self.plan_ranks}"
             )
         self._timeout, self._closed = timedelta(seconds=timeout_seconds), False
-        store: Any = group.get_group_store()
         # A clone has its own connection: publishing threads never wait behind a blocking read.
-        store = store.clone()
-        self._store: Any = dist.PrefixStore(f"dcp-loader/{seeds[0]}", store)
+        self._store, self._outgoing = self._connect(group, seeds[0]), self._connect(group, seeds[0])
+
+    @staticmethod
+    def _connect(group: Any, number: int) -> Any:
+        return dist.PrefixStore(f"dcp-loader/{number}", group.get_group_store().clone())
 
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         for plan_rank in self._published_by(self.rank):
             if not self._closed:
-                self._store.set(f"{key}/{plan_rank}", messages[plan_rank])
+                self._outgoing.set(f"{key}/{plan_rank}", messages[plan_rank])
 
     def fetch(self, key: str, planner: int) -> bytes:
         name = self._name(key)
@@ -169,11 +171,19 @@ class StoreExchange:
     def was_read(self, key: str, *, wait: bool = False) -> bool:
         if not self._published_by(self.rank):
             return True
+        done = f"{key}/done"
         if wait:
-            self._store.wait([f"{key}/done"], self._timeout)
-        elif not self._store.check([f"{key}/done"]):
+            try:
+                self._store.wait([done], self._timeout)
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                raise PlanningError(
+                    f"a rank has not taken its batch for {self._timeout.total_seconds():g} s: it "
+                    f"died, or is that far behind ({reason})"
+                ) from None
+        elif not self._store.check([done]):
             return False
-        self._store.delete_key(f"{key}/done")
+        self._store.delete_key(done)
         return True
 
     def withdraw(self, key: str) -> None:
