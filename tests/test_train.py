@@ -226,7 +226,7 @@ def start_ranks(world, folder, values):
 @pytest.mark.parametrize(("world", "victim"), [(2, 0), (3, 1)])
 def test_every_rank_names_the_one_that_was_killed(tmp_path, texts, world, victim):
     values = TINY | {"source": str(texts), "output": str(tmp_path), "steps": 100000}
-    ranks = start_ranks(world, tmp_path, values | {"timeout_seconds": 30.0, "planning_ranks": "1"})
+    ranks = start_ranks(world, tmp_path, values | {"timeout_seconds": 30.0})
     metrics = tmp_path / "metrics.jsonl"
     try:
         while not metrics.exists() or not metrics.read_text():
