@@ -132,6 +132,21 @@ def test_without_any_pool_all_ranks_raise(gloo_pool):
         assert "could not plan, and no other can: 3 planning workers in a row died" in error
 
 
+def no_batches_on_each_rank():
+    options = {"group": dist.group.WORLD, "packing": "ordered", "planning_ranks": (0, 2)}
+    with loader_of([np.arange(9)], **options) as loader:
+        try:
+            next(iter(loader))
+        except (ValueError, PlanningError) as error:
+            return str(error)
+    return None
+
+
+def test_all_ranks_hear_that_there_are_no_batches(gloo_pool):
+    messages = gloo_pool(3).run(no_batches_on_each_rank)
+    assert all("no batch of epoch 0 is 75% full" in message for message in messages)
+
+
 def planner_that_never_plans():
     with loader_of(group=dist.group.WORLD, timeout_seconds=0.5) as loader:
         dist.barrier()

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from dcp.data.batching import PlacedBatch
 from dcp.data.exchange import Exchange, Share, error_to_bytes
@@ -91,8 +92,8 @@ class LookAhead:
         self.stop()
         self._starts += 1  # tells the shares of this run from stale ones
         self._iteration, self._horizon = 0, 0
-        self._source = places
-        self._places: dict[int, PlacedBatch] = {}
+        self._source = None if places is None else _or_error(places)
+        self._places: dict[int, PlacedBatch | ValueError] = {}
         self._unread: dict[int, str] = {}  # own iterations that not all have read
 
     def take(self) -> Taken:
@@ -175,9 +176,11 @@ class LookAhead:
 
     def _plan(self, iteration: int) -> None:
         assert self._pool is not None
-        share = None
+        share, place = None, self._places[iteration]
         try:
-            share, request = self._prepare(self._places[iteration])
+            if isinstance(place, ValueError):
+                raise place
+            share, request = self._prepare(place)
             future = self._pool.submit(request)
         except Exception as error:  # raised when its turn comes, here and on every rank
             future = Future()
@@ -209,6 +212,14 @@ class LookAhead:
 
     def _key(self, iteration: int, planner: int | None) -> str:
         return f"{self._starts}/{iteration}/{planner}"
+
+
+def _or_error(places: Iterator[PlacedBatch]) -> Iterator[PlacedBatch | ValueError]:
+    """The places, and for ever the error that ends them: all ranks have to hear of it."""
+    try:
+        yield from places
+    except ValueError as error:
+        yield from repeat(error)
 
 
 class _Planned:
