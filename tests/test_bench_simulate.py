@@ -9,6 +9,7 @@ import pytest
 
 from dcp import AttentionSpec, Cluster, SequenceBatch, plan
 from dcp.bench import simulate as bench
+from dcp.bench.fleet import measured_cluster
 from dcp.bench.testbed import open_testbed, why_not
 from dcp.cost import item_seconds
 from dcp.simulate import simulate
@@ -67,7 +68,7 @@ def test_rates_of_all_ranks_are_averaged():
         }
 
     found = [{"rates": [rates(1), rates(3)]}, {"rates": [rates(2), rates(2)]}]
-    cluster = bench.measured_cluster(found, Cluster(), name="here")
+    cluster = measured_cluster(found, Cluster(), name="here")
     assert cluster.kernel_rates == ((64, 2e9), (128, 6e9))
     assert (cluster.device_flops, cluster.inter_node_bandwidth) == (6e9, 2e6)
     assert (cluster.kernel_tile, cluster.name) == (512, "here")

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.conditions import conditions
+from dcp.bench.fleet import measured_cluster, run_ranks
 from dcp.bench.testbed import open_testbed
 from dcp.cluster import Cluster
 from dcp.masks import named_mask
@@ -38,7 +35,6 @@ BATCHES = {  # tokens of each sequence: one long among short ones, and many of m
     "long-tailed": (1400, 900, 640, 420, 280, 190, 120, 80, 40, 26),
 }
 TARGET = 0.2  # median relative error
-LIMIT_SECONDS = 600  # of one testbed's run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +55,16 @@ def run(args: argparse.Namespace) -> int:
     cases = make_cases(args.nodes, args.ranks_per_node, args.mbits[0])
     rows, clusters = [], {}
     for mbits in args.mbits:
-        found = measure([made for _, made in cases], args, mbits)
+        with open_testbed(args.nodes, bandwidth=mbits * 1e6 / 8) as bed:
+            found = run_ranks(
+                bed,
+                [made for _, made in cases],
+                SPEC,
+                ranks_per_node=args.ranks_per_node,
+                repeat=args.repeat,
+                rates=True,
+                local=True,
+            )
         cluster = measured_cluster(found, cases[0][1].cluster, name=f"{mbits:g} Mbit/s")
         clusters[cluster.name] = asdict(cluster)
         for i, (labels, made) in enumerate(cases):
@@ -86,63 +91,6 @@ def make_cases(nodes: int, ranks_per_node: int, mbits: float) -> list[tuple[dict
         labels = {"batch": name, "mask": mask, "strategy": strategy}
         cases.append((labels, plan(batch, SPEC, cluster, strategy=strategy)))
     return cases
-
-
-# --------------------------------------------------------------------------- measured
-
-
-def measure(plans: list[Plan], args: argparse.Namespace, mbits: float) -> list[dict[str, Any]]:
-    """What every rank found (:mod:`dcp.bench.testbed_rank`) on links of one speed."""
-    size = args.nodes * args.ranks_per_node
-    job = {
-        "num_plans": len(plans),
-        "spec": asdict(SPEC),
-        "local_size": args.ranks_per_node,
-        "repeat": args.repeat,
-    }
-    with (
-        tempfile.TemporaryDirectory(prefix="dcp-simulate-") as name,
-        open_testbed(args.nodes, bandwidth=mbits * 1e6 / 8) as bed,
-    ):
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job))
-        for i, made in enumerate(plans):
-            made.save(folder / f"{i}.plan")
-        command = [sys.executable, "-m", "dcp.bench.testbed_rank", str(folder)]
-        _wait(bed.start(command, ranks_per_node=args.ranks_per_node))
-        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
-
-
-def _wait(processes: list[subprocess.Popen]) -> None:
-    """Until all ranks succeed; one that fails ends the others."""
-    end = time.monotonic() + LIMIT_SECONDS
-    try:
-        while any(process.poll() is None for process in processes):
-            failed = [rank for rank, process in enumerate(processes) if process.poll()]
-            if failed or time.monotonic() > end:
-                break
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    wrong = [rank for rank, process in enumerate(processes) if process.returncode]
-    if wrong:
-        raise ValueError(f"ranks {wrong} of the testbed failed; their messages are above")
-
-
-def measured_cluster(found: list[dict[str, Any]], like: Cluster, *, name: str) -> Cluster:
-    """The cluster that the ranks measured, before and after the runs: means of all."""
-    seen = [rates for rank in found for rates in rank["rates"]]
-    fields = {
-        field: mean(rates[field] for rates in seen)
-        for field in seen[0]
-        if field not in ("kernel_rates", "kernel_tile", "device_flops")
-    }
-    kernel_rates = np.mean([rates["kernel_rates"] for rates in seen], axis=0).tolist()
-    fields["kernel_tile"] = round(median(rates["kernel_tile"] for rates in seen))
-    flops = max(rate for _, rate in kernel_rates)
-    return replace(like, name=name, kernel_rates=kernel_rates, device_flops=flops, **fields)
 
 
 # --------------------------------------------------------------------------- compared

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ PREFIX = "dcpbed"
 CARD = "eth0"  # the name of a node's network card inside its namespace
 # Bytes that pass before shaping sets in: few, so that short messages are slowed down, too.
 BURST_BYTES = 16 << 10
+HEADER_BYTES = 14 + 20 + 32  # of a frame: Ethernet, IPv4, TCP with timestamps
 QUEUE_BYTES = 32 << 20  # so long that nothing is dropped: the link is slow, not lossy
 
 
@@ -58,6 +60,41 @@ class Testbed:
                 )
             )
         return processes
+
+    def run(self, command: Sequence[str], *, ranks_per_node: int = 1, limit: float = 600.0) -> None:
+        """:meth:`start` and wait until all ranks succeed; one that fails ends the others.
+
+        Raises ``ValueError`` that names the ranks that failed or outlasted ``limit`` seconds.
+        """
+        processes = self.start(command, ranks_per_node=ranks_per_node)
+        end = time.monotonic() + limit
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes) or time.monotonic() > end:
+                    break
+                time.sleep(0.1)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        wrong = [rank for rank, process in enumerate(processes) if process.returncode]
+        if wrong:
+            raise ValueError(f"ranks {wrong} of the testbed failed; their messages are above")
+
+
+def sent_and_received() -> tuple[int, int]:
+    """Bytes of TCP payload that this node's card has sent and received so far.
+
+    The kernel counts frames; what is left without their headers is payload, and an empty
+    acknowledgement counts nothing.
+    """
+    counters = Path("/sys/class/net", CARD, "statistics")
+    sent, received = (
+        int((counters / f"{way}_bytes").read_text())
+        - HEADER_BYTES * int((counters / f"{way}_packets").read_text())
+        for way in ("tx", "rx")
+    )
+    return sent, received
 
 
 def why_not() -> str | None:

@@ -1,4 +1,4 @@
-"""One rank of ``dcp bench simulate``: measures rates, runs plans, writes what it took.
+"""One rank of a testbed: measures rates, runs plans, writes what it took.
 
 Started as ``python -m dcp.bench.testbed_rank FOLDER`` in a testbed. The folder holds ``job.json``
 and the plans ``0.plan``, ``1.plan``, …; the rank adds ``rank-R.json``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dcp.batch import AttentionSpec
 from dcp.bench import profile
+from dcp.bench.testbed import sent_and_received
 from dcp.plan import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
 
@@ -26,28 +27,47 @@ LINK_BYTES = 2 << 20  # of a message that measures a slow link: about as long as
 
 
 def main(folder: Path) -> None:
-    """Rates first, then every plan, ``repeat`` rounds over all: slow drifts hit all alike."""
+    """What ``job.json`` asks for (:func:`dcp.bench.fleet.run_ranks`)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     dist.init_process_group("gloo")
     job = json.loads((folder / "job.json").read_text())
     plans = [Plan.load(folder / f"{i}.plan") for i in range(job["num_plans"])]
     spec = AttentionSpec(**job["spec"])
-    rates = [measure_rates(spec, job["local_size"])]
-    runs: list[list[tuple[float, float]]] = [[] for _ in plans]
-    executor = AttentionExecutor()
-    like = torch.empty(0, dtype=getattr(torch, spec.dtype))
-    prepared = [executor.ready(plan, like) for plan in plans]
-    for _ in range(job["repeat"] + 1):
-        for times, ready in zip(runs, prepared, strict=True):
-            executor.prepare(ready)
-            times.append(time_ranks(executor))
-    local = [time_local(plan, job["repeat"]) for plan in plans]
-    rates.append(measure_rates(spec, job["local_size"]))
-    found = {"rates": rates, "runs": runs, "local": local}
+
+    def rates() -> list[dict[str, Any]]:
+        return [measure_rates(spec, job["local_size"])] if job["rates"] else []
+
+    before = rates()
+    found = time_plans(plans, spec, repeat=job["repeat"])
+    if job["local"]:
+        found["local"] = [time_local(plan, job["repeat"]) for plan in plans]
+    found["rates"] = before + rates()
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def time_plans(plans: Sequence[Plan], spec: AttentionSpec, *, repeat: int) -> dict[str, Any]:
+    """Rounds over all plans, so that slow drifts hit all alike; the first round warms up.
+
+    Returns by plan: ``runs``, seconds of (forward, backward) in each round, and ``wire``, bytes
+    that this rank's node sent and received in both passes of the first.
+    """
+    executor = AttentionExecutor()
+    like = torch.empty(0, dtype=getattr(torch, spec.dtype))
+    prepared = [executor.ready(plan, like) for plan in plans]
+    runs: list[list[tuple[float, float]]] = [[] for _ in plans]
+    wire = []
+    for turn in range(repeat + 1):
+        for times, ready in zip(runs, prepared, strict=True):
+            executor.prepare(ready)
+            before = sent_and_received()
+            times.append(time_ranks(executor))
+            if turn == 0:
+                dist.barrier()  # all that was sent has arrived
+                wire.append([b - a for a, b in zip(before, sent_and_received(), strict=True)])
+    return {"runs": runs, "wire": wire}
 
 
 def measure_rates(spec: AttentionSpec, local_size: int) -> dict[str, Any]:
