@@ -23,6 +23,7 @@ _BENCHES = {  # modules of dcp.bench
     "kernels": "attention kernels beside torch's",
     "simulate": "the simulator beside real ranks on shaped links",
     "soak": "training while planning workers are killed, beside the same run in peace",
+    "attention": "every strategy on real ranks and shaped links",
     "published": "the simulator beside the published microbenchmark",
 }
 

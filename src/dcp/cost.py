@@ -19,15 +19,18 @@ def attention_seconds(
     return area * (flops * spec.num_heads * spec.head_dim / cluster.device_flops)
 
 
-def linear_seconds(tokens: float, spec: AttentionSpec, cluster: Cluster) -> float:
+def linear_seconds(
+    tokens: float, spec: AttentionSpec, cluster: Cluster, *, model_width: int | None = None
+) -> float:
     """Forward + backward seconds of a layer's linear parts for ``tokens`` tokens of one device.
 
     The usual transformer has 12 weights a layer per unit of width and of the rank's own heads, two
-    FLOPs a weight forward and four backward. The heads may be one tensor-parallel rank's: the model
-    is taken to be at least :data:`MODEL_WIDTH` wide.
+    FLOPs a weight forward and four backward. The heads may be one tensor-parallel rank's: unless
+    ``model_width`` says how wide the model is, it is taken to be at least :data:`MODEL_WIDTH`.
     """
     own = spec.num_heads * spec.head_dim
-    return tokens * 12 * own * max(own, MODEL_WIDTH) * 6 / cluster.device_flops
+    width = max(own, MODEL_WIDTH) if model_width is None else model_width
+    return tokens * 12 * own * width * 6 / cluster.device_flops
 
 
 def bound_seconds(

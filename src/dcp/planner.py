@@ -43,6 +43,8 @@ class Planner:
         seed: the same inputs and seed give the same plan.
         time_budget: seconds on one core that ``"auto"`` may spend on candidates beyond the first;
             held against an estimate, not a clock, so that plans do not depend on the machine.
+        model_width: hidden size of the model, for the cost of its linear layers; None: that of an
+            8 B model, or the heads' own if they are wider; 0: attention alone decides.
         cache_size: plans remembered, the least recently used are forgotten first.
 
     Raises ``ValueError`` for an unknown strategy or a size below 1.
@@ -58,18 +60,21 @@ class Planner:
         num_divisions: int | None = None,
         seed: int = 0,
         time_budget: float = 0.25,
+        model_width: int | None = None,
         cache_size: int = 64,
     ) -> None:
         if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
             raise ValueError(f"block_size must be 'auto' or 1 or more, got {block_size!r}")
         if num_divisions is not None and num_divisions < 1:
             raise ValueError(f"num_divisions must be 1 or more, got {num_divisions}")
+        if model_width is not None and model_width < 0:
+            raise ValueError(f"model_width must be 0 or more, got {model_width}")
         if strategy != "auto":
             get_strategy(strategy)
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed, self.time_budget = strategy, seed, time_budget
         self.block_size = None if block_size == "auto" else block_size
-        self.num_divisions = num_divisions
+        self.num_divisions, self.model_width = num_divisions, model_width
         self.cache_size = cache_size
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
 
@@ -127,7 +132,10 @@ class Planner:
         tokens = batch.num_tokens / self.cluster.num_ranks
         attention = floor_seconds(name, batch, self.spec, self.cluster)
         weight = sum(batch.weights.values())
-        return attention + weight * linear_seconds(tokens, self.spec, self.cluster)
+        return attention + weight * self._linear_seconds(tokens)
+
+    def _linear_seconds(self, tokens: float) -> float:
+        return linear_seconds(tokens, self.spec, self.cluster, model_width=self.model_width)
 
     def _placed_floor(self, placement: Placement) -> float:
         """Seconds of a layer that a placement cannot beat: its busiest compute, its most tokens."""
@@ -140,7 +148,7 @@ class Planner:
             for backward in (False, True):
                 seconds = attention_seconds(work, self.spec, self.cluster, backward=backward)
                 floor += weight * float(seconds) / blocks.num_head_groups
-            floor += weight * linear_seconds(float(tokens), self.spec, self.cluster)
+            floor += weight * self._linear_seconds(float(tokens))
         return floor
 
     @staticmethod
@@ -161,7 +169,7 @@ class Planner:
         for count in (fixed,) if fixed else tried:
             plan = Plan.from_placement(placement, self.cluster, strategy=name, num_divisions=count)
             plan.stats.simulated = plan.simulate().to_json()
-            seconds = plan.stats.layer_seconds = layer_seconds(plan)
+            seconds = plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
             yield plan
             no_better = 0 if seconds < best else no_better + 1
             best = min(best, seconds)
@@ -189,6 +197,7 @@ def plan(
     block_size: int | str = "auto",
     num_divisions: int | None = None,
     seed: int = 0,
+    model_width: int | None = None,
 ) -> Plan:
     """Plan one batch: see :class:`Planner`, which also remembers plans."""
     planner = Planner(
@@ -198,6 +207,7 @@ def plan(
         block_size=block_size,
         num_divisions=num_divisions,
         seed=seed,
+        model_width=model_width,
     )
     return planner.plan(batch)
 
@@ -216,7 +226,7 @@ def _by_layer(plan: Plan) -> float:
     return plan.stats.layer_seconds
 
 
-def layer_seconds(plan: Plan) -> float:
+def layer_seconds(plan: Plan, *, model_width: int | None = None) -> float:
     """Forward + backward seconds of a transformer layer: what plans are chosen by.
 
     Attention as simulated, and the linear layers on the rank with most tokens: a plan that hurries
@@ -225,7 +235,8 @@ def layer_seconds(plan: Plan) -> float:
     attention = plan.stats.simulated["forward_seconds"] + plan.stats.simulated["backward_seconds"]
     tokens = float(plan.rank_tokens.max(initial=0))
     weight = sum(plan.weights.values())
-    return attention + weight * linear_seconds(tokens, plan.spec, plan.cluster)
+    linear = linear_seconds(tokens, plan.spec, plan.cluster, model_width=model_width)
+    return attention + weight * linear
 
 
 def _expected_seconds(name: str, so_far: Plan) -> float:

@@ -33,7 +33,7 @@ def run_ranks(
 
     Args:
         repeat: rounds over all plans that are timed, after one to warm up.
-        rates: also measure kernels and links, before the plans and after them.
+        rates: also measure kernels and links, before the plans and (if any) after them.
         local: also time all ranks' work of each plan inside one process.
     """
     job = {

@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     found = time_plans(plans, spec, repeat=job["repeat"])
     if job["local"]:
         found["local"] = [time_local(plan, job["repeat"]) for plan in plans]
-    found["rates"] = before + rates()
+    found["rates"] = before + (rates() if plans else [])
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
