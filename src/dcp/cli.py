@@ -24,6 +24,7 @@ _BENCHES = {  # modules of dcp.bench
     "simulate": "the simulator beside real ranks on shaped links",
     "soak": "training while planning workers are killed, beside the same run in peace",
     "attention": "every strategy on real ranks and shaped links",
+    "train": "dcp train by several strategies on shaped links",
     "published": "the simulator beside the published microbenchmark",
 }
 

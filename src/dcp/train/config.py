@@ -122,7 +122,11 @@ class TrainConfig:
     @property
     def plan_options(self) -> dict[str, Any]:
         """Keywords of ``dcp.plan``."""
-        return {"strategy": self.strategy, "block_size": self.block_size or "auto"}
+        return {
+            "strategy": self.strategy,
+            "block_size": self.block_size or "auto",
+            "model_width": self.hidden_size,
+        }
 
     @property
     def loader_options(self) -> dict[str, Any]:
