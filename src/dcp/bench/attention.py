@@ -22,6 +22,7 @@ import numpy as np
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.conditions import conditions
 from dcp.bench.fleet import measured_cluster, run_ranks
+from dcp.bench.peers import MEGATRON, plan_megatron
 from dcp.bench.planner import MASKS, load
 from dcp.bench.results import merge
 from dcp.bench.testbed import Testbed, open_testbed
@@ -146,9 +147,12 @@ def make_case(batch: dict[str, Any], mask: str, cluster: Cluster, *, scale: int)
     index: dict[str, int] = {}
     cannot: dict[str, str] = {}
     known: dict[bytes, int] = {}
-    for strategy in (OURS, *STATIC, *PER_BATCH):
+    for strategy in (OURS, *STATIC, *PER_BATCH, MEGATRON):
         try:
-            made = plan(sequences, SPEC, cluster, strategy=strategy, model_width=0)
+            if strategy == MEGATRON:
+                made = plan_megatron(sequences, SPEC, cluster)
+            else:
+                made = plan(sequences, SPEC, cluster, strategy=strategy, model_width=0)
         except StrategyError as error:
             cannot[strategy] = str(error)
             continue
@@ -232,7 +236,7 @@ def compare(
         "strategies": strategies,
         "cannot": case.cannot,
         "over_static": gain(STATIC),
-        "over_all": gain([*STATIC, *PER_BATCH]),
+        "over_all": gain([*STATIC, *PER_BATCH, MEGATRON]),
     }
 
 
