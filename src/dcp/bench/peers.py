@@ -5,6 +5,8 @@ Peers are never dependencies: one that is not installed is left out, with the re
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
@@ -35,7 +37,8 @@ def plan_megatron(batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -
     Raises :class:`StrategyError` where megatron-core is not installed, or cannot place the batch.
     """
     try:
-        from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
+        with warnings.catch_warnings(action="ignore"):  # of accelerator packages, not used here
+            from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
     except ImportError as error:
         raise StrategyError(f"pip install --no-deps megatron-core ({error})") from None
     most = -(-batch.num_tokens // cluster.num_ranks)
