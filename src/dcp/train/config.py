@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from dcp.batch import AttentionSpec
 from dcp.masks import named_mask
 from dcp.placement import get_strategy
+from dcp.train.data_centric import DataCentricKeys
+from dcp.train.data_centric import key as _key
 
 _POSITIVE = ("tokens_per_batch", "hidden_size", "num_layers", "steps", "look_ahead", "threads")
 _NOT_NEGATIVE = (
@@ -29,12 +31,8 @@ _NOT_NEGATIVE = (
 )
 
 
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DataCentricKeys):
     """Everything a training job depends on; each field is a config key and a ``--option``."""
 
     # data
@@ -85,6 +83,7 @@ class TrainConfig:
     progress: bool = _key(True, "show a progress bar")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in _POSITIVE:
             self._require(name, getattr(self, name) > 0, "1 or more")
         for name in _NOT_NEGATIVE:
@@ -108,6 +107,10 @@ class TrainConfig:
         if self.strategy != "auto":
             get_strategy(self.strategy)
         _ = self.spec
+        if self.is_data_centric:
+            self._require("mask", self.mask == "causal", "causal in data-centric jobs")
+            planned = self.strategy == "auto" and not self.block_size
+            self._require("strategy", planned, "left as it is, block_size too: nothing is planned")
 
     @property
     def spec(self) -> AttentionSpec:

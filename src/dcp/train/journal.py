@@ -39,16 +39,19 @@ class Journal:
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         if self._bar is not None:
-            moved = metrics["inter_node_bytes"] + metrics["intra_node_bytes"]
-            depth, waited = metrics["planned_ahead"], metrics["plan_wait_seconds"]
-            ahead = "" if depth is None else f", {depth} planned ahead"
-            self._bar.set_postfix_str(
-                f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
-                f"balance {metrics['compute_balance']:.2f}, {moved / 1e6:.1f} MB moved"
-                f"{ahead}, {waited / metrics['seconds']:.1%} waiting for plans",
-                refresh=False,
-            )
+            self._bar.set_postfix_str(self.describe(metrics), refresh=False)
             self._bar.update()
+
+    def describe(self, metrics: dict[str, Any]) -> str:
+        """What the bar says about a step."""
+        moved = metrics["inter_node_bytes"] + metrics["intra_node_bytes"]
+        depth, waited = metrics["planned_ahead"], metrics["plan_wait_seconds"]
+        ahead = "" if depth is None else f", {depth} planned ahead"
+        return (
+            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"balance {metrics['compute_balance']:.2f}, {moved / 1e6:.1f} MB moved"
+            f"{ahead}, {waited / metrics['seconds']:.1%} waiting for plans"
+        )
 
     def draw(self, plan: Plan) -> None:
         """Write the picture of a plan: who owns and who computes which block."""

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dcp.data.planning import PlanningError
+from dcp.datacentric.trainer import DataCentricTrainer
 from dcp.train.config import TrainConfig
 from dcp.train.heartbeat import Heartbeat, RankLost
 from dcp.train.trainer import Trainer
@@ -48,12 +49,20 @@ def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
         assert group is not None
         with Heartbeat(group) as heartbeat:
             try:
-                with Trainer(config, group, device) as trainer:
+                with open_trainer(config, group, device) as trainer:
                     trainer.train()
             except RuntimeError as error:  # also what torch raises when communication fails
                 raise heartbeat.explain(error) from error
     finally:
         dist.destroy_process_group()
+
+
+def open_trainer(
+    config: TrainConfig, group: dist.ProcessGroup, device: torch.device
+) -> Trainer | DataCentricTrainer:
+    """The training loop that the configuration asks for."""
+    make = DataCentricTrainer if config.is_data_centric else Trainer
+    return make(config, group, device)
 
 
 def choose_device(name: str) -> torch.device:

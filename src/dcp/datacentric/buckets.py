@@ -1,0 +1,82 @@
+"""Buckets: samples of one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Samples of one size.
+
+    Attributes:
+        name: unique, for people: ``"240p x 51"`` or ``"512 tokens"``.
+        shape: latent frames, height and width; or the most tokens of a text.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Elements of one sample, to order buckets by."""
+        return prod(self.shape)
+
+
+# Five resolutions and five frame counts, as the published comparison has them.
+RESOLUTIONS = {  # pixels, height and width
+    "144p": (144, 256),
+    "240p": (240, 426),
+    "360p": (360, 640),
+    "480p": (480, 854),
+    "720p": (720, 1280),
+}
+FRAMES = (1, 51, 102, 204, 408)
+
+
+def video_buckets(*, pixels: int = 8, frames: int = 17) -> list[Bucket]:
+    """All 25 buckets, with latents of ``pixels`` x ``pixels``, 5 per ``frames`` frames.
+
+    The original's autoencoder is the default; larger numbers make a small model's latents.
+    """
+    return [
+        Bucket(
+            f"{name} x {count}",
+            (max(count * 5 // frames, 1), -(-height // pixels), -(-width // pixels)),
+        )
+        for name, (height, width) in RESOLUTIONS.items()
+        for count in FRAMES
+    ]
+
+
+def text_buckets(longest: int) -> list[Bucket]:
+    """Powers of two from 64 tokens on, and the longest."""
+    sizes = [64]
+    while sizes[-1] * 2 < longest:
+        sizes.append(sizes[-1] * 2)
+    sizes = [size for size in sizes if size < longest] + [longest]
+    return [Bucket(f"{size} tokens", (size,)) for size in sizes]
+
+
+def draw_buckets(
+    buckets: Sequence[Bucket], count: int, distribution: str, *, seed: int = 0
+) -> list[Bucket]:
+    """Buckets of ``count`` samples: mostly ``"short"``, mostly ``"long"`` or ``"balanced"``.
+
+    The n-th bucket by size has a weight of ``(n + 5) ** -3``, from the shortest or the longest on;
+    balanced is uniform.
+    """
+    ordered = sorted(buckets, key=lambda bucket: (bucket.size, bucket.name))
+    place = np.arange(1, len(ordered) + 1)
+    weights = {
+        "short": (place + 5.0) ** -3,
+        "balanced": np.ones(len(place)),
+        "long": (place[::-1] + 5.0) ** -3,
+    }[distribution]
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(ordered), size=count, p=weights / weights.sum())
+    return [ordered[index] for index in drawn.tolist()]

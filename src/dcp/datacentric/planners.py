@@ -1,0 +1,199 @@
+"""From costs, remaining samples and ranks to an iteration: one pure function per method.
+
+Ranks that call one with equal arguments, the generator's state included, get equal plans: nothing
+has to be said between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from dcp.datacentric.buckets import Bucket
+from dcp.datacentric.costs import Choice, Costs
+from dcp.datacentric.draw import draw_choices, share_out
+from dcp.datacentric.inter import accumulate
+from dcp.datacentric.intra import retune
+from dcp.datacentric.iteration import Group, Iteration, MicroBatch
+from dcp.datacentric.profile import Profile
+from dcp.train.data_centric import DataCentricKeys
+
+Remaining = Mapping[str, int]
+Planner = Callable[[Remaining, int, np.random.Generator], Iteration]
+
+
+def make_planner(profile: Profile, buckets: Sequence[Bucket], keys: DataCentricKeys) -> Planner:
+    """The function (remaining, world, rng) -> iteration that the configuration asks for."""
+    degrees = None if keys.dynamic_sp else [keys.sp_size]
+    costs = Costs(profile, recompute=not keys.dynamic_recompute, degrees=degrees)
+    if keys.preset == "packed":
+        sizes = {bucket.name: bucket.size for bucket in buckets}
+        return lambda left, world, rng: plan_packed(costs, left, world, rng, sizes=sizes)
+    if keys.preset == "bucket":
+        limits = median_batches(costs)
+        return lambda left, world, rng: plan_fixed(costs, left, world, rng, limits=limits)
+    if keys.auto_grad_accumulation:
+        return lambda left, world, rng: plan_inter(
+            costs,
+            left,
+            world,
+            rng,
+            max_steps=keys.max_grad_accumulation_steps,
+            min_steps=keys.min_grad_accumulation_steps,
+            max_micro_batches=keys.max_micro_batches,
+        )
+    if keys.dynamic_sp:
+        return lambda left, world, rng: plan_intra(costs, left, world, rng)
+    return lambda left, world, rng: plan_fixed(costs, left, world, rng)
+
+
+def plan_intra(
+    costs: Costs, remaining: Remaining, world: int, rng: np.random.Generator
+) -> Iteration:
+    """One micro-batch per group; degrees and batch sizes such that groups end together."""
+    drawn, free = draw_choices(costs, remaining, world, rng)
+    tuned = retune([choice.bucket for choice in drawn], remaining, world, costs)
+    groups = [_group(costs, c, c.batch_size) for c in tuned or drawn]
+    return _iteration(groups, 0 if tuned else free)
+
+
+def plan_inter(
+    costs: Costs,
+    remaining: Remaining,
+    world: int,
+    rng: np.random.Generator,
+    *,
+    max_steps: int,
+    min_steps: int,
+    max_micro_batches: int,
+) -> Iteration:
+    """Every bucket at its best; groups end together by the number of micro-batches."""
+    choices, free = draw_choices(costs, remaining, world, rng)
+    if free:  # too few samples, or none that small: let the others have the ranks
+        wider = retune([choice.bucket for choice in choices], remaining, world, costs)
+        choices, free = (wider, 0) if wider else (choices, free)
+    available = share_out([choice.bucket for choice in choices], remaining)
+    sizes = [min(c.batch_size, count) for c, count in zip(choices, available, strict=True)]
+    seconds = [
+        costs.seconds(c.bucket, c.degree, size) for c, size in zip(choices, sizes, strict=True)
+    ]
+    batches = [-(-count // size) for count, size in zip(available, sizes, strict=True)]
+    steps = accumulate(
+        seconds,
+        [choice.degree for choice in choices],
+        [min(count, max_micro_batches) for count in batches],
+        max_steps=max_steps,
+        min_steps=min_steps,
+        sync_seconds=costs.sync_seconds,
+    )
+    groups = [
+        _group(costs, choice, min(step * size, count))
+        for choice, step, size, count in zip(choices, steps, sizes, available, strict=True)
+    ]
+    return _iteration(groups, free)
+
+
+def plan_fixed(
+    costs: Costs,
+    remaining: Remaining,
+    world: int,
+    rng: np.random.Generator,
+    *,
+    limits: Mapping[str, int] | None = None,
+) -> Iteration:
+    """One micro-batch per group, all groups of the one degree that ``costs`` has.
+
+    ``limits``: most samples by bucket; without it as many as run best.
+    """
+    left = {bucket: count for bucket, count in sorted(remaining.items()) if count > 0}
+    groups: list[Group] = []
+    degree = _only_degree(costs)
+    while left and (len(groups) + 1) * degree <= world:
+        names = list(left)
+        best = {b: _within(costs, b, limits[b] if limits else None) for b in names}
+        batches = np.array([left[b] / best[b].batch_size for b in names])
+        choice = best[names[int(rng.choice(len(names), p=batches / batches.sum()))]]
+        size = min(choice.batch_size, left[choice.bucket])
+        groups.append(_group(costs, choice, size))
+        left[choice.bucket] -= size
+        left = {bucket: count for bucket, count in left.items() if count > 0}
+    return _iteration(groups, world - len(groups) * degree)
+
+
+def plan_packed(
+    costs: Costs,
+    remaining: Remaining,
+    world: int,
+    rng: np.random.Generator,
+    *,
+    sizes: Mapping[str, int],
+) -> Iteration:
+    """Groups of one degree, each filled with samples of any bucket up to the largest's size.
+
+    ``sizes``: elements of a sample, by bucket.
+    """
+    left = {bucket: count for bucket, count in sorted(remaining.items()) if count > 0}
+    degree, budget = _only_degree(costs), max(sizes[bucket] for bucket in costs.buckets)
+    groups: list[Group] = []
+    while left and (len(groups) + 1) * degree <= world:
+        packed: dict[str, int] = {}
+        room = budget
+        while fitting := {b: n for b, n in left.items() if n > 0 and sizes[b] <= room}:
+            counts = np.array(list(fitting.values()), dtype=float)
+            bucket = list(fitting)[int(rng.choice(len(fitting), p=counts / counts.sum()))]
+            packed[bucket] = packed.get(bucket, 0) + 1
+            left[bucket] -= 1
+            room -= sizes[bucket]
+        left = {bucket: count for bucket, count in left.items() if count > 0}
+        batches: list[MicroBatch] = []
+        for bucket, count in packed.items():
+            most = Choice(bucket, degree, costs.max_batch(bucket, degree), 0.0)
+            batches += _group(costs, most, count).micro_batches
+        groups.append(Group(degree, tuple(batches)))
+    return _iteration(groups, world - len(groups) * degree)
+
+
+def median_batches(costs: Costs) -> dict[str, int]:
+    """Bucket parallel's batch sizes: no bucket takes longer than the median of all at their best,
+    or than one sample needs."""
+    degree = _only_degree(costs)
+    median = float(np.median([_within(costs, b, None).seconds for b in costs.buckets]))
+    return {
+        b: max(int((costs.seconds_by_size(b, degree) <= median).sum()), 1) for b in costs.buckets
+    }
+
+
+def _only_degree(costs: Costs) -> int:
+    degrees = {degree for bucket in costs.buckets for degree in costs.degrees(bucket)}
+    assert len(degrees) == 1, f"one degree is wanted, the costs have {sorted(degrees)}"
+    return degrees.pop()
+
+
+def _within(costs: Costs, bucket: str, limit: int | None) -> Choice:
+    found = [c for c in costs.choices(bucket) if limit is None or c.batch_size <= limit]
+    return min(found, key=lambda choice: (choice.rank_seconds, choice.batch_size))
+
+
+def _group(costs: Costs, choice: Choice, num_samples: int) -> Group:
+    """Full micro-batches, and a smaller last one; each with the time of its own size."""
+    whole, rest = divmod(num_samples, choice.batch_size)
+    sizes = [choice.batch_size] * whole + [rest] * (rest > 0)
+    return Group(
+        choice.degree,
+        tuple(
+            MicroBatch(
+                choice.bucket,
+                size,
+                costs.seconds(choice.bucket, choice.degree, size),
+                tuple(costs.keep(choice.bucket, choice.degree, size).items()),
+            )
+            for size in sizes
+        ),
+    )
+
+
+def _iteration(groups: list[Group], idle: int) -> Iteration:
+    """Groups by descending degree, so that those of powers of two keep inside nodes; idle last."""
+    ordered = sorted(groups, key=lambda group: -group.degree)
+    return Iteration((*ordered, *([Group(idle, ())] if idle else [])))

@@ -1,0 +1,287 @@
+"""Data-centric execution: gradients of any mixture equal one process; jobs run from the command."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch import distributed as dist
+
+from dcp.datacentric.buckets import Bucket
+from dcp.datacentric.iteration import Group, Iteration, MicroBatch
+from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
+from dcp.datacentric.sequence_group import SequenceGroup
+from dcp.datacentric.step import IterationRunner
+from dcp.datacentric.workload import keep_activations_of
+from dcp.runtime.communicator import GroupCommunicator
+from dcp.train import TrainConfig
+from dcp.train.command import main
+
+SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "progress": False}
+VIDEO = SIZE | {"model": "video", "preset": "inter+PAC", "video_samples": 24}
+TEXT = SIZE | {"preset": "inter+PAC", "max_seqlen": 100, "tokens_per_batch": 100}
+# sizes that nothing divides: 3 x 5 latents are 2 x 3 patches, the last ones padded
+BUCKETS = [Bucket("a", (1, 2, 2)), Bucket("b", (3, 3, 5)), Bucket("c", (5, 4, 6))]
+
+
+def workload_of(values):
+    config = TrainConfig(**values)
+    if config.model == "video":
+        from dcp.datacentric.video import VideoWorkload
+
+        return VideoWorkload(config, buckets=BUCKETS)
+    from dcp.datacentric.text import TextWorkload
+
+    return TextWorkload(config)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(24):
+        text = "".join(f"{number} and {n}. " for n in range(number * 5 % 23))
+        (folder / f"{number:02}.txt").write_text(text)
+    (folder / "one.txt").write_text("")
+    return folder
+
+
+# --------------------------------------------------------------------------- gradients
+
+
+def gradients(values, plan):
+    """Loss and gradients of an iteration: [(degree, keep, [samples of each micro-batch])]."""
+    workload = workload_of(values)
+    model = workload.build().double().train()
+    runner = IterationRunner(workload, model, dist.group.WORLD, torch.device("cpu"))
+    groups = tuple(
+        Group(
+            degree,
+            tuple(
+                MicroBatch(
+                    workload.bucket_of[samples[0]], len(samples), 1.0, tuple(keep.items()), samples
+                )
+                for samples in batches
+            ),
+        )
+        for degree, keep, batches in plan
+    )
+    loss, busy = runner.gradients(Iteration(groups), epoch=3)
+    assert len(busy) == dist.get_world_size()
+    return loss, [parameter.grad.numpy().copy() for parameter in model.parameters()]
+
+
+def by_bucket(values, count):
+    """Samples of at least three buckets, as micro-batches of ``count`` or fewer."""
+    bucket_of = workload_of(values).bucket_of
+    batches = []
+    for bucket in sorted(set(bucket_of)):
+        samples = [i for i, name in enumerate(bucket_of) if name == bucket]
+        batches += [tuple(samples[i : i + count]) for i in range(0, len(samples), count)]
+    assert len(set(bucket_of)) >= 2
+    return batches
+
+
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_mixed_degrees_and_accumulations_equal_one_process(gloo_pool, kind, texts):
+    values = VIDEO if kind == "video" else TEXT | {"source": str(texts)}
+    kinds = ("spatial", "temporal") if kind == "video" else ("layer",)
+    nothing, some, everything = (dict.fromkeys(kinds, n) for n in (0, 1, 2))
+    one, few = by_bucket(values, 100), by_bucket(values, 3)
+    ((loss, wanted),) = gloo_pool(1).run(gradients, values, [(1, everything, one)])
+    mixtures = [
+        [(2, some, few[0::3]), (1, nothing, few[1::3]), (1, everything, few[2::3])],
+        [(3, nothing, few[:-1]), (1, some, few[-1:])],
+        [(4, some, few)],
+        [(2, everything, few), (2, nothing, [])],
+    ]
+    for mixture in mixtures:
+        for found_loss, found in gloo_pool(4).run(gradients, values, mixture):
+            assert found_loss == pytest.approx(loss, abs=1e-6 if kind == "text" else 1e-10)
+            for gradient, other in zip(found, wanted, strict=True):
+                assert abs(gradient - other).max() <= 1e-10
+
+
+def test_recomputing_changes_no_gradient_and_saves_bytes(gloo_pool):
+    results = gloo_pool(1).run(recompute_cases)[0]
+    saved = [num_bytes for _, num_bytes in results]
+    assert saved[0] < saved[1] < saved[2]
+    for found, _ in results[1:]:
+        assert all((a == b).all() for a, b in zip(found, results[0][0], strict=True))
+
+
+def recompute_cases():
+    """Gradients and saved bytes with no, some and all layers keeping their activations."""
+    cases = []
+    for count in (0, 1, 2):
+        workload = workload_of(VIDEO)
+        model = workload.build().double().train()
+        keep_activations_of(workload.layers(model), {"spatial": count, "temporal": count})
+        batch = workload.load(by_bucket(VIDEO, 2)[-1], epoch=0)
+        with SavedBytes(list(model.parameters())) as saved:
+            loss = workload.summed_loss(model, batch, SequenceGroup(0, 1, 0))
+        loss.backward()
+        cases.append(([p.grad.numpy() for p in model.parameters()], saved.num_bytes))
+    return cases
+
+
+def test_what_a_layer_keeps_is_what_the_knapsack_counts():
+    workload = workload_of(VIDEO)
+    model = workload.build().train()
+    layers = workload.layers(model)
+    batch = workload.stand_in(BUCKETS[2], 3)
+
+    def saved(keep):
+        keep_activations_of(layers, keep)
+        with SavedBytes(list(model.parameters())) as counted:
+            workload.summed_loss(model, batch, SequenceGroup(0, 1, 0))
+        return counted.num_bytes
+
+    probe = LayerProbe(layers, torch.device("cpu"))
+    keep_activations_of(layers, {"spatial": 2, "temporal": 2})
+    workload.summed_loss(model, batch, SequenceGroup(0, 1, 0)).backward()
+    probe.close()
+    costs = probe.costs()
+    for kind in layers:
+        more = saved({kind: 2}) - saved({kind: 1})
+        # a layer's input, which checkpointing holds without autograd's hooks, and words and
+        # modulation, which all layers share, may be counted once with the layer
+        assert costs[kind].activation_bytes == pytest.approx(more, rel=0.1)
+        assert costs[kind].input_bytes == 3 * 5 * 6 * 32 * 4
+        assert min(costs[kind].forward_seconds, costs[kind].backward_seconds) > 0
+
+
+# --------------------------------------------------------------------------- groups
+
+
+def switch_there_and_back(size, shape, gather, split):
+    """A group of the first ranks: the exchange of a known tensor, its way back and its gradient."""
+    rank = dist.get_rank()
+    if rank >= size:
+        return None
+    group = SequenceGroup(0, size, rank, GroupCommunicator(dist.group.WORLD))
+    whole = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    mine = whole[(slice(None),) * gather + (group.part(shape[gather]),)].clone().requires_grad_()
+    switched = group.switch(mine, gather=gather, split=split, total=shape[gather])
+    wanted = whole[(slice(None),) * split + (group.part(shape[split]),)]
+    back = group.switch(switched, gather=split, split=gather, total=shape[split])
+    (switched * wanted).sum().backward()
+    return torch.equal(switched, wanted), torch.equal(back, mine), torch.equal(mine.grad, mine)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("gather", "split"), [(0, 1), (2, 0)])
+def test_groups_switch_without_communicators_of_their_own(gloo_pool, size, gather, split):
+    for shape in [(5, 7, 3), (2, 1, 6), (0, 3, 2)]:
+        found = gloo_pool(4).run(switch_there_and_back, size, shape, gather, split)
+        assert all(all(each) for each in found if each is not None)
+
+
+def count_groups(values, plans):
+    from torch.distributed import distributed_c10d as c10d
+
+    before = len(c10d._world.pg_map)
+    for plan in plans:
+        gradients(values, plan)
+    return len(c10d._world.pg_map) - before
+
+
+def test_switching_groups_makes_no_process_groups(gloo_pool):
+    batch = by_bucket(VIDEO, 2)[:1]
+    plans = [[(d, {}, batch), (4 - d, {}, batch)] for d in (1, 2, 3)]
+    assert gloo_pool(4).run(count_groups, VIDEO, plans) == [0] * 4
+
+
+# --------------------------------------------------------------------------- measuring and jobs
+
+
+def measure_cases(values):
+    workload = workload_of(values)
+    meter = Meter(workload, dist.group.WORLD, torch.device("cpu"), depth=1)
+    return [meter.measure(BUCKETS[i], degree, 2) for i in (0, 2) for degree in (1, 3, 4)]
+
+
+def test_all_ranks_measure_the_same(gloo_pool):
+    first, *others = gloo_pool(4).run(measure_cases, VIDEO)
+    assert all(other == first for other in others)
+    assert all(m.seconds > 0 and m.peak_bytes > 0 for m in first)
+    one, three, four = (m.layers["temporal"].activation_bytes for m in first[3:])
+    assert one > three >= four
+
+
+def options(values):
+    switches = {True: "--{}", False: "--no-{}"}
+    return [
+        switches[value].format(key.replace("_", "-"))
+        if isinstance(value, bool)
+        else f"--{key.replace('_', '-')}={value}"
+        for key, value in values.items()
+    ]
+
+
+def test_a_video_job_profiles_trains_and_resumes(tmp_path, capfd):
+    values = VIDEO | {
+        "preset": "inter",
+        "output": tmp_path,
+        "steps": 3,
+        "calculate_imbalance": True,
+    }
+    values |= {"profile_depth": 1, "max_batch_size": 1, "video_samples": 6}
+    command = ["--num-processes=2", *options(values)]
+    assert main(command) == 0
+    profile = (tmp_path / "profile.json").read_text()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    for row in rows:
+        assert sum(group["degree"] for group in row["groups"]) == 2
+        assert 0 <= row["predicted_imbalance"] < 1
+        assert 0 <= row["measured_imbalance"] < 1
+        assert len(row["measured_rank_seconds"]) == 2
+    assert json.loads((tmp_path / "imbalance.json").read_text())[0]["steps"] >= 1
+    assert main([*command, "--resume=latest", "--steps=4"]) == 0
+    assert (tmp_path / "profile.json").read_text() == profile, "measured once"
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert main([*command, "--hidden-size=64"]) == 1
+    assert (
+        "is the profile of another model: hidden_size is 32 there, 64 here"
+        in capfd.readouterr().err
+    )
+
+
+def test_ranks_follow_one_in_training(gloo_pool, tmp_path, texts):
+    values = TEXT | {"source": str(texts), "steps": 3, "max_batch_size": 2, "profile_depth": 1}
+    results = gloo_pool(4).run(train, values | {"output": str(tmp_path)})
+    assert all(losses == results[0][0] for losses, _ in results), "the logged loss is global"
+    assert all(rates == results[0][1] for _, rates in results)
+
+
+def train(values):
+    from dcp.datacentric.trainer import DataCentricTrainer
+
+    with DataCentricTrainer(TrainConfig(**values), dist.group.WORLD) as trainer:
+        losses = trainer.train()
+    dist.barrier()
+    return losses, [group["lr"] for group in trainer.optimizer.param_groups]
+
+
+def test_a_bucket_beyond_memory_ends_the_job_with_its_name(tmp_path, capfd):
+    values = VIDEO | {"preset": "bucket", "output": tmp_path, "steps": 1, "memory_limit_mb": 1}
+    assert main(["--num-processes=1", *options(values)]) == 1
+    line = capfd.readouterr().err.strip()
+    assert "bucket '" in line
+    assert "does not fit: one sample needs" in line
+
+
+@pytest.mark.parametrize(
+    ("match", "arguments"),
+    [
+        ("mask must be causal in data-centric jobs, got 'full'", ["--preset=intra", "--mask=full"]),
+        ("strategy must be left as it is", ["--preset=intra", "--strategy=ring"]),
+        ("preset must be one of", ["--preset=outer"]),
+        ("alloc_memory_fraction must be above 0", ["--alloc-memory-fraction=0"]),
+    ],
+)
+def test_mistakes_get_one_line(capfd, match, arguments):
+    assert main(arguments) == 2
+    assert match in capfd.readouterr().err
