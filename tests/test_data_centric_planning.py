@@ -245,13 +245,14 @@ def test_extrapolation_is_exact_where_layers_are_alike():
 
 def test_the_search_stops_at_the_memory_limit():
     profile = make_profile(memory=200_000)
+    slowest = profile.cost(("long", 1, 1)).seconds
     for bucket in BUCKETS:
         for degree in candidate_degrees(4):
             sizes = [n for b, d, n in profile.found if (b, d) == (bucket.name, degree)]
             assert sizes == [2**i for i in range(len(sizes))]
-            fits = [profile.cost((bucket.name, degree, n)) is not None for n in sizes]
-            assert all(fits[:-1])
-            assert sizes[-1] == 16 or not fits[-1]
+            costs = [profile.cost((bucket.name, degree, n)) for n in sizes]
+            assert all(cost and cost.seconds <= slowest for cost in costs[:-1])
+            assert sizes[-1] == 16 or costs[-1] is None or costs[-1].seconds > slowest
 
 
 def test_a_bucket_that_does_not_fit_is_named():

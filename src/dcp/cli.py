@@ -25,6 +25,7 @@ _BENCHES = {  # modules of dcp.bench
     "soak": "training while planning workers are killed, beside the same run in peace",
     "attention": "every strategy on real ranks and shaped links",
     "train": "dcp train by several strategies on shaped links",
+    "data_centric": "data-centric parallelism beside its alternatives",
     "published": "the simulator beside the published microbenchmark",
 }
 
@@ -75,6 +76,15 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
 
         dcp.train.add_arguments(train)
         train.set_defaults(run=dcp.train.run)
+
+    profile_data = commands.add_parser(
+        "profile-data", help="measure what batches of every size cost, for data-centric training"
+    )
+    if command == "profile-data":
+        import dcp.train
+
+        dcp.train.add_arguments(profile_data)
+        profile_data.set_defaults(run=dcp.train.run, profile_only=True)
 
     bench = commands.add_parser("bench", help="measure what this project claims")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")

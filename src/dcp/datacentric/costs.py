@@ -87,6 +87,14 @@ class Costs:
         """Seconds of 1, 2, … samples."""
         return self._tables[bucket][degree].seconds
 
+    def most_within(self, bucket: str, degree: int, seconds: float, most: int) -> int:
+        """Largest batch size of at most ``most`` that takes no longer; 0 where there is none."""
+        table = self._tables[bucket].get(degree)
+        if table is None or most < 1:
+            return 0
+        fits = np.flatnonzero(table.seconds[:most] <= seconds)
+        return int(fits[-1]) + 1 if len(fits) else 0
+
     def seconds(self, bucket: str, degree: int, batch_size: int) -> float:
         return float(self._tables[bucket][degree].seconds[batch_size - 1])
 

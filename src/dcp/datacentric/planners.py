@@ -7,6 +7,7 @@ has to be said between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -68,30 +69,69 @@ def plan_inter(
     min_steps: int,
     max_micro_batches: int,
 ) -> Iteration:
-    """Every bucket at its best; groups end together by the number of micro-batches."""
-    choices, free = draw_choices(costs, remaining, world, rng)
-    if free:  # too few samples, or none that small: let the others have the ranks
-        wider = retune([choice.bucket for choice in choices], remaining, world, costs)
-        choices, free = (wider, 0) if wider else (choices, free)
-    available = share_out([choice.bucket for choice in choices], remaining)
-    sizes = [min(c.batch_size, count) for c, count in zip(choices, available, strict=True)]
-    seconds = [
-        costs.seconds(c.bucket, c.degree, size) for c, size in zip(choices, sizes, strict=True)
-    ]
-    batches = [-(-count // size) for count, size in zip(available, sizes, strict=True)]
-    steps = accumulate(
-        seconds,
-        [choice.degree for choice in choices],
-        [min(count, max_micro_batches) for count in batches],
-        max_steps=max_steps,
-        min_steps=min_steps,
-        sync_seconds=costs.sync_seconds,
-    )
-    groups = [
-        _group(costs, choice, min(step * size, count))
-        for choice, step, size, count in zip(choices, steps, sizes, available, strict=True)
-    ]
-    return _iteration(groups, free)
+    """Groups end together by the number of micro-batches.
+
+    They start from every bucket at its best, or from degrees and batch sizes retuned as
+    :func:`plan_intra` does, whichever does more per second: the first wastes no rank on a degree
+    that is too large, the second no time on a long sample when few others are left.
+    """
+    drawn, free = draw_choices(costs, remaining, world, rng)
+    tuned = retune([choice.bucket for choice in drawn], remaining, world, costs)
+    plans = []
+    for choices in filter(None, (drawn, tuned)):
+        available = share_out([choice.bucket for choice in choices], remaining)
+        sizes = [min(c.batch_size, count) for c, count in zip(choices, available, strict=True)]
+        batches = [-(-count // size) for count, size in zip(available, sizes, strict=True)]
+        steps = accumulate(
+            [costs.seconds(c.bucket, c.degree, n) for c, n in zip(choices, sizes, strict=True)],
+            [choice.degree for choice in choices],
+            [min(count, max_micro_batches) for count in batches],
+            max_steps=max_steps,
+            min_steps=min_steps,
+            sync_seconds=costs.sync_seconds,
+        )
+        groups = [
+            _group(costs, replace(choice, batch_size=size), min(step * size, count))
+            for choice, step, size, count in zip(choices, steps, sizes, available, strict=True)
+        ]
+        topped = _top_up(costs, groups, remaining, max_micro_batches)
+        plans.append(_iteration(topped, free if choices is drawn else 0))
+    return max(plans, key=lambda iteration: _rate(costs, iteration))
+
+
+def _rate(costs: Costs, iteration: Iteration) -> float:
+    """What an iteration does per second: its samples at their worth in ranks' time."""
+    batches = [batch for group in iteration.groups for batch in group.micro_batches]
+    done = sum(batch.batch_size * costs.sample_rank_seconds(batch.bucket) for batch in batches)
+    return done / (float(iteration.rank_seconds().max()) + costs.sync_seconds)
+
+
+def _top_up(
+    costs: Costs, groups: list[Group], remaining: Remaining, max_micro_batches: int
+) -> list[Group]:
+    """Groups that would wait, because their bucket ran out or does not divide the time, take
+    micro-batches of other buckets too: each time the one that does most in the time left."""
+    left = dict(sorted(remaining.items()))
+    for batch in (batch for group in groups for batch in group.micro_batches):
+        left[batch.bucket] -= batch.batch_size
+    longest = max(group.seconds for group in groups) * (1 + 1e-9)
+    topped = []
+    for group in groups:
+        while len(group.micro_batches) < max_micro_batches:
+            room = longest - group.seconds
+            more = [
+                Choice(bucket, group.degree, size, costs.seconds(bucket, group.degree, size))
+                for bucket, count in left.items()
+                if (size := costs.most_within(bucket, group.degree, room, count))
+            ]
+            if not more:
+                break
+            best = max(more, key=lambda c: c.batch_size * costs.sample_rank_seconds(c.bucket))
+            left[best.bucket] -= best.batch_size
+            added = _group(costs, best, best.batch_size).micro_batches
+            group = Group(group.degree, group.micro_batches + added)
+        topped.append(group)
+    return topped
 
 
 def plan_fixed(

@@ -27,6 +27,9 @@ def search(
 ) -> None:
     """Measure every bucket at every degree, batch sizes doubling until one does not fit.
 
+    They stop, too, where a micro-batch takes longer than one sample of the largest bucket at its
+    least degree: iterations last as long in any case, and accumulation fills them as well.
+
     What the profile holds already is not measured again, so that a search that was interrupted
     goes on. Buckets go from the largest down: what cannot run is known first.
 
@@ -37,6 +40,7 @@ def search(
 
     Raises ``ValueError`` that names a bucket which fits at no degree.
     """
+    slowest = 0.0
     for bucket in sorted(buckets, key=lambda bucket: -bucket.size):
         for degree in degrees:
             batch_size = 1
@@ -45,7 +49,9 @@ def search(
                 if key not in profile.found:
                     profile.found[key] = measure(bucket, degree, batch_size)
                     save()
-                if profile.cost(key) is None:
+                cost = profile.cost(key)
+                slowest = slowest or (cost.seconds if cost else 0.0)  # the first that fits
+                if cost is None or cost.seconds > slowest:
                     break
                 batch_size *= 2
         _require_fit(profile, bucket, degrees)

@@ -153,7 +153,7 @@ def group_attention(
         dcp_group, dcp_lengths: the ranks, and the documents' lengths over all of them; given to the
             model as keywords.
 
-    Where the group has more ranks than there are KV heads, these are repeated for their query heads.
+    In a group of more ranks than there are KV heads, these are repeated for their query heads.
     """
     if dcp_group is None or dcp_lengths is None:
         raise ValueError(f'attention "{NAME}" needs dcp_group and dcp_lengths')

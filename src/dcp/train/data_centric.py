@@ -48,7 +48,7 @@ class DataCentricKeys:
     max_micro_batches: int = key(64, "most micro-batches of any group in an iteration")
     calculate_imbalance: bool = key(False, "log predicted and measured imbalance, and plot it")
     sp_size: int = key(1, "sequence-parallel degree where dynamic_sp is off")
-    max_batch_size: int = key(16, "most samples of a micro-batch that are profiled")
+    max_batch_size: int = key(8, "most samples of a micro-batch that are profiled")
     profile_path: str = key("", "profile of this model and machine; '' is in the output folder")
     profile_depth: int = key(2, "layers of each kind that are profiled, the rest is extrapolated")
     profile_only: bool = key(False, "measure the profile and stop")
