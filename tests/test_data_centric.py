@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from torch import distributed as dist
 
+from dcp import cli
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.iteration import Group, Iteration, MicroBatch
 from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
@@ -20,7 +21,7 @@ from dcp.train import TrainConfig
 from dcp.train.command import main
 
 SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "progress": False}
-VIDEO = SIZE | {"model": "video", "preset": "inter+PAC", "video_samples": 24}
+VIDEO = SIZE | {"model": "video", "preset": "inter+PAC", "video_samples": 15}
 TEXT = SIZE | {"preset": "inter+PAC", "max_seqlen": 100, "tokens_per_batch": 100}
 # sizes that nothing divides: 3 x 5 latents are 2 x 3 patches, the last ones padded
 BUCKETS = [Bucket("a", (1, 2, 2)), Bucket("b", (3, 3, 5)), Bucket("c", (5, 4, 6))]
@@ -220,57 +221,78 @@ def options(values):
     ]
 
 
-def test_a_video_job_profiles_trains_and_resumes(tmp_path, capfd):
-    values = VIDEO | {
-        "preset": "inter",
-        "output": tmp_path,
-        "steps": 3,
-        "calculate_imbalance": True,
-    }
-    values |= {"profile_depth": 1, "max_batch_size": 1, "video_samples": 6}
-    command = ["--num-processes=2", *options(values)]
-    assert main(command) == 0
+JOB = VIDEO | {
+    "num_layers": 1,
+    "preset": "inter",
+    "steps": 3,
+    "calculate_imbalance": True,
+    "max_batch_size": 1,
+    "video_samples": 4,
+}
+
+
+def test_a_job_profiles_once_and_trains(tmp_path):
+    command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
+    assert cli.main(["profile-data", *command]) == 0
     profile = (tmp_path / "profile.json").read_text()
+    assert not (tmp_path / "checkpoints").exists()
+    assert cli.main(["train", *command]) == 0
+    assert (tmp_path / "profile.json").read_text() == profile
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(len(rows)))
+    assert [row["step"] for row in rows] == [0, 1, 2]
     for row in rows:
         assert sum(group["degree"] for group in row["groups"]) == 2
         assert 0 <= row["predicted_imbalance"] < 1
         assert 0 <= row["measured_imbalance"] < 1
         assert len(row["measured_rank_seconds"]) == 2
-    assert json.loads((tmp_path / "imbalance.json").read_text())[0]["steps"] >= 1
-    assert main([*command, "--resume=latest", "--steps=4"]) == 0
-    assert (tmp_path / "profile.json").read_text() == profile, "measured once"
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
-    assert main([*command, "--hidden-size=64"]) == 1
     assert (
-        "is the profile of another model: hidden_size is 32 there, 64 here"
-        in capfd.readouterr().err
+        sum(epoch["steps"] for epoch in json.loads((tmp_path / "imbalance.json").read_text())) == 3
     )
 
 
-def test_ranks_follow_one_in_training(gloo_pool, tmp_path, texts):
-    values = TEXT | {"source": str(texts), "steps": 3, "max_batch_size": 2, "profile_depth": 1}
-    results = gloo_pool(4).run(train, values | {"output": str(tmp_path)})
-    assert all(losses == results[0][0] for losses, _ in results), "the logged loss is global"
-    assert all(rates == results[0][1] for _, rates in results)
-
-
 def train(values):
+    """Losses, learning rate and final weights of a job in this process."""
     from dcp.datacentric.trainer import DataCentricTrainer
 
     with DataCentricTrainer(TrainConfig(**values), dist.group.WORLD) as trainer:
         losses = trainer.train()
     dist.barrier()
-    return losses, [group["lr"] for group in trainer.optimizer.param_groups]
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    return losses, rates, [p.detach().numpy() for p in trainer.model.parameters()]
 
 
-def test_a_bucket_beyond_memory_ends_the_job_with_its_name(tmp_path, capfd):
-    values = VIDEO | {"preset": "bucket", "output": tmp_path, "steps": 1, "memory_limit_mb": 1}
-    assert main(["--num-processes=1", *options(values)]) == 1
-    line = capfd.readouterr().err.strip()
-    assert "bucket '" in line
-    assert "does not fit: one sample needs" in line
+def test_all_ranks_log_one_loss_and_one_learning_rate(gloo_pool, tmp_path, texts):
+    values = TEXT | {"source": str(texts), "steps": 3, "max_batch_size": 2, "profile_depth": 1}
+    (losses, rates, weights), *others = gloo_pool(4).run(train, values | {"output": str(tmp_path)})
+    for other_losses, other_rates, other_weights in others:
+        assert (other_losses, other_rates) == (losses, rates)
+        assert all((a == b).all() for a, b in zip(weights, other_weights, strict=True))
+
+
+def test_stopping_and_resuming_changes_nothing(gloo_pool, tmp_path):
+    values = JOB | {"output": str(tmp_path), "checkpoint_every": 1}
+    losses, _, weights = gloo_pool(1).run(train, values)[0]
+    resumed = {"resume": str(tmp_path / "checkpoints" / "step-00000001")}
+    rest, _, again = gloo_pool(1).run(train, values | resumed)[0]
+    assert rest == losses[1:]
+    assert all((a == b).all() for a, b in zip(weights, again, strict=True))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("match", "values"),
+    [
+        (r"bucket '\w+ x \d+' does not fit: one sample needs", {"memory_limit_mb": 1}),
+        ("sp_size=2 is more than the 1 ranks", {"preset": "bucket", "sp_size": 2}),
+        ("profile of another model: hidden_size is 32 there, 64 here", {"hidden_size": 64}),
+    ],
+)
+def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
+    job = JOB | {"steps": 1, "output": str(tmp_path), "num_layers": 2}
+    if "hidden_size" in values:
+        gloo_pool(1).run(train, job | {"profile_only": True})
+    with pytest.raises(AssertionError, match=f"ValueError: .*{match}"):
+        gloo_pool(1).run(train, job | values)
 
 
 @pytest.mark.parametrize(
