@@ -111,7 +111,7 @@ def test_retuning_equals_brute_force(seed):
         done = sum(n * costs.sample_rank_seconds(b) for b, _, n in chosen)
         return done / (max(costs.seconds(b, d, n) for b, d, n in chosen) + costs.sync_seconds)
 
-    best = 0.0
+    best = {}
     for count in range(1, len(drawn) + 1):
         options = [
             [
@@ -123,13 +123,16 @@ def test_retuning_equals_brute_force(seed):
         ]
         for chosen in itertools.product(*options):
             if sum(d for _, d, _ in chosen) == world:
-                best = max(best, rate(chosen))
+                best[count] = max(best.get(count, 0.0), rate(chosen))
     found = retune(drawn, remaining, world, costs)
     if found is None:
-        assert best == 0
+        assert not best
         return
     assert sum(choice.degree for choice in found) == world
-    assert rate([(c.bucket, c.degree, c.batch_size) for c in found]) == pytest.approx(best)
+    mixed = max(n for n, value in best.items() if value >= 0.95 * max(best.values()))
+    assert [choice.bucket for choice in found] == drawn[:mixed]
+    chosen = [(c.bucket, c.degree, c.batch_size) for c in found]
+    assert rate(chosen) == pytest.approx(best[mixed])
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -179,7 +179,6 @@ def measure_video(num_processes: int) -> dict[str, Any]:
     """One epoch of the small video model with every preset, on local ranks."""
     config = TrainConfig(
         model="video",
-        video_source="rendered",
         hidden_size=64,
         num_layers=3,
         num_heads=4,

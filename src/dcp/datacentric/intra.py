@@ -10,6 +10,7 @@ from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.draw import share_out
 
 MOST_LENGTHS = 2048  # of an iteration that are tried; beyond that, evenly spread ones
+MIX = 0.95  # share of the best rate at which the plan with more groups is preferred
 
 
 def retune(
@@ -17,10 +18,11 @@ def retune(
 ) -> list[Choice] | None:
     """Choices for the first groups drawn, that exactly fill the ranks and do most per second.
 
-    A sample is worth the ranks' time that it takes at its bucket's best choice, so that neither
-    waiting nor a degree larger than useful pays. Exact: for every possible length of the iteration,
-    every group takes as many samples as fit at each degree, and a knapsack over ranks picks the
-    degrees. None where no choice of degrees fills the ranks.
+    Iterations are to mix buckets as they were drawn: as many groups are kept as come within
+    :data:`MIX` of the best rate. A sample is worth the ranks' time that it takes at its bucket's
+    best choice, so that neither waiting nor a degree larger than useful pays. Exact: for every
+    possible length of the iteration, every group takes as many samples as fit at each degree, and a
+    knapsack over ranks picks the degrees. None where no choice of degrees fills the ranks.
 
     Args:
         drawn: bucket of each group, in the order in which they are drawn.
@@ -30,18 +32,18 @@ def retune(
     lengths = _lengths(drawn, share, costs)
     value = np.full((len(lengths), world + 1), -np.inf)  # of the groups so far, by ranks used
     value[:, 0] = 0.0
-    best, found = 0.0, None
+    found: list[tuple[float, int]] = []  # best rate with so many groups, and its length
     taken: list[tuple[np.ndarray, dict[int, np.ndarray]]] = []
     for bucket, most in zip(drawn, share, strict=True):
         value, degree, counts = _add(value, bucket, most, lengths, costs)
         taken.append((degree, counts))
         rate = value[:, world] / (lengths + costs.sync_seconds)
-        at = int(rate.argmax())
-        if rate[at] > best * (1 + 1e-12):
-            best, found = float(rate[at]), (len(taken), at)
-    if found is None:
+        found.append((float(rate.max()), int(rate.argmax())))
+    best = max((rate for rate, _ in found), default=0.0)
+    if best <= 0:
         return None
-    num_groups, at = found
+    num_groups = max(n for n, (rate, _) in enumerate(found, start=1) if rate >= MIX * best)
+    at = found[num_groups - 1][1]
     chosen, used = [], world
     for bucket, (degree, counts) in zip(
         drawn[:num_groups][::-1], taken[:num_groups][::-1], strict=True

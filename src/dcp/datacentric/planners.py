@@ -15,7 +15,7 @@ from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.draw import draw_choices, share_out
 from dcp.datacentric.inter import accumulate
-from dcp.datacentric.intra import retune
+from dcp.datacentric.intra import MIX, retune
 from dcp.datacentric.iteration import Group, Iteration, MicroBatch
 from dcp.datacentric.profile import Profile
 from dcp.train.data_centric import DataCentricKeys
@@ -72,8 +72,8 @@ def plan_inter(
     """Groups end together by the number of micro-batches.
 
     They start from every bucket at its best, or from degrees and batch sizes retuned as
-    :func:`plan_intra` does, whichever does more per second: the first wastes no rank on a degree
-    that is too large, the second no time on a long sample when few others are left.
+    :func:`plan_intra` does, where that does clearly more per second: the first wastes no rank on a
+    degree that is too large, the second no time on a long sample when few others are left.
     """
     drawn, free = draw_choices(costs, remaining, world, rng)
     tuned = retune([choice.bucket for choice in drawn], remaining, world, costs)
@@ -96,7 +96,9 @@ def plan_inter(
         ]
         topped = _top_up(costs, groups, remaining, max_micro_batches)
         plans.append(_iteration(topped, free if choices is drawn else 0))
-    return max(plans, key=lambda iteration: _rate(costs, iteration))
+    if len(plans) > 1 and _rate(costs, plans[0]) >= MIX * _rate(costs, plans[1]):
+        return plans[0]
+    return plans[-1]
 
 
 def _rate(costs: Costs, iteration: Iteration) -> float:
