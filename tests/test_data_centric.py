@@ -1,7 +1,10 @@
 """Data-centric execution: gradients of any mixture equal one process; jobs run from the command."""
 
+import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +14,7 @@ from torch import distributed as dist
 
 from dcp import cli
 from dcp.datacentric.buckets import Bucket
+from dcp.datacentric.clips import CHANNELS, TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
 from dcp.datacentric.iteration import Group, Iteration, MicroBatch
 from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
 from dcp.datacentric.sequence_group import SequenceGroup
@@ -307,3 +311,40 @@ def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
 def test_mistakes_get_one_line(capfd, match, arguments):
     assert main(arguments) == 2
     assert match in capfd.readouterr().err
+
+
+def test_latents_depend_on_the_sample_alone():
+    for make in (synthetic_latents, rendered_latents):
+        latents, text = make((3, 4, 7), np.random.default_rng([0, 5]))
+        assert latents.shape == (CHANNELS, 3, 4, 7)
+        assert text.shape == (WORDS, TEXT_SIZE)
+        assert latents.std() > 0.05
+        assert abs(latents).max() < 4
+        again, _ = make((3, 4, 7), np.random.default_rng([0, 5]))
+        other, _ = make((3, 4, 7), np.random.default_rng([0, 6]))
+        assert (again == latents).all()
+        assert (other != latents).any()
+
+
+def test_rendered_clips_move():
+    latents, _ = rendered_latents((6, 8, 8), np.random.default_rng(1))
+    assert all((a != b).any() for a, b in itertools.pairwise(latents.transpose(1, 0, 2, 3)))
+
+
+def test_a_sample_is_the_same_in_any_batch():
+    workload = workload_of(VIDEO | {"video_source": "rendered"})
+    few = by_bucket(VIDEO, 3)[0]
+    together = workload.load(few, epoch=1)
+    for place, sample in enumerate(few):
+        alone = workload.load([sample], epoch=1)
+        for name in ("latents", "noise", "time", "text"):
+            assert torch.equal(getattr(alone, name)[0], getattr(together, name)[place])
+    later = workload.load(few, epoch=2)
+    assert torch.equal(later.latents, together.latents)
+    assert not torch.equal(later.noise, together.noise)
+
+
+def test_the_example_is_a_configuration():
+    config = TrainConfig.load(Path(__file__).parents[1] / "examples" / "data_centric.yaml")
+    assert config.is_data_centric
+    assert (config.dynamic_sp, config.dynamic_recompute) == (True, True)

@@ -36,8 +36,8 @@ class ImbalanceJournal(Journal):
         super().close()
         if self._wanted:
             lines = (self.folder / METRICS).read_text().splitlines()
-            rows = [json.loads(line) for line in lines]
-            summary = summarise(row for row in rows if "measured_rank_seconds" in row)
+            rows = [row for row in map(json.loads, lines) if "measured_rank_seconds" in row]
+            summary = summarise(rows)
             (self.folder / EPOCHS).write_text(json.dumps(summary, indent=1) + "\n")
             if rows:
                 draw(rows, self.folder / FIGURE)
@@ -67,11 +67,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(8, 3), layout="constrained")
     axes = figure.subplots()
     for kind, style in zip(KINDS, ("--", "-"), strict=True):
-        seen = [
-            (row["step"], 100 * row[f"{kind}_imbalance"])
-            for row in rows
-            if f"{kind}_imbalance" in row
-        ]
+        seen = [(row["step"], 100 * row[f"{kind}_imbalance"]) for row in rows]
         axes.plot(*zip(*seen, strict=True), style, label=kind)
     axes.set(xlabel="step", ylabel="imbalance, %", ylim=(0, None))
     axes.legend()

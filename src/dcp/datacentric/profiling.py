@@ -54,15 +54,15 @@ def job_profile(
         static_bytes=STATES * sum(p.numel() * p.element_size() for p in model.parameters()),
     )
     if rank == 0 and path.exists():
-        known = Profile.load(path, machine=profile.machine, model=profile.model)
-        profile.found, profile.sync_seconds = known.found, known.sync_seconds
-        profile.memory_bytes = limit if config.memory_limit_mb else known.memory_bytes
-    _spread(profile, group, device)
+        profile = Profile.load(path, machine=profile.machine, model=profile.model)
+        if config.memory_limit_mb:
+            profile.memory_bytes = limit
+    profile = _spread(profile, group, device)
     meter = Meter(
         workload,
         group,
         device,
-        depth=max(depth.values()),
+        depth=max(profile.measured_depth.values()),
         autocast=config.dtype == "bfloat16",
     )
 
@@ -112,8 +112,8 @@ def _machine(config: TrainConfig, world: int, device: torch.device) -> dict[str,
     }
 
 
-def _spread(profile: Profile, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Give every rank what the first one knows."""
+def _spread(profile: Profile, group: dist.ProcessGroup, device: torch.device) -> Profile:
+    """What the first rank knows, on every rank."""
     text = json.dumps(profile.to_json()).encode()
     size = torch.tensor([len(text)], device=device)
     first = dist.get_global_rank(group, 0)
@@ -122,5 +122,4 @@ def _spread(profile: Profile, group: dist.ProcessGroup, device: torch.device) ->
     content = np.frombuffer(text, dtype=np.uint8).copy() if own else np.zeros(int(size), np.uint8)
     message = torch.from_numpy(content).to(device)
     dist.broadcast(message, src=first, group=group)
-    known = Profile.from_json(json.loads(message.cpu().numpy().tobytes()))
-    vars(profile).update(vars(known))
+    return Profile.from_json(json.loads(message.cpu().numpy().tobytes()))
