@@ -197,6 +197,18 @@ def test_the_presets_balance_better_than_a_fixed_degree():
     assert max(found["intra"][1], found["inter"][1]) < found["fixed"][1]
 
 
+def test_ranks_that_no_degree_fills_idle_and_say_so():
+    profile = make_profile(world=2, memory=80_000)  # "long" needs two ranks, and has no more
+    bucket_of = ["long"] * 5
+    for preset in ("intra", "inter"):
+        planner = make_planner(profile, BUCKETS, DataCentricKeys(preset=preset))
+        iterations = list(epoch_iterations(planner, bucket_of, 3, seed=0, epoch=0))
+        assert sum(iteration.num_samples for iteration in iterations) == 5
+        assert {iteration.idle_ranks for iteration in iterations} == {1}
+        with pytest.raises(ValueError, match="no bucket of long runs on 1 ranks"):
+            next(epoch_iterations(planner, bucket_of, 1, seed=0, epoch=0))
+
+
 def test_draws_follow_the_remaining_work():
     costs = Costs(make_profile())
     remaining = {"short": 1000, "middle": 0, "long": 10}
@@ -215,6 +227,8 @@ def test_presets_are_the_switches_they_stand_for():
     assert not DataCentricKeys().is_data_centric
     with pytest.raises(ValueError, match="preset must be one of"):
         DataCentricKeys(preset="outer")
+    with pytest.raises(ValueError, match="sp_size belong to data-centric parallelism: give a pre"):
+        DataCentricKeys(sp_size=2)
     with pytest.raises(ValueError, match="max_micro_batches must be 1 or more, got 0"):
         DataCentricKeys(max_micro_batches=0)
 

@@ -43,7 +43,6 @@ class Costs:
         profile: of all buckets that will be asked for.
         recompute: every layer recomputes; otherwise those do that memory has no room for.
         degrees: the only degrees to use; None uses all that were profiled.
-        sync_seconds: None takes the profile's.
     """
 
     def __init__(
@@ -52,9 +51,8 @@ class Costs:
         *,
         recompute: bool = True,
         degrees: Sequence[int] | None = None,
-        sync_seconds: float | None = None,
     ) -> None:
-        self.sync_seconds = profile.sync_seconds if sync_seconds is None else sync_seconds
+        self.sync_seconds = profile.sync_seconds
         self._tables: dict[str, dict[int, _Table]] = {}
         sizes: dict[tuple[str, int], list[int]] = {}
         for bucket, degree, size in profile.found:
@@ -67,7 +65,7 @@ class Costs:
         for bucket in {key[0] for key in profile.found} - self._tables.keys():
             raise ValueError(
                 f"bucket {bucket!r} fits in memory at none of the degrees "
-                f"{sorted({d for _, d in sizes} or set(degrees or ()))}"
+                f"{sorted(degrees or {degree for _, degree in sizes})}"
             )
         self._best = {bucket: max(self.choices(bucket), key=_merit) for bucket in self._tables}
 

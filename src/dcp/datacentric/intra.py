@@ -28,6 +28,8 @@ def retune(
         drawn: bucket of each group, in the order in which they are drawn.
         remaining: samples of each bucket that are left; equal groups share them equally.
     """
+    if not drawn:
+        return None
     share = share_out(list(drawn), remaining)
     lengths = _lengths(drawn, share, costs)
     value = np.full((len(lengths), world + 1), -np.inf)  # of the groups so far, by ranks used

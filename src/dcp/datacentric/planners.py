@@ -7,7 +7,7 @@ has to be said between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,15 +35,12 @@ def make_planner(profile: Profile, buckets: Sequence[Bucket], keys: DataCentricK
         limits = median_batches(costs)
         return lambda left, world, rng: plan_fixed(costs, left, world, rng, limits=limits)
     if keys.auto_grad_accumulation:
-        return lambda left, world, rng: plan_inter(
-            costs,
-            left,
-            world,
-            rng,
+        caps = Caps(
             max_steps=keys.max_grad_accumulation_steps,
             min_steps=keys.min_grad_accumulation_steps,
             max_micro_batches=keys.max_micro_batches,
         )
+        return lambda left, world, rng: plan_inter(costs, left, world, rng, caps=caps)
     if keys.dynamic_sp:
         return lambda left, world, rng: plan_intra(costs, left, world, rng)
     return lambda left, world, rng: plan_fixed(costs, left, world, rng)
@@ -54,20 +51,26 @@ def plan_intra(
 ) -> Iteration:
     """One micro-batch per group; degrees and batch sizes such that groups end together."""
     drawn, free = draw_choices(costs, remaining, world, rng)
-    tuned = retune([choice.bucket for choice in drawn], remaining, world, costs)
-    groups = [_group(costs, c, c.batch_size) for c in tuned or drawn]
-    return _iteration(groups, 0 if tuned else free)
+    buckets = [choice.bucket for choice in drawn]
+    tuned = retune(buckets, remaining, world, costs)
+    if tuned is None:
+        shared = zip(drawn, share_out(buckets, remaining), strict=True)
+        return _iteration([_group(costs, c, min(c.batch_size, n)) for c, n in shared], free)
+    return _iteration([_group(costs, choice, choice.batch_size) for choice in tuned])
+
+
+@dataclass(frozen=True)
+class Caps:
+    """Of accumulation; see :func:`dcp.datacentric.inter.accumulate`. ``max_micro_batches`` is a
+    group's."""
+
+    max_steps: int
+    min_steps: int
+    max_micro_batches: int
 
 
 def plan_inter(
-    costs: Costs,
-    remaining: Remaining,
-    world: int,
-    rng: np.random.Generator,
-    *,
-    max_steps: int,
-    min_steps: int,
-    max_micro_batches: int,
+    costs: Costs, remaining: Remaining, world: int, rng: np.random.Generator, *, caps: Caps
 ) -> Iteration:
     """Groups end together by the number of micro-batches.
 
@@ -76,29 +79,36 @@ def plan_inter(
     degree that is too large, the second no time on a long sample when few others are left.
     """
     drawn, free = draw_choices(costs, remaining, world, rng)
+    plan = _iteration(_accumulated(costs, drawn, remaining, caps), free)
     tuned = retune([choice.bucket for choice in drawn], remaining, world, costs)
-    plans = []
-    for choices in filter(None, (drawn, tuned)):
-        available = share_out([choice.bucket for choice in choices], remaining)
-        sizes = [min(c.batch_size, count) for c, count in zip(choices, available, strict=True)]
-        batches = [-(-count // size) for count, size in zip(available, sizes, strict=True)]
-        steps = accumulate(
-            [costs.seconds(c.bucket, c.degree, n) for c, n in zip(choices, sizes, strict=True)],
-            [choice.degree for choice in choices],
-            [min(count, max_micro_batches) for count in batches],
-            max_steps=max_steps,
-            min_steps=min_steps,
-            sync_seconds=costs.sync_seconds,
-        )
-        groups = [
-            _group(costs, replace(choice, batch_size=size), min(step * size, count))
-            for choice, step, size, count in zip(choices, steps, sizes, available, strict=True)
-        ]
-        topped = _top_up(costs, groups, remaining, max_micro_batches)
-        plans.append(_iteration(topped, free if choices is drawn else 0))
-    if len(plans) > 1 and _rate(costs, plans[0]) >= MIX * _rate(costs, plans[1]):
-        return plans[0]
-    return plans[-1]
+    if tuned is not None:
+        other = _iteration(_accumulated(costs, tuned, remaining, caps))
+        plan = plan if _rate(costs, plan) >= MIX * _rate(costs, other) else other
+    return plan
+
+
+def _accumulated(
+    costs: Costs, choices: Sequence[Choice], remaining: Remaining, caps: Caps
+) -> list[Group]:
+    """Groups of these choices, with as many micro-batches as use the ranks best."""
+    if not choices:
+        return []
+    available = share_out([choice.bucket for choice in choices], remaining)
+    sizes = [min(c.batch_size, count) for c, count in zip(choices, available, strict=True)]
+    batches = [-(-count // size) for count, size in zip(available, sizes, strict=True)]
+    steps = accumulate(
+        [costs.seconds(c.bucket, c.degree, n) for c, n in zip(choices, sizes, strict=True)],
+        [choice.degree for choice in choices],
+        [min(count, caps.max_micro_batches) for count in batches],
+        max_steps=caps.max_steps,
+        min_steps=caps.min_steps,
+        sync_seconds=costs.sync_seconds,
+    )
+    groups = [
+        _group(costs, replace(choice, batch_size=size), min(step * size, count))
+        for choice, step, size, count in zip(choices, steps, sizes, available, strict=True)
+    ]
+    return _top_up(costs, groups, remaining, caps.max_micro_batches)
 
 
 def _rate(costs: Costs, iteration: Iteration) -> float:
@@ -235,7 +245,7 @@ def _group(costs: Costs, choice: Choice, num_samples: int) -> Group:
     )
 
 
-def _iteration(groups: list[Group], idle: int) -> Iteration:
+def _iteration(groups: list[Group], idle: int = 0) -> Iteration:
     """Groups by descending degree, so that those of powers of two keep inside nodes; idle last."""
     ordered = sorted(groups, key=lambda group: -group.degree)
     return Iteration((*ordered, *([Group(idle, ())] if idle else [])))

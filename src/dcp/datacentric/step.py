@@ -51,7 +51,6 @@ class IterationRunner:
         Returns that loss, and every rank's seconds of work before gradients were added up.
         """
         self.model.zero_grad()
-        # on as many ranks as needed, but known to all: no rank has to ask another
         weight = max(self.workload.weight(iteration.samples), 1)
         started = perf_counter()
         loss = self._accumulate(iteration, epoch, weight)

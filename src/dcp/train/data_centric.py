@@ -67,6 +67,11 @@ class DataCentricKeys:
             object.__setattr__(self, name, True)
         if self.dynamic_sp and self.preset in ("bucket", "packed", "fixed"):
             raise ValueError(f"config key dynamic_sp cannot go with preset {self.preset!r}")
+        if not self.is_data_centric and (self.calculate_imbalance or self.sp_size > 1):
+            raise ValueError(
+                "config keys calculate_imbalance and sp_size belong to data-centric parallelism: "
+                f"give a preset, one of {', '.join(PRESETS)}"
+            )
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"config key {name} must be 1 or more, got {getattr(self, name)}")
