@@ -108,22 +108,25 @@ def test_mixed_degrees_and_accumulations_equal_one_process(gloo_pool, kind, text
                 assert abs(gradient - other).max() <= 1e-10
 
 
-def test_recomputing_changes_no_gradient_and_saves_bytes(gloo_pool):
-    results = gloo_pool(1).run(recompute_cases)[0]
+@pytest.mark.parametrize("kind", ["video", "text"])
+def test_recomputing_changes_no_gradient_and_saves_bytes(gloo_pool, kind, texts):
+    values = VIDEO if kind == "video" else TEXT | {"source": str(texts)}
+    results = gloo_pool(1).run(recompute_cases, values)[0]
     saved = [num_bytes for _, num_bytes in results]
     assert saved[0] < saved[1] < saved[2]
     for found, _ in results[1:]:
         assert all((a == b).all() for a, b in zip(found, results[0][0], strict=True))
 
 
-def recompute_cases():
+def recompute_cases(values):
     """Gradients and saved bytes with no, some and all layers keeping their activations."""
     cases = []
     for count in (0, 1, 2):
-        workload = workload_of(VIDEO)
+        workload = workload_of(values)
         model = workload.build().double().train()
-        keep_activations_of(workload.layers(model), {"spatial": count, "temporal": count})
-        batch = workload.load(by_bucket(VIDEO, 2)[-1], epoch=0)
+        layers = workload.layers(model)
+        keep_activations_of(layers, dict.fromkeys(layers, count))
+        batch = workload.load(by_bucket(values, 2)[-1], epoch=0)
         with SavedBytes(list(model.parameters())) as saved:
             loss = workload.summed_loss(model, batch, SequenceGroup(0, 1, 0))
         loss.backward()

@@ -82,7 +82,9 @@ class TextWorkload:
         config = self.config if depth is None else replace(self.config, num_layers=depth)
         model: Any = build_model(config, vocab_size=self._vocab_size, device=self.device)
         model.set_attn_implementation(NAME)
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 renamed it on the way
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         return model
 
     def layers(self, model: nn.Module) -> dict[str, list[Any]]:
