@@ -21,8 +21,10 @@ EMPTY = -1
 class SymbolicRank:
     """One rank: a label for every row of every buffer."""
 
-    def __init__(self, plan: RankPlan, mask: str, backward: bool, world: SymbolicWorld) -> None:
-        self.plan, self.world, self.rank = plan, world, plan.rank
+    def __init__(
+        self, plan: RankPlan, keys: np.ndarray, mask: str, backward: bool, world: SymbolicWorld
+    ) -> None:
+        self.plan, self.world, self.rank, self.keys = plan, world, plan.rank, keys
         self.program = plan.mask_program(mask)
         self.todo = self.program.instructions(backward=backward)[::-1]
         groups = plan.num_head_groups
@@ -37,9 +39,9 @@ class SymbolicRank:
         self.results = {OUT: [], DKV: []}
 
     def own_labels(self, buffer: int) -> np.ndarray:
-        tokens = self.plan.token_indices
+        indices = self.keys if buffer in (KV, DKV) else self.plan.token_indices
         groups = np.arange(self.groups[buffer])[:, None]
-        return (groups * self.plan.num_tokens + tokens[None, :]).reshape(-1)
+        return (groups * self.world.size(buffer) + indices[None, :]).reshape(-1)
 
     def can_go(self) -> bool:
         if not self.todo or not isinstance(self.todo[-1], Wait):
@@ -106,20 +108,20 @@ class SymbolicRank:
             assert not (self.sending[buffer][part] + self.receiving[buffer][part]).any()
             self.labels[buffer][part] = EMPTY
         own = {buffer: len(self.own_labels(buffer)) for buffer in range(4)}
-        tokens = self.plan.num_tokens
+        tokens, keys = self.world.size(Q), self.world.size(KV)
         for item in attention.items.tolist():
             q_row, kv_row, out_row, dkv_row, q_rows, kv_rows, group, start, stop = item
             q, kv = self.read(Q, q_row, q_rows), self.read(KV, kv_row, kv_rows)
             assert (q // tokens == group).all(), "queries of another head group"
             kv_group = group * self.groups[KV] // self.groups[Q]
-            assert (kv // tokens == kv_group).all(), "keys of another head group"
+            assert (kv // keys == kv_group).all(), "keys of another head group"
             self.accumulate(OUT, out_row, q, own[OUT])
             if self.world.backward:
                 self.accumulate(DKV, dkv_row, kv, own[DKV])
             for q0, q1, k0, k1, lo, hi in self.program.slices[start:stop].tolist():
                 diagonal = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
                 seen = (diagonal >= lo) & (diagonal <= hi)
-                pairs = np.ix_([group], q[q0:q1] % tokens, kv[k0:k1] % tokens)
+                pairs = np.ix_([group], q[q0:q1] % tokens, kv[k0:k1] % keys)
                 self.world.count[pairs] += seen[None]
 
     def read(self, buffer: int, row: int, rows: int) -> np.ndarray:
@@ -150,11 +152,19 @@ class SymbolicWorld:
     def __init__(self, plan, mask: str, *, backward: bool, seed: int) -> None:
         self.backward, self.reduced = backward, 0
         self.boxes: dict[tuple[int, int], list] = defaultdict(list)
-        self.count = np.zeros((plan.num_head_groups, plan.num_tokens, plan.num_tokens), dtype=int)
+        self.plan = plan
+        self.count = np.zeros((plan.num_head_groups, plan.num_tokens, plan.num_keys), dtype=int)
         # plans travel as bytes: what is checked is what arrives
         plans = [RankPlan.from_bytes(plan.rank_plan(r).to_bytes()) for r in range(plan.num_ranks)]
-        self.ranks = [SymbolicRank(rank_plan, mask, backward, self) for rank_plan in plans]
+        self.ranks = [
+            SymbolicRank(rank_plan, plan.key_indices(rank), mask, backward, self)
+            for rank, rank_plan in enumerate(plans)
+        ]
         self.random = random.Random(seed)
+
+    def size(self, buffer: int) -> int:
+        """Different tokens that the rows of a buffer may be of."""
+        return self.plan.num_keys if buffer in (KV, DKV) else self.plan.num_tokens
 
     def run(self) -> np.ndarray:
         """How often each (head group, query, key) was computed."""

@@ -67,6 +67,10 @@ class SequenceBatch:
             sequence, or ``{"global": …, "local": …}`` with either under each name.
         weights: with named masks, how many layers use each (default 1 each); balance is over the
             weighted sum.
+        cached: where the keys and values of each sequence's first tokens lie already: tokens per
+            rank, int ``[num_sequences, num_ranks]``. Those tokens have no queries: a mask is
+            (seqlen - cached) x seqlen. They are numbered rank by rank, whatever positions they
+            hold, so masks should show all of them alike, as causality does.
 
     Raises ``ValueError`` for a negative length or a mask of the wrong size.
     """
@@ -77,10 +81,14 @@ class SequenceBatch:
         masks: str | Sequence[AttnMask | str] | Mapping[str, Any] = "causal",
         *,
         weights: Mapping[str, float] | None = None,
+        cached: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None:
         self.seqlens = np.asarray(list(seqlens), dtype=np.int64)
         if (self.seqlens < 0).any():
             raise ValueError(f"seqlens must be 0 or more, got {int(self.seqlens.min())}")
+        none = np.zeros((len(self.seqlens), 0), dtype=np.int64)
+        self.cached = none if cached is None else np.asarray(cached, dtype=np.int64)
+        self._check_cached()
         named = masks if isinstance(masks, Mapping) else {"default": masks}
         if not named:
             raise ValueError("masks is an empty mapping: name at least one mask")
@@ -92,11 +100,17 @@ class SequenceBatch:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.seqlens.sum())
+        """Tokens with queries: all but the cached ones."""
+        return int(self.seqlens.sum() - self.cached.sum())
+
+    @property
+    def num_cached(self) -> np.ndarray:
+        """Tokens of each sequence that are cached, its first ones: int64 ``[n]``."""
+        return self.cached.sum(axis=1)
 
     @property
     def offsets(self) -> np.ndarray:
-        """Global index of each sequence's first token, and the total: int64 ``[n + 1]``."""
+        """Global index of each sequence's first key, and the total: int64 ``[n + 1]``."""
         return np.concatenate([[0], np.cumsum(self.seqlens)])
 
     @property
@@ -109,36 +123,49 @@ class SequenceBatch:
 
     def global_bands(self, name: str) -> np.ndarray:
         """All sequences' slices of one mask in global token coordinates: int64 ``[n, 6]``."""
+        first_key = self.offsets[:-1]
+        starts = zip((first_key + self.num_cached).tolist(), first_key.tolist(), strict=True)
         shifted = [
-            shift_slices(mask.bands, offset, offset)
-            for mask, offset in zip(self.masks[name], self.offsets[:-1].tolist(), strict=True)
+            shift_slices(mask.bands, query, key)
+            for mask, (query, key) in zip(self.masks[name], starts, strict=True)
         ]
         return np.concatenate(shifted) if shifted else np.zeros((0, 6), dtype=np.int64)
 
     def reordered(self, order: np.ndarray) -> SequenceBatch:
         """The same sequences and masks in another order."""
         masks = {name: [of[index] for index in order] for name, of in self.masks.items()}
-        return SequenceBatch(self.seqlens[order], masks, weights=self.weights)
+        return SequenceBatch(
+            self.seqlens[order], masks, weights=self.weights, cached=self.cached[order]
+        )
+
+    def _check_cached(self) -> None:
+        shape, count = self.cached.shape, len(self.seqlens)
+        if len(shape) != 2 or shape[0] != count:
+            raise ValueError(f"cached must be [{count} sequences, num_ranks], its shape is {shape}")
+        if (self.cached < 0).any() or (self.num_cached > self.seqlens).any():
+            raise ValueError(
+                f"cached tokens must be 0 or more and at most the seqlens {self.seqlens.tolist()}, "
+                f"got {self.cached.tolist()}"
+            )
 
     def _one_per_sequence(self, name: str, given: Any) -> list[AttnMask]:
+        sizes = list(zip(self.seqlens.tolist(), self.num_cached.tolist(), strict=True))
         if isinstance(given, str):
-            made: dict[int, AttnMask] = {}  # equal lengths share one mask
-            for seqlen in self.seqlens.tolist():
-                if seqlen not in made:
-                    made[seqlen] = named_mask(given, seqlen)
-            return [made[seqlen] for seqlen in self.seqlens.tolist()]
+            made = {size: _named(given, *size) for size in dict.fromkeys(sizes)}
+            return [made[size] for size in sizes]  # equal lengths share one mask
         if isinstance(given, AttnMask) or len(given) != len(self.seqlens):
             count = 1 if isinstance(given, AttnMask) else len(given)
             raise ValueError(f"mask {name!r}: {count} masks for {len(self.seqlens)} sequences")
         masks = []
-        for index, (seqlen, mask) in enumerate(zip(self.seqlens.tolist(), given, strict=True)):
-            mask = named_mask(mask, seqlen) if isinstance(mask, str) else mask
+        for index, ((seqlen, cached), mask) in enumerate(zip(sizes, given, strict=True)):
+            mask = _named(mask, seqlen, cached) if isinstance(mask, str) else mask
             if not isinstance(mask, AttnMask):
                 mask = AttnMask.from_ranges(mask)
-            if (mask.q_len, mask.k_len) != (seqlen, seqlen):
+            if (mask.q_len, mask.k_len) != (seqlen - cached, seqlen):
+                of_them = f", {cached} of them cached" if cached else ""
                 raise ValueError(
                     f"mask {name!r} of sequence {index} is {mask.q_len} x {mask.k_len}, "
-                    f"the sequence has {seqlen} tokens"
+                    f"the sequence has {seqlen} tokens{of_them}"
                 )
             masks.append(mask)
         return masks
@@ -146,3 +173,7 @@ class SequenceBatch:
     def __repr__(self) -> str:
         names = ", ".join(self.masks)
         return f"SequenceBatch({len(self.seqlens)} sequences, {self.num_tokens} tokens, {names})"
+
+
+def _named(name: str, seqlen: int, cached: int) -> AttnMask:
+    return named_mask(name, seqlen, cached=cached) if cached else named_mask(name, seqlen)

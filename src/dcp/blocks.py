@@ -76,6 +76,11 @@ class BlockTable:
         """Position of each data block's first token in its sequence, int64 ``[num_blocks]``."""
         return self.offset - self.batch.offsets[self.sequence]
 
+    @property
+    def is_cached(self) -> np.ndarray:
+        """Data blocks that have keys and values only, bool ``[num_blocks]``."""
+        return self.position < self.batch.num_cached[self.sequence]
+
 
 def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> list[np.ndarray]:
     """Each sequence in about ``ceil(seqlen / block_size)`` nearly equal blocks.
@@ -107,7 +112,8 @@ def build_blocks(
     """Cut ``batch`` into blocks of about ``block_size`` tokens, or of the lengths given.
 
     Args:
-        block_lengths: block lengths of each sequence (they sum to its seqlen, each 1 or more).
+        block_lengths: block lengths of each sequence (they sum to its seqlen, each 1 or more). A
+            block is cached as a whole or not at all.
         num_head_groups: divides ``num_heads``, and divides or is divided by ``num_kv_heads``.
     """
     groups, kv_heads = num_head_groups, spec.num_kv_heads
@@ -126,7 +132,10 @@ def build_blocks(
     offset = np.cumsum(length) - length
     tiles = {name: _tiles(batch.global_bands(name), offset, length) for name in batch.mask_names}
     sequence = np.repeat(np.arange(len(counts)), counts)
-    return BlockTable(batch, spec, groups, sequence, offset, length, tiles)
+    table = BlockTable(batch, spec, groups, sequence, offset, length, tiles)
+    cached = length[table.is_cached].sum()
+    assert cached == batch.cached.sum(), "a block is cached in part"
+    return table
 
 
 def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

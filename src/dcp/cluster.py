@@ -89,6 +89,14 @@ class Cluster:
         """Node of each rank: int64 ``[num_ranks]``."""
         return np.repeat(np.arange(self.num_nodes), self.node_sizes)
 
+    @property
+    def ring_bandwidth(self) -> float:
+        """Bytes per second, each way, of the slowest link in a ring of all ranks."""
+        if self.num_nodes == 1:
+            return self.intra_node_bandwidth
+        network = min(self.device_network_bandwidth, self.inter_node_bandwidth)
+        return min(network, self.intra_node_bandwidth) if self.node_sizes.max() > 1 else network
+
     @classmethod
     def preset(
         cls, name: str, *, num_nodes: int = 1, devices_per_node: int | Sequence[int] | None = None

@@ -138,8 +138,12 @@ class _Layout:
         self.schedule, self.length, self.owner = s, blocks.length, placement.owner
         self.groups = (blocks.num_head_groups, blocks.num_kv_groups)
         self.num_pieces = [max(len(self.owner) * g, 1) for g in self.groups]
-        self.tokens = np.bincount(self.owner, weights=self.length, minlength=num_ranks).astype(int)
-        self.local_offset = local_offsets(self.owner, self.length, num_ranks)
+        # of Q and OUT rows, and of KV and DKV rows: cached blocks have only the latter
+        own = np.stack([np.where(blocks.is_cached, 0, self.length), self.length])
+        self.tokens = np.stack(
+            [np.bincount(self.owner, weights=of, minlength=num_ranks).astype(int) for of in own]
+        )
+        self.local_offset = np.stack([local_offsets(self.owner, of, num_ranks) for of in own])
         t = s.transfers
         parts = {
             Q: self._arrivals(Q, s.q_uses),
@@ -161,7 +165,7 @@ class _Layout:
         order = np.lexsort((-size, birth, segment))
         row = np.empty(len(segment), dtype=np.int64)
         row[order] = first_fit(segment[order], birth[order], death[order], size[order])
-        own = self.tokens[:, None] * np.array(self.groups)[[0, 1, 0, 1]]  # [num_ranks, 4]
+        own = self.tokens[[0, 1, 0, 1]].T * np.array(self.groups)[[0, 1, 0, 1]]  # [num_ranks, 4]
         row += own.reshape(-1)[segment]
         top = own.reshape(-1).copy()
         np.maximum.at(top, segment, row + size)
@@ -182,9 +186,10 @@ class _Layout:
 
     def own_row(self, buffer: np.ndarray | int, piece: np.ndarray) -> np.ndarray:
         """First row of each piece on its owner."""
-        groups = np.array(self.groups)[np.asarray(buffer) % 2]
+        side = np.asarray(buffer) % 2
+        groups = np.array(self.groups)[side]
         block, group = piece // groups, piece % groups
-        return group * self.tokens[self.owner[block]] + self.local_offset[block]
+        return group * self.tokens[side, self.owner[block]] + self.local_offset[side, block]
 
     def row(self, buffer: int, rank: np.ndarray, piece: np.ndarray) -> np.ndarray:
         """First row of each piece on ``rank``, which owns or holds it."""

@@ -48,9 +48,16 @@ class AttnMask:
         return _of(_length(seqlen), [(0, seqlen, 0, seqlen, None, None)])
 
     @classmethod
-    def causal(cls, seqlen: int) -> AttnMask:
-        """Query ``i`` sees keys ``[0, i]``."""
-        return _of(_length(seqlen), [(0, seqlen, 0, seqlen, None, 0)])
+    def causal(cls, seqlen: int, cached: int = 0) -> AttnMask:
+        """Query ``i`` sees keys ``[0, i]``.
+
+        The first ``cached`` tokens have no queries: those of the others are numbered from 0, and
+        query ``i`` sees keys ``[0, cached + i]``.
+        """
+        if not 0 <= cached <= _length(seqlen):
+            raise ValueError(f"cached must lie in [0, {seqlen}], the seqlen, got {cached}")
+        new = seqlen - cached
+        return cls(new, seqlen, _bands([(0, new, 0, seqlen, None, cached)]))
 
     @classmethod
     def sliding_window(cls, seqlen: int, window: int) -> AttnMask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -60,16 +60,19 @@ class Plan:
 
     Attributes:
         seqlens: tokens of each sequence, int64 ``[num_sequences]``.
+        num_cached: how many of them, the first ones, have keys and values only; the rest are the
+            plan's *tokens*.
         spec, cluster: heads and machine it was made for.
         num_head_groups: head groups a compute block is one of.
         block_sequence, block_offset, block_length, owner: of each data block: its sequence, global
-            index of its first token, tokens, owning rank; int64 ``[num_blocks]``.
+            index of its first key, tokens, owning rank; int64 ``[num_blocks]``.
         masks: compiled tables by mask name.
         weights: layers that use each mask.
         stats: figures of the plan.
     """
 
     seqlens: np.ndarray
+    num_cached: np.ndarray
     spec: AttentionSpec
     cluster: Cluster
     num_head_groups: int
@@ -93,6 +96,7 @@ class Plan:
             masks[name] = compile_mask(placement, name, schedule, cluster.num_ranks)
         plan = cls(
             seqlens=batch.seqlens,
+            num_cached=batch.num_cached,
             spec=blocks.spec,
             cluster=cluster,
             num_head_groups=blocks.num_head_groups,
@@ -114,8 +118,12 @@ class Plan:
         return self.cluster.num_ranks
 
     @property
-    def num_tokens(self) -> int:
+    def num_keys(self) -> int:
         return int(self.seqlens.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_keys - int(self.num_cached.sum())
 
     @property
     def num_blocks(self) -> int:
@@ -124,11 +132,19 @@ class Plan:
     @cached_property
     def rank_tokens(self) -> np.ndarray:
         """Tokens each rank owns, int64 ``[num_ranks]``."""
-        return _sums(self.owner, self.block_length, self.num_ranks)
+        return _sums(self.owner, np.where(self.is_cached, 0, self.block_length), self.num_ranks)
 
     def token_indices(self, rank: int) -> np.ndarray:
         """Global index of each local token of ``rank``, in local order: int64 ``[local]``."""
         mine = self._blocks_of(rank)
+        return runs(self.block_token[mine], self.block_length[mine])
+
+    def key_indices(self, rank: int) -> np.ndarray:
+        """Global index of each local key of ``rank``, the cached ones too: int64 ``[local keys]``.
+
+        The same as :meth:`token_indices` where nothing is cached.
+        """
+        mine = np.flatnonzero(self.owner == rank)
         return runs(self.block_offset[mine], self.block_length[mine])
 
     def positions(self, rank: int) -> np.ndarray:
@@ -136,24 +152,31 @@ class Plan:
         mine = self._blocks_of(rank)
         return runs(self.block_position[mine], self.block_length[mine])
 
-    def shard(self, rank: int, tensor: Any) -> Any:
-        """The rows of a global ``[num_tokens, …]`` tensor or array that ``rank`` owns."""
-        if len(tensor) != self.num_tokens:
-            raise ValueError(f"tensor has {len(tensor)} rows, the plan {self.num_tokens} tokens")
-        return tensor[self.token_indices(rank)]
+    def shard(self, rank: int, tensor: Any, *, keys: bool = False) -> Any:
+        """The rows of a global ``[num_tokens, …]`` tensor or array that ``rank`` owns; with
+        ``keys``, of ``[num_keys, …]``."""
+        size, indices = self._layout(keys)
+        if len(tensor) != size:
+            raise ValueError(f"tensor has {len(tensor)} rows, the plan {size} tokens")
+        return tensor[indices(rank)]
 
-    def unshard(self, shards: Sequence[Any]) -> Any:
+    def unshard(self, shards: Sequence[Any], *, keys: bool = False) -> Any:
         """The global tensor of all ranks' local ones, in rank order; inverse of :meth:`shard`."""
-        lengths = [len(shard) for shard in shards]
-        if lengths != self.rank_tokens.tolist():
-            raise ValueError(f"shards of {lengths} rows, the plan has {self.rank_tokens.tolist()}")
-        first, size = shards[0], (self.num_tokens, *shards[0].shape[1:])
+        size, indices = self._layout(keys)
+        every = [indices(rank) for rank in range(self.num_ranks)]
+        lengths, wanted = [len(shard) for shard in shards], [len(of) for of in every]
+        if lengths != wanted:
+            raise ValueError(f"shards of {lengths} rows, the plan has {wanted}")
+        first, shape = shards[0], (size, *shards[0].shape[1:])
         whole = (
-            first.new_empty(size) if hasattr(first, "new_empty") else np.empty(size, first.dtype)
+            first.new_empty(shape) if hasattr(first, "new_empty") else np.empty(shape, first.dtype)
         )
-        for rank, shard in enumerate(shards):
-            whole[self.token_indices(rank)] = shard
+        for of, shard in zip(every, shards, strict=True):
+            whole[of] = shard
         return whole
+
+    def _layout(self, keys: bool) -> tuple[int, Callable[[int], np.ndarray]]:
+        return (self.num_keys, self.key_indices) if keys else (self.num_tokens, self.token_indices)
 
     @cached_property
     def block_position(self) -> np.ndarray:
@@ -162,14 +185,25 @@ class Plan:
         return self.block_offset - start[self.block_sequence]
 
     @cached_property
+    def is_cached(self) -> np.ndarray:
+        """Data blocks that have keys and values only, bool ``[num_blocks]``."""
+        return self.block_position < self.num_cached[self.block_sequence]
+
+    @cached_property
+    def block_token(self) -> np.ndarray:
+        """Global index of each data block's first token; of no meaning for a cached block."""
+        return self.block_offset - np.cumsum(self.num_cached)[self.block_sequence]
+
+    @cached_property
     def local_offset(self) -> np.ndarray:
-        """Index of each data block's first token among its owner's tokens."""
+        """Index of each data block's first key among its owner's keys."""
         return local_offsets(self.owner, self.block_length, self.num_ranks)
 
     def _blocks_of(self, rank: int) -> np.ndarray:
+        """Data blocks with tokens that ``rank`` owns."""
         if not 0 <= rank < self.num_ranks:
             raise ValueError(f"rank {rank} is not one of the plan's {self.num_ranks} ranks")
-        return np.flatnonzero(self.owner == rank)
+        return np.flatnonzero((self.owner == rank) & ~self.is_cached)
 
     # ------------------------------------------------------------------ programs
 
@@ -181,9 +215,10 @@ class Plan:
             num_ranks=self.num_ranks,
             num_tokens=self.num_tokens,
             spec=self.spec,
+            num_local_keys=len(self.key_indices(rank)),
             num_head_groups=self.num_head_groups,
             block_sequence=self.block_sequence[mine],
-            block_offset=self.block_offset[mine],
+            block_offset=self.block_token[mine],
             block_position=self.block_position[mine],
             block_length=self.block_length[mine],
             masks={name: _rank_program(tables, rank) for name, tables in self.masks.items()},
@@ -200,7 +235,9 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """The whole plan as one checked message (:mod:`dcp.wire`)."""
-        names = ("seqlens", "block_sequence", "block_offset", "block_length", "owner")
+        names = (
+            "seqlens", "num_cached", "block_sequence", "block_offset", "block_length", "owner",
+        )  # fmt: skip
         arrays = {name: getattr(self, name) for name in names}
         for index, tables in enumerate(self.masks.values()):
             arrays |= {f"{index}.{name}": getattr(tables, name) for name in _TABLE_ARRAYS}
@@ -224,6 +261,7 @@ class Plan:
         }
         return cls(
             seqlens=arrays["seqlens"],
+            num_cached=arrays["num_cached"],
             spec=AttentionSpec(**meta["spec"]),
             cluster=Cluster(**meta["cluster"]),
             num_head_groups=meta["num_head_groups"],

@@ -83,6 +83,8 @@ class Planner:
 
         Raises :class:`~dcp.placement.StrategyError` if the named strategy cannot serve it.
         """
+        if batch.cached.any():
+            raise ValueError("the batch has cached tokens: plan it with dcp.inference.plan_turn")
         _load_compiled()
         started = perf_counter()
         order, key = _canonical(batch)

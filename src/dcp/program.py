@@ -115,6 +115,7 @@ class RankPlan:
 
     Attributes:
         rank, num_ranks, num_tokens: whose plan it is; tokens of the whole batch.
+        num_local_keys: rows of the rank's keys and values, its cached ones among them.
         spec, num_head_groups: heads, and how many head groups a row is one of.
         token_indices: global index of each local token, int64 ``[local]``.
         positions: position of each local token in its own sequence, int64 ``[local]``.
@@ -126,6 +127,7 @@ class RankPlan:
     rank: int
     num_ranks: int
     num_tokens: int
+    num_local_keys: int
     spec: AttentionSpec
     num_head_groups: int
     block_sequence: np.ndarray
@@ -170,6 +172,7 @@ class RankPlan:
             "rank": self.rank,
             "num_ranks": self.num_ranks,
             "num_tokens": self.num_tokens,
+            "num_local_keys": self.num_local_keys,
             "spec": vars(self.spec),
             "num_head_groups": self.num_head_groups,
             "masks": {name: program.num_steps for name, program in self.masks.items()},
@@ -189,6 +192,7 @@ class RankPlan:
             rank=meta["rank"],
             num_ranks=meta["num_ranks"],
             num_tokens=meta["num_tokens"],
+            num_local_keys=meta["num_local_keys"],
             spec=AttentionSpec(**meta["spec"]),
             num_head_groups=meta["num_head_groups"],
             block_sequence=arrays["block_sequence"],

@@ -19,7 +19,7 @@ import numpy as np
 
 from dcp.blocks import ComputeBlocks
 from dcp.cluster import Cluster
-from dcp.placement import Placement
+from dcp.placement import Placement, Route
 
 # The four buffers of a rank. Q: queries (backward: also dO, lse, delta); OUT: outputs with lse
 # (backward: dQ); DKV is used by the backward pass alone.
@@ -120,21 +120,23 @@ def make_schedule(
         relay = count > 2 and cluster.num_nodes > 1
         division = _choose_divisions(rank, area, q_uses, kv_uses, cluster, count, relay)
     q_uses, kv_uses = _spans(q_uses, division), _spans(kv_uses, division)
-    route = placement.kv_route
-    if route is None:
-        keys = _inputs(KV, kv_uses, cluster, relay)
-    else:
-        kind = np.full(len(route.piece), KV)
-        keys = Transfers(kind, route.piece, route.source, route.target, route.step)
+    inputs = [
+        _inputs(buffer, uses, cluster, relay) if route is None else _routed(buffer, route)
+        for buffer, uses, route in (
+            (KV, kv_uses, placement.kv_route),
+            (Q, q_uses, placement.q_route),
+        )
+    ]
+    results = _outputs(OUT, q_uses, cluster, relay)
+    if placement.results_together:
+        results.step[:] = count + 1
     if placement.gradients_travel:
         one_lane = np.zeros(cluster.num_ranks, dtype=np.int64)
         lane = one_lane if placement.gradient_lane is None else placement.gradient_lane
         gradients = _travelling(DKV, kv_uses, lane)
     else:
         gradients = _outputs(DKV, kv_uses, cluster, relay)
-    transfers = Transfers.concat(
-        [keys, _inputs(Q, q_uses, cluster, relay), _outputs(OUT, q_uses, cluster, relay), gradients]
-    )
+    transfers = Transfers.concat([*inputs, results, gradients])
     num_steps = max(count + 1, int(transfers.step.max(initial=0)))
     return MaskSchedule(
         count, num_steps, rank, division, q_piece, kv_piece, area, q_uses, kv_uses, transfers
@@ -238,6 +240,12 @@ def _arrival_order(uses: Uses, earliest: np.ndarray, num_ranks: int, *, first: i
 
 
 # --------------------------------------------------------------------------- what moves when
+
+
+def _routed(buffer: int, route: Route) -> Transfers:
+    """The hops that a strategy fixed."""
+    kind = np.full(len(route.piece), buffer)
+    return Transfers(kind, route.piece, route.source, route.target, route.step)
 
 
 def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:

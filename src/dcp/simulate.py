@@ -74,22 +74,26 @@ class Timeline:
         return {name: getattr(self, name) for name in names}
 
 
-def simulate(plan: Plan, cluster: Cluster) -> Timeline:
-    """Predict the passes of ``plan`` on ``cluster`` (which may have other rates than its own)."""
+def simulate(plan: Plan, cluster: Cluster, *, backward: bool = True) -> Timeline:
+    """Predict the passes of ``plan`` on ``cluster`` (which may have other rates than its own).
+
+    Without ``backward`` that pass is left out and takes 0 seconds: inference has none.
+    """
     if cluster.num_ranks != plan.num_ranks:
         raise ValueError(f"the plan is for {plan.num_ranks} ranks, not {cluster.num_ranks}")
     forward = {name: _play_pass(plan, name, cluster, backward=False) for name in plan.masks}
-    backward = {name: _play_pass(plan, name, cluster, backward=True) for name in plan.masks}
+    names = plan.masks if backward else {}
+    behind = {name: _play_pass(plan, name, cluster, backward=True) for name in names}
     weights = plan.weights
     exposed = {
         name: max(p.seconds - float(p.compute_seconds.max()), 0.0) for name, p in forward.items()
     }
     return Timeline(
         forward_seconds=sum(weights[name] * p.seconds for name, p in forward.items()),
-        backward_seconds=sum(weights[name] * p.seconds for name, p in backward.items()),
+        backward_seconds=float(sum(weights[name] * p.seconds for name, p in behind.items())),
         exposed_comm_seconds=float(sum(weights[name] * exposed[name] for name in exposed)),
         forward=forward,
-        backward=backward,
+        backward=behind,
     )
 
 

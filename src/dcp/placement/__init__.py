@@ -25,10 +25,11 @@ class StrategyError(ValueError):
 
 @dataclass(frozen=True)
 class Route:
-    """The hops that KV pieces make where a strategy fixes them: int64 arrays of equal length.
+    """The hops that pieces make where a strategy fixes them: int64 arrays of equal length.
 
-    ``piece`` (``block * num_kv_groups + kv group``) travels from ``source``, which owns it or
-    received it in an earlier step, to ``target`` in communication ``step``.
+    ``piece`` (``block * num_kv_groups + kv group``, of queries ``block * num_head_groups + group``)
+    travels from ``source``, which owns it or received it in an earlier step, to ``target`` in
+    communication ``step``.
     """
 
     piece: np.ndarray
@@ -50,6 +51,9 @@ class Placement:
         num_divisions: divisions the strategy wants, or None to let the schedule choose.
         kv_route: the way of every KV piece where the strategy fixes it (a ring); otherwise a rank
             fetches what it needs, from the owner or from a rank of its node that fetches it too.
+        q_route: the same of every Q piece.
+        results_together: all partial outputs go home in one exchange after the last division,
+            instead of each in the step after it was made.
         gradients_travel: partial key and value gradients are summed from rank to rank along the
             order of divisions (a ring's way) instead of each being sent to the owner.
         gradient_lane: lane of each rank, int64 ``[num_ranks]``: travelling gradients are summed
@@ -63,6 +67,8 @@ class Placement:
     division: dict[str, np.ndarray] | None = None
     num_divisions: int | None = None
     kv_route: Route | None = None
+    q_route: Route | None = None
+    results_together: bool = False
     gradients_travel: bool = False
     gradient_lane: np.ndarray | None = None
     notes: dict[str, Any] = field(default_factory=dict)

@@ -141,8 +141,8 @@ class AttentionExecutor:
             plans=[self._prepared if ticket is None else self._kept[ticket]],
             communicators=[self._communicator],
             drive=_exhaust,
-            split=lambda tensor: [tensor],
-            join=lambda tensors: tensors[0],
+            split=lambda tensor, keys=False: [tensor],
+            join=lambda tensors, keys=False: tensors[0],
             kernel=self.kernel,
             spans=self.spans,
             call=call,
@@ -172,7 +172,8 @@ class LocalWorld:
         """Differentiable attention in the global layout.
 
         Args:
-            q: ``[tokens, heads, head_dim]``; k, v: ``[tokens, kv_heads, head_dim]``.
+            q: ``[tokens, heads, head_dim]``; k, v: ``[keys, kv_heads, head_dim]``, where the keys
+                are the tokens' own and, before those of their sequence, the cached ones.
             mask: a mask name of the batch; the first by default.
             scale: of the scores; ``head_dim ** -0.5`` by default.
             sink: ``[heads]``, see :meth:`DCPAttention.apply`.
@@ -191,7 +192,9 @@ class LocalWorld:
             plans=self._prepared,
             communicators=[post.rank(rank) for rank in ranks],
             drive=post.run,
-            split=lambda tensor: [self.plan.shard(rank, tensor) for rank in ranks],
+            split=lambda tensor, keys=False: [
+                self.plan.shard(rank, tensor, keys=keys) for rank in ranks
+            ],
             join=self.plan.unshard,
             kernel=self.kernel,
             spans=self.spans,
@@ -250,7 +253,8 @@ class DCPAttention:
 
         Args:
             q: ``[local, heads, head_dim]``, rows in the order of ``plan.token_indices(rank)``.
-            kv: ``[local, 2, kv_heads, head_dim]``, keys first.
+            kv: ``[local keys, 2, kv_heads, head_dim]``, keys first; as many rows as ``q``, and
+                those of the rank's cached tokens, as ``plan.key_indices(rank)`` orders them.
             mask: a mask name of the batch; the first by default.
             scale: of the scores; ``head_dim ** -0.5`` by default.
             sink: ``[heads]``, a learned score that joins each row's sum of weights and carries no

@@ -52,7 +52,8 @@ class AttentionPass:
         self.kv_groups = min(self.groups, spec.num_kv_heads)
         self.q_shape = (spec.num_heads // self.groups, spec.head_dim)
         self.kv_shape = (2, spec.num_kv_heads // self.kv_groups, spec.head_dim)
-        self.num_tokens = plan.num_local_tokens
+        # of Q and OUT rows, and of KV and DKV rows: cached tokens have only the latter
+        self.num_tokens = (plan.num_local_tokens, plan.num_local_keys)
         self.rank = plan.rank
         self.num_rows = plan.mask_program(mask).buffer_rows.tolist()
         self.instructions = prepared.instructions(mask, like.device, backward=self.backward)
@@ -127,18 +128,24 @@ class AttentionPass:
         heads_dim = 1 if tensor.dim() == 2 else tensor.dim() - 2
         split = tensor.unflatten(heads_dim, (groups, -1)).movedim(heads_dim, 0)
         field = torch.empty((rows, *split.shape[2:]), dtype=dtype, device=self.device)
-        field[: groups * self.num_tokens].unflatten(0, (groups, self.num_tokens)).copy_(split)
+        field[: groups * len(tensor)].unflatten(0, (groups, len(tensor))).copy_(split)
         return field, travels
 
-    def take(self, buffer: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    def own(self, buffer: int) -> slice:
+        """The rows of the rank's own tokens."""
+        groups = (self.groups, self.kv_groups)[buffer % 2]
+        return slice(0, groups * self.num_tokens[buffer % 2])
+
+    def take(self, buffer: int, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """The own rows as a local tensor: inverse of :meth:`inputs`."""
-        heads_dim = 1 if buffer.dim() == 2 else buffer.dim() - 2
-        own = buffer[: groups * self.num_tokens].unflatten(0, (groups, self.num_tokens))
+        heads_dim = 1 if rows.dim() == 2 else rows.dim() - 2
+        groups = (self.groups, self.kv_groups)[buffer % 2]
+        own = rows[self.own(buffer)].unflatten(0, (groups, self.num_tokens[buffer % 2]))
         joined = own.movedim(0, heads_dim).flatten(heads_dim, heads_dim + 1)
         taken = joined.to(dtype).contiguous()
-        shares = taken.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        shares = taken.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
         # a view would keep the rows of all that came from elsewhere
-        return taken.clone() if shares and taken.numel() < buffer.numel() else taken
+        return taken.clone() if shares and taken.numel() < rows.numel() else taken
 
     def _clear(self, resets: np.ndarray) -> None:
         for buffer, row, rows in resets.tolist():
@@ -208,7 +215,7 @@ class ForwardPass(AttentionPass):
             ],
         }
         [(self.q, _)], [(self.kv, _)], [(self.out, _), (self.lse, _)] = self.fields.values()
-        self.clear(OUT, _run(0, self.groups * self.num_tokens))
+        self.clear(OUT, self.own(OUT))
 
     def clear(self, buffer: int, rows: slice) -> None:
         self.out[rows], self.lse[rows] = 0, -torch.inf
@@ -221,11 +228,11 @@ class ForwardPass(AttentionPass):
 
     def store(self) -> None:
         if self.sink is None:
-            self.result_out = self.take(self.out, self.groups, self.dtype)
-            self.result_lse = self.take(self.lse, self.groups, self.compute_dtype)
+            self.result_out = self.take(OUT, self.out, self.dtype)
+            self.result_lse = self.take(OUT, self.lse, self.compute_dtype)
             return
-        out = self.take(self.out, self.groups, self.compute_dtype)
-        lse = self.take(self.lse, self.groups, self.compute_dtype)
+        out = self.take(OUT, self.out, self.compute_dtype)
+        lse = self.take(OUT, self.lse, self.compute_dtype)
         self.result_lse = torch.logaddexp(lse, self.sink.to(self.compute_dtype))
         self.result_out = (out * torch.exp(lse - self.result_lse)[..., None]).to(self.dtype)
 
@@ -262,8 +269,8 @@ class BackwardPass(AttentionPass):
         *self.q_side, self.kv, self.grad_q, self.grad_kv = (
             tensor for fields in self.fields.values() for tensor, _ in fields
         )
-        self.clear(OUT, _run(0, self.groups * self.num_tokens))
-        self.clear(DKV, _run(0, self.kv_groups * self.num_tokens))
+        self.clear(OUT, self.own(OUT))
+        self.clear(DKV, self.own(DKV))
 
     def attend(self, work: Any) -> None:
         self.kernel.backward(work, self.q_side, self.kv, self.grad_q, self.grad_kv, self.options)
@@ -273,8 +280,8 @@ class BackwardPass(AttentionPass):
         grad[target] += grad[source]
 
     def store(self) -> None:
-        self.result_q = self.take(self.grad_q, self.groups, self.dtype)
-        self.result_kv = self.take(self.grad_kv, self.kv_groups, self.dtype)
+        self.result_q = self.take(OUT, self.grad_q, self.dtype)
+        self.result_kv = self.take(DKV, self.grad_kv, self.dtype)
 
 
 def _num_bytes(tensor: Tensor, dtype: torch.dtype, rows: Rows) -> int:

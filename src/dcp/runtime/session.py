@@ -59,8 +59,8 @@ class Session:
     plans: list[PreparedPlan]
     communicators: list[Communicator]
     drive: Callable[[list[Iterator[None]]], None]
-    split: Callable[[Tensor], list[Tensor]]
-    join: Callable[[list[Tensor]], Tensor]
+    split: Callable[..., list[Tensor]]
+    join: Callable[..., Tensor]
     kernel: str
     spans: list[Span] | None
     call: Call
@@ -70,19 +70,28 @@ class Session:
     ) -> tuple[Tensor, Tensor]:
         """``out`` like ``q`` and the natural log-sum-exp ``[tokens, heads]``."""
         self._check(q, kv, sink)
-        shards = zip(self.split(q), self.split(kv), strict=True)
-        inputs = [{"q": q_, "kv": kv_, "sink": sink} for q_, kv_ in shards]
-        passes = self._run(ForwardPass, q, inputs, needs_grad=needs_grad)
-        return self.join([p.result_out for p in passes]), self.join([p.result_lse for p in passes])
+        shards = self.split(q), self.split(kv, keys=True)
+        out, lse = self.forward_shards(*shards, sink, needs_grad=needs_grad)
+        return self.join(out), self.join(lse)
+
+    def forward_shards(
+        self, q: list[Tensor], kv: list[Tensor], sink: Tensor | None, *, needs_grad: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """:meth:`forward` with one tensor per rank that this process hosts."""
+        pairs = zip(q, kv, strict=True)
+        inputs = [{"q": q_, "kv": kv_, "sink": sink} for q_, kv_ in pairs]
+        passes = self._run(ForwardPass, q[0], inputs, needs_grad=needs_grad)
+        return [p.result_out for p in passes], [p.result_lse for p in passes]
 
     def backward(self, **tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of ``q`` and ``kv`` from ``grad_out``, ``q``, ``kv``, ``out`` and ``lse``."""
-        shards = {name: self.split(tensor) for name, tensor in tensors.items()}
+        shards = {name: self.split(each, keys=name == "kv") for name, each in tensors.items()}
         per_rank = [
             dict(zip(shards, parts, strict=True)) for parts in zip(*shards.values(), strict=True)
         ]
         passes = self._run(BackwardPass, tensors["q"], per_rank, needs_grad=True)
-        return self.join([p.result_q for p in passes]), self.join([p.result_kv for p in passes])
+        grad_q, grad_kv = [p.result_q for p in passes], [p.result_kv for p in passes]
+        return self.join(grad_q), self.join(grad_kv, keys=True)
 
     def _run(
         self, kind: type[AttentionPass], like: Tensor, inputs: list[dict], *, needs_grad: bool
@@ -103,9 +112,10 @@ class Session:
         plans = [prepared.plan for prepared in self.plans]
         spec = plans[0].spec
         tokens = sum(plan.num_local_tokens for plan in plans)
+        keys = sum(plan.num_local_keys for plan in plans)
         wanted = {
             "q": (q, (tokens, spec.num_heads, spec.head_dim)),
-            "kv": (kv, (tokens, 2, spec.num_kv_heads, spec.head_dim)),
+            "kv": (kv, (keys, 2, spec.num_kv_heads, spec.head_dim)),
             "sink": (sink, (spec.num_heads,)),
         }
         for name, (tensor, shape) in wanted.items():

@@ -1,0 +1,36 @@
+"""Context-parallel inference: prefill, partial prefill and decode over a sharded KV cache.
+
+Planning a turn needs no torch; the names that do are imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dcp.inference.select import SELECTORS, Empirical, algorithm_1, algorithm_5
+from dcp.inference.turn import STRATEGIES, plan_turn
+
+if TYPE_CHECKING:
+    from dcp.inference.attention import CachedAttention
+    from dcp.inference.cache import KVCache
+
+__all__ = [
+    "SELECTORS",
+    "STRATEGIES",
+    "CachedAttention",
+    "Empirical",
+    "KVCache",
+    "algorithm_1",
+    "algorithm_5",
+    "plan_turn",
+]
+
+_LAZY = {
+    "CachedAttention": "dcp.inference.attention",
+    "KVCache": "dcp.inference.cache",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

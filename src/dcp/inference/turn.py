@@ -1,0 +1,92 @@
+"""One turn of inference as a plan: new tokens of some sequences over what is cached of them.
+
+Every rank plans the same turn from the same numbers, so nothing has to be agreed upon.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.blocks import BlockTable
+from dcp.cluster import Cluster
+from dcp.inference.select import SELECTORS, Selector
+from dcp.placement.passing import pass_either, pass_kv, pass_q, place_tokens
+from dcp.plan import Plan
+from dcp.simulate import simulate
+
+PLACEMENTS = {"pass_kv": pass_kv, "pass_q": pass_q, "pass_either": pass_either}
+STRATEGIES = (*PLACEMENTS, *SELECTORS, "planned")
+
+
+def plan_turn(
+    new: Sequence[int] | np.ndarray,
+    cached: Sequence[Sequence[int]] | np.ndarray,
+    spec: AttentionSpec,
+    cluster: Cluster,
+    *,
+    strategy: str | Selector = "planned",
+    shifts: Sequence[int] | None = None,
+) -> Plan:
+    """Plan causal attention of new tokens over cached and new ones.
+
+    Args:
+        new: new tokens of each sequence; one each is a step of decoding.
+        cached: tokens of each sequence that each rank holds, ``[num_sequences, num_ranks]``.
+        strategy: ``"pass_kv"``, ``"pass_q"``, ``"pass_either"``; a selector of
+            :data:`dcp.inference.select.SELECTORS` or one of your own, which names one of the first
+            two; or ``"planned"``: all three are planned and simulated, the fastest is taken.
+        shifts: of each sequence, the rank that a lone token goes to (see
+            :func:`dcp.placement.passing.place_tokens`); ``0, 1, …`` by default.
+
+    Raises ``ValueError`` for an unknown strategy or arrays that do not fit.
+    """
+    held = np.asarray(cached, dtype=np.int64)
+    tokens = np.asarray(new, dtype=np.int64)
+    if held.shape != (len(tokens), cluster.num_ranks):
+        raise ValueError(
+            f"cached has shape {held.shape}, {len(tokens)} sequences on {cluster.num_ranks} ranks "
+            f"need {(len(tokens), cluster.num_ranks)}"
+        )
+    if (tokens < 0).any():
+        raise ValueError(f"new tokens must be 0 or more, got {tokens.tolist()}")
+    batch = SequenceBatch(tokens + held.sum(axis=1), cached=held)
+    shifts = range(len(tokens)) if shifts is None else shifts
+    blocks, owner = place_tokens(batch, spec, cluster.num_ranks, shifts)
+    name = _choose(strategy, int(tokens.sum()), int(held.sum()), spec, cluster)
+    if name != "planned":
+        return next(_plans(name, blocks, owner, cluster))
+    best: Plan | None = None
+    tried: dict[str, float] = {}
+    for each in PLACEMENTS:
+        for plan in _plans(each, blocks, owner, cluster):
+            plan.stats.simulated = simulate(plan, cluster, backward=False).to_json()
+            seconds = plan.stats.simulated["forward_seconds"]
+            tried[each] = min(seconds, tried.get(each, np.inf))
+            if best is None or seconds < best.stats.simulated["forward_seconds"]:
+                best = plan
+    assert best is not None
+    best.stats.notes["candidates"] = tried
+    return best
+
+
+def _choose(
+    strategy: str | Selector, new: int, cached: int, spec: AttentionSpec, cluster: Cluster
+) -> str:
+    if callable(strategy):
+        return strategy(new, cached, spec, cluster)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    if strategy in SELECTORS:
+        return SELECTORS[strategy](new, cached, spec, cluster)
+    return strategy
+
+
+def _plans(name: str, blocks: BlockTable, owner: np.ndarray, cluster: Cluster) -> Iterator[Plan]:
+    """The plans of one placement: a ring's one, or one per number of divisions worth trying."""
+    placement = PLACEMENTS[name](blocks, owner, cluster)
+    fixed = placement.num_divisions
+    for count in (fixed,) if fixed else sorted({2, cluster.num_ranks}):
+        yield Plan.from_placement(placement, cluster, strategy=name, num_divisions=count)
