@@ -86,6 +86,13 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         dcp.train.add_arguments(profile_data)
         profile_data.set_defaults(run=dcp.train.run, profile_only=True)
 
+    generate = commands.add_parser("generate", help="continue prompts over several ranks")
+    if command == "generate":
+        import dcp.inference.command
+
+        dcp.inference.command.add_arguments(generate)
+        generate.set_defaults(run=dcp.inference.command.run)
+
     bench = commands.add_parser("bench", help="measure what this project claims")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     for name, about in _BENCHES.items():

@@ -57,7 +57,7 @@ class AttnMask:
         if not 0 <= cached <= _length(seqlen):
             raise ValueError(f"cached must lie in [0, {seqlen}], the seqlen, got {cached}")
         new = seqlen - cached
-        return cls(new, seqlen, _bands([(0, new, 0, seqlen, None, cached)]))
+        return cls(new, seqlen, make_slices([(0, new, 0, seqlen, None, cached)]))
 
     @classmethod
     def sliding_window(cls, seqlen: int, window: int) -> AttnMask:

@@ -12,12 +12,14 @@ from dcp.inference.turn import STRATEGIES, plan_turn
 if TYPE_CHECKING:
     from dcp.inference.attention import CachedAttention
     from dcp.inference.cache import KVCache
+    from dcp.inference.engine import InferenceEngine
 
 __all__ = [
     "SELECTORS",
     "STRATEGIES",
     "CachedAttention",
     "Empirical",
+    "InferenceEngine",
     "KVCache",
     "algorithm_1",
     "algorithm_5",
@@ -26,6 +28,7 @@ __all__ = [
 
 _LAZY = {
     "CachedAttention": "dcp.inference.attention",
+    "InferenceEngine": "dcp.inference.engine",
     "KVCache": "dcp.inference.cache",
 }
 

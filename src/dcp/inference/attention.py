@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dcp.inference.cache import KVCache, SequenceId, write_rows
 from dcp.inference.paging import in_pages, keys_stay
-from dcp.plan import Plan
+from dcp.plan import Plan, RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call
@@ -49,7 +49,7 @@ class CachedAttention:
     ) -> None:
         self.caches, self.kernel = list(caches), kernel
         num_ranks = self.caches[0].num_ranks
-        self.is_local = len(self.caches) == num_ranks
+        self.is_local = group is None and len(self.caches) == num_ranks
         self._executor = None if self.is_local else AttentionExecutor(group, kernel=kernel)
         ranks = [cache.rank for cache in self.caches]
         wanted = list(range(num_ranks)) if self._executor is None else [self._executor.rank]
@@ -58,6 +58,11 @@ class CachedAttention:
         self.plan: Plan | None = None
         self._shares: list[_Share] = []
         self._world: LocalWorld | None = None
+
+    @property
+    def rank_plan(self) -> RankPlan | None:
+        """This rank's plan of the turn; None where all ranks run in this process."""
+        return None if self.is_local or not self._shares else self._shares[0].plan.plan
 
     def begin(self, plan: Plan, sequences: Sequence[SequenceId]) -> None:
         """Start a turn: make room for its new tokens, and run ``plan`` until the next one.
@@ -79,7 +84,15 @@ class CachedAttention:
         else:
             self._executor.prepare(self._shares[0].plan)
 
-    def attention(self, layer: int, q: Tensor, kv: Tensor, *, scale: float | None = None) -> Tensor:
+    def attention(
+        self,
+        layer: int,
+        q: Tensor,
+        kv: Tensor,
+        *,
+        sink: Tensor | None = None,
+        call: Call | None = None,
+    ) -> Tensor:
         """Cache the new tokens' keys and values and attend to all that their sequences have.
 
         Args:
@@ -87,7 +100,8 @@ class CachedAttention:
             q: ``[tokens, heads, head_dim]`` of the rank's new tokens in the plan's order; of all
                 new tokens in the global order where all ranks run in this process.
             kv: ``[tokens, 2, kv_heads, head_dim]``, keys first, of the same tokens.
-            scale: of the scores; ``head_dim ** -0.5`` by default.
+            sink: ``[heads]``, see :meth:`dcp.DCPAttention.apply`.
+            call: scale and soft-cap; the defaults of :class:`Call` without it.
 
         Returns the outputs, like ``q``.
         """
@@ -101,8 +115,9 @@ class CachedAttention:
             keys.append(pool if share.all_rows is None else pool[share.all_rows])
         host = self._executor or self._world
         assert host is not None
-        session = replace(host.session(Call(scale=scale)), plans=[s.plan for s in self._shares])
-        out, _ = session.forward_shards(queries, keys, None, needs_grad=False)
+        session = host.session(call or Call())
+        session = replace(session, plans=[share.plan for share in self._shares])
+        out, _ = session.forward_shards(queries, keys, sink, needs_grad=False)
         return self.plan.unshard(out) if self.is_local else out[0]
 
     def _split(self, tensor: Tensor) -> list[Tensor]:

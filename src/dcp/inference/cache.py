@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +68,18 @@ class KVCache:
         self._sequences: dict[SequenceId, _Sequence] = {}
 
     # ------------------------------------------------------------------ what is there
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The arguments that it was made with, plain enough for JSON."""
+        return {
+            "spec": asdict(self.spec),
+            "num_layers": len(self.pools),
+            "num_pages": self.num_pages,
+            "page_size": self.page_size,
+            "rank": self.rank,
+            "num_ranks": self.num_ranks,
+        }
 
     @property
     def sequences(self) -> list[SequenceId]:
@@ -156,15 +169,7 @@ class KVCache:
             raise ValueError(f"only sequences named by str or int can be saved, not {unnamed[0]!r}")
         rows = self.rows(names)
         index = torch.from_numpy(rows)
-        meta = {
-            "spec": asdict(self.spec),
-            "num_layers": len(self.pools),
-            "num_pages": self.num_pages,
-            "page_size": self.page_size,
-            "rank": self.rank,
-            "num_ranks": self.num_ranks,
-            "sequences": names,
-        }
+        meta = self.shape | {"sequences": names}
         arrays = {"held": self.held(names), "positions": self.positions[rows]}
         for layer, pool in enumerate(self.pools):
             values = pool[index.to(pool.device)].cpu().view(torch.uint8)

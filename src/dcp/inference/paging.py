@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 
 from dcp.blocks import expand
-from dcp.masks import K0, K1, shift_slices
 from dcp.program import MaskProgram, RankPlan, runs
 from dcp.schedule import KV
+from dcp.slices import K0, K1, shift_slices
 
 # Columns of ``MaskProgram.items``.
 _, Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS, GROUP, FIRST_SLICE, END_SLICE = range(10)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from dcp.runtime import AttentionExecutor, DCPAttention
+from dcp.runtime import AttentionExecutor
 
 NAME = "dcp"
 _REFUSED = {
@@ -37,7 +37,7 @@ def local_logits(
     model: torch.nn.Module,
     tokens: torch.Tensor,
     positions: torch.Tensor,
-    executor: AttentionExecutor,
+    executor: AttentionExecutor | Any,
     **others: Any,
 ) -> torch.Tensor:
     """Logits ``[local, vocab]`` of this rank's tokens.
@@ -67,7 +67,7 @@ def dcp_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     *,
-    dcp_executor: AttentionExecutor | None = None,
+    dcp_executor: AttentionExecutor | Any = None,
     dcp_mask: str | None = None,
     dcp_sliding_mask: str | None = None,
     sliding_window: int | None = None,
@@ -79,7 +79,8 @@ def dcp_attention(
 
     Args:
         query, key, value: ``[1, heads, local, head_dim]``, rotary embedding applied.
-        dcp_executor: a prepared executor, given to the model as a keyword.
+        dcp_executor: a prepared executor, given to the model as a keyword; or what else has its
+            ``attention`` and ``plan``.
         dcp_mask: name of the plan's mask, where it has several.
         dcp_sliding_mask: name of the plan's mask for the layers with a sliding window; without it
             such layers raise, for the plan would not know of their window.
@@ -114,8 +115,8 @@ def dcp_attention(
     if stands_in:
         q, k, v = q[:0], k[:0], v[:0]
     kv = torch.stack([k, v], dim=1)
-    out = DCPAttention.apply(
-        dcp_executor, q.contiguous(), kv, dcp_mask, scaling, sink=s_aux, softcap=softcap
+    out = dcp_executor.attention(
+        q.contiguous(), kv, mask=dcp_mask, scale=scaling, sink=s_aux, softcap=softcap
     )
     if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])

@@ -32,18 +32,28 @@ def launch(config: TrainConfig, *, num_processes: int) -> None:
         ValueError: more processes than this machine can start, or fewer than one.
         JobFailed: a rank failed; the rest were ended.
     """
+    with tempfile.TemporaryDirectory(prefix="dcp-train-") as folder:
+        config.save(Path(folder) / "config.json")
+        logs = Path(config.output) / "logs"
+        launch_module("dcp.train.process", Path(folder), num_processes=num_processes, logs=logs)
+
+
+def launch_module(module: str, folder: Path, *, num_processes: int, logs: Path) -> None:
+    """``python -m module folder`` as each of ``num_processes`` local ranks; wait for them.
+
+    The module's last line calls :func:`dcp.train.process.main`. Raises as :func:`launch`.
+    """
     _check_count(num_processes)
-    logs = Path(config.output) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / FAILURE_LOG).unlink(missing_ok=True)
     processes: list[subprocess.Popen] = []
-    with tempfile.TemporaryDirectory(prefix="dcp-train-") as folder, _listener() as listener:
-        config.save(Path(folder) / "config.json")
+    with _listener() as listener:
         try:
             for rank in range(num_processes):
-                processes.append(_start(rank, num_processes, folder, listener, logs))
+                command = [sys.executable, "-m", module, str(folder)]
+                processes.append(_start(rank, num_processes, command, listener, logs))
             listener.close()  # the first rank has it now
-            _watch(processes, Path(folder), logs)
+            _watch(processes, folder, logs)
         except BlockingIOError as error:
             raise ValueError(
                 f"--num-processes {num_processes}: only {len(processes)} could start ({error})"
@@ -78,7 +88,7 @@ def _listener() -> socket.socket:
 
 
 def _start(
-    rank: int, num_processes: int, folder: str, listener: socket.socket, logs: Path
+    rank: int, num_processes: int, command: list[str], listener: socket.socket, logs: Path
 ) -> subprocess.Popen:
     host, port = listener.getsockname()
     home = str(Path(__file__).resolve().parents[2])
@@ -91,7 +101,6 @@ def _start(
         "MASTER_PORT": port,
         "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
     }
-    command = [sys.executable, "-m", "dcp.train.process", folder]
     log = None if rank == 0 else open(logs / f"rank-{rank}.log", "wb")  # noqa: SIM115
     try:
         return subprocess.Popen(

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,10 +32,24 @@ def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
     Raises ``RankLost`` within ``config.timeout_seconds`` and some seconds where another rank dies.
     """
     torch.set_num_threads(config.threads)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = choose_device(config.device)
+    joined = joined_group(device, timeout_seconds=config.timeout_seconds, listen_fd=listen_fd)
+    with joined as group, Heartbeat(group) as heartbeat:
+        try:
+            with open_trainer(config, group, device) as trainer:
+                trainer.train()
+        except RuntimeError as error:  # also what torch raises when communication fails
+            raise heartbeat.explain(error) from error
+
+
+@contextmanager
+def joined_group(
+    device: torch.device, *, timeout_seconds: float = 600, listen_fd: int | None = None
+) -> Iterator[dist.ProcessGroup]:
+    """The group that the environment describes (as torchrun sets it), left at the end."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout, store = timedelta(seconds=config.timeout_seconds), None
+    timeout, store = timedelta(seconds=timeout_seconds), None
     if listen_fd is not None or "TORCHELASTIC_RUN_ID" not in os.environ:
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -47,12 +63,7 @@ def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
     try:
         group = dist.group.WORLD
         assert group is not None
-        with Heartbeat(group) as heartbeat:
-            try:
-                with open_trainer(config, group, device) as trainer:
-                    trainer.train()
-            except RuntimeError as error:  # also what torch raises when communication fails
-                raise heartbeat.explain(error) from error
+        yield group
     finally:
         dist.destroy_process_group()
 
@@ -77,13 +88,21 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def main(argv: list[str]) -> int:
-    """Arguments: the launcher's folder, and the listening socket's number on the first rank."""
+def train(folder: Path, listen_fd: int | None) -> None:
+    """The work of a rank that the launcher started for ``dcp train``."""
+    run_rank(TrainConfig.load(folder / "config.json"), listen_fd=listen_fd)
+
+
+def main(argv: list[str], work: Callable[[Path, int | None], None] = train) -> int:
+    """Arguments: the launcher's folder, and the listening socket's number on the first rank.
+
+    ``work`` is called with both; what it raises reaches the launcher as one line.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the launcher to handle
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     folder, listen_fd = Path(argv[0]), int(argv[1]) if len(argv) > 1 else None
     try:
-        run_rank(TrainConfig.load(folder / "config.json"), listen_fd=listen_fd)
+        work(folder, listen_fd)
     except Exception as error:
         _record(folder, error)
         return 1

@@ -1,0 +1,70 @@
+"""The ``dcp generate`` command: prompts in, the model's continuations out, over N local ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dcp.batch import DTYPE_BYTES
+from dcp.inference.turn import STRATEGIES
+
+RESULT = "result.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    text = "a prompt; give several to continue them side by side"
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help=text)
+    text = "said by the user after the reply, to all conversations; once for each further turn"
+    parser.add_argument("--then", action="append", default=[], metavar="TEXT", help=text)
+    text = "folder of a Llama-like Hugging Face model (default: a tiny random one over bytes)"
+    parser.add_argument("--model", metavar="PATH", help=text)
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="local ranks")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="per turn")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
+    parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the tiny model")
+    text = f"{', '.join(STRATEGIES)} (default: %(default)s)"
+    parser.add_argument("--strategy", default="planned", choices=STRATEGIES, help=text)
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPE_BYTES))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--num-pages", type=int, default=64, help="of each rank's KV cache")
+    parser.add_argument("--page-size", type=int, default=256, help="tokens of a page")
+    parser.add_argument("--json", action="store_true", help="print tokens, text and seconds")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate; the exit status."""
+    from dcp.train.launch import JobFailed, launch_module
+
+    job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
+    with tempfile.TemporaryDirectory(prefix="dcp-generate-") as folder:
+        (Path(folder) / "job.json").write_text(json.dumps(job))
+        try:
+            launch_module(
+                "dcp.inference.process",
+                Path(folder),
+                num_processes=args.num_processes,
+                logs=Path(folder) / "logs",
+            )
+        except JobFailed as error:
+            print(f"dcp generate: {error}", file=sys.stderr)
+            return 1
+        found = json.loads((Path(folder) / RESULT).read_text())
+    print(json.dumps(found) if args.json else as_text(found, [args.prompt, *args.then]))
+    return 0
+
+
+def as_text(found: dict[str, Any], said: list[Any]) -> str:
+    """The conversations, one after another."""
+    lines = []
+    for index, prompt in enumerate(said[0]):
+        for turn, line in zip(found["turns"], [prompt, *said[1:]], strict=True):
+            lines += [f"> {line}", turn["text"][index], ""]
+    first, each = found["first_token_seconds"], found["token_seconds"]
+    lines.append(f"first token after {first:.3f} s, then {each * 1e3:.1f} ms per token")
+    return "\n".join(lines)

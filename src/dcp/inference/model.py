@@ -1,0 +1,136 @@
+"""Hugging Face models whose attention layers keep their keys and values in sharded caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dcp.batch import AttentionSpec
+from dcp.inference.attention import CachedAttention
+from dcp.integrations.transformers import dcp_attention, local_logits
+from dcp.program import RankPlan
+from dcp.runtime.session import Call
+
+NAME = "dcp_cached"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of a :class:`CachedAttention`, as :func:`dcp_attention` calls an executor.
+
+    ``plan`` is this rank's, None where all ranks run in this process: then no rank is alone.
+    """
+
+    cached: CachedAttention
+    index: int
+    plan: RankPlan | None
+
+    def attention(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        *,
+        mask: str | None = None,
+        sink: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Attention of the new tokens in this layer. Raises ``ValueError`` for a named mask."""
+        if mask is not None:
+            raise ValueError(f"mask {mask!r} cannot be honoured: inference is causal")
+        return self.cached.attention(self.index, q, kv, sink=sink, call=Call(**options))
+
+
+def cached_attention(
+    module: Any, *tensors: Any, dcp_executor: CachedAttention | None = None, **others: Any
+) -> tuple[Tensor, None]:
+    """:func:`dcp.integrations.transformers.dcp_attention` over what is cached of this layer."""
+    if dcp_executor is None:
+        raise ValueError(f'attention "{NAME}" needs the model called by an InferenceEngine')
+    layer = Layer(dcp_executor, module.layer_idx, dcp_executor.rank_plan)
+    return dcp_attention(module, *tensors, dcp_executor=layer, **others)
+
+
+def use_cached_attention(model: Any) -> AttentionSpec:
+    """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, cached_attention)
+    model.set_attn_implementation(NAME)
+    config = model.config
+    heads = config.num_attention_heads
+    return AttentionSpec(
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) -> dict[int, Tensor]:
+    """Run a turn that has begun; logits ``[vocab]`` after the last token of each sequence.
+
+    Args:
+        tokens: new tokens of each sequence.
+
+    Returns them by sequence number, those whose last token this process holds.
+    """
+    plan = cached.plan
+    assert plan is not None
+    counts = np.array([len(of) for of in tokens])
+    ends = np.cumsum(counts)
+    first = np.repeat(plan.num_cached - (ends - counts), counts)
+    every = np.stack([np.concatenate(tokens).astype(np.int64), first + np.arange(ends[-1])])
+    mine = np.arange(ends[-1]) if cached.is_local else plan.token_indices(cached.caches[0].rank)
+    kept = np.flatnonzero(np.isin(mine, ends - 1))
+    device = cached.caches[0].pools[0].device
+    ids, positions = torch.from_numpy(every[:, mine]).to(device)
+    index = torch.from_numpy(kept).to(device)
+    with torch.no_grad():
+        logits = local_logits(model, ids, positions, cached, logits_to_keep=index, use_cache=False)
+    sequences = np.searchsorted(ends - 1, mine[kept]).tolist()
+    return dict(zip(sequences, logits, strict=True))
+
+
+def open_model(
+    path: str | None, *, seed: int = 0, dtype: str = "float32", device: str = "cpu"
+) -> Any:
+    """A model from a local folder (nothing is downloaded); without one, a tiny Llama over bytes.
+
+    Args:
+        seed: of the tiny model's random weights.
+
+    Raises ``ValueError`` for a folder that holds no causal language model.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if path is None:
+        config = LlamaConfig(
+            vocab_size=258,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=1 << 20,
+            bos_token_id=256,
+            eos_token_id=257,
+        )
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    elif not Path(path).is_dir():
+        raise ValueError(f"model {path!r} is no folder on this machine")
+    else:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=getattr(torch, dtype), local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"model {path!r} cannot be loaded: {reason}") from None
+    return model.eval().to(device)

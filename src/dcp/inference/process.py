@@ -1,0 +1,89 @@
+"""One rank of ``dcp generate``: ``python -m dcp.inference.process FOLDER``, started by the
+launcher. The folder holds ``job.json``; the first rank adds ``result.json``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dcp.data.tokenizers import Tokenizer, open_tokenizer
+from dcp.inference.command import RESULT
+from dcp.inference.engine import InferenceEngine
+from dcp.inference.model import open_model
+from dcp.train.process import choose_device, joined_group, main
+
+
+def generate(folder: Path, listen_fd: int | None) -> None:
+    """Hold the conversations of the job."""
+    job = json.loads((folder / "job.json").read_text())
+    torch.set_num_threads(1)
+    device = choose_device(job["device"])
+    with joined_group(device, listen_fd=listen_fd) as group:
+        found = converse(job, device, group)
+        if dist.get_rank(group) == 0:
+            (folder / RESULT).write_text(json.dumps(found))
+
+
+def converse(
+    job: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None
+) -> dict[str, Any]:
+    """What ``dcp generate --json`` prints.
+
+    ``tokens`` and ``text`` are all replies to each prompt; ``turns`` has them turn by turn.
+    """
+    model = open_model(job["model"], seed=job["seed"], dtype=job["dtype"], device=str(device))
+    tokenizer = open_tokenizer(job["model"] or "bytes")
+    engine = InferenceEngine(
+        model,
+        group=group,
+        num_pages=job["num_pages"],
+        page_size=job["page_size"],
+        strategy=job["strategy"],
+    )
+    options = {name: job[name] for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+    ends = model.config.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    turns: list[list[list[int]]] = []
+    seconds: list[list[float]] = []
+    for texts in [job["prompt"], *([text] * len(job["prompt"]) for text in job["then"])]:
+        prompts = {
+            name: said(tokenizer, text, begin=model.config.bos_token_id, end=end, later=bool(turns))
+            for name, text in enumerate(texts)
+        }
+        turns.append(list(engine.generate(prompts, end=end, **options).values()))
+        seconds.append(engine.step_seconds)
+    whole = [list(chain(*replies)) for replies in zip(*turns, strict=True)]
+    decoding = list(chain(*(of[1:] for of in seconds)))
+    return {
+        "tokens": whole,
+        "text": _texts(tokenizer, whole),
+        "turns": [{"tokens": of, "text": _texts(tokenizer, of)} for of in turns],
+        "first_token_seconds": seconds[0][0],
+        "token_seconds": mean(decoding) if decoding else 0.0,
+    }
+
+
+def said(
+    tokenizer: Tokenizer, text: str, *, begin: int | None, end: int | None, later: bool
+) -> list[int]:
+    """Tokens of what the user says: the model ends it, and only the first turn begins a text."""
+    tokens = tokenizer.encode(text.encode()).tolist()
+    if tokens and tokens[-1] == end:
+        tokens.pop()
+    return tokens[1:] if later and tokens and tokens[0] == begin else tokens
+
+
+def _texts(tokenizer: Tokenizer, replies: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(np.array(reply, dtype=np.int64)) for reply in replies]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], generate))
