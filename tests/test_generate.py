@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from dcp.cli import main
 from dcp.data.tokenizers import ByteTokenizer
@@ -94,9 +93,9 @@ def test_a_conversation_stops_at_its_end_and_others_go_on():
     assert len(bound["a"]) == 5
 
 
-def save_and_load(folder, fresh: bool):
+def save_and_load(folder):
     """Two turns, then the third by an engine that has read what the first one wrote."""
-    engine = make_engine((fresh and dist.get_world_size() == 1) or None)
+    engine = make_engine()
     for turn in TURNS[:2]:
         engine.generate(turn, max_new_tokens=TOKENS)
     engine.evict("c")
@@ -107,7 +106,7 @@ def save_and_load(folder, fresh: bool):
 
 
 def test_conversations_survive_disk_and_eviction(gloo_pool, tmp_path, alone):
-    for said in gloo_pool(2).run(save_and_load, str(tmp_path), False):
+    for said in gloo_pool(2).run(save_and_load, str(tmp_path)):
         for name, length in (("a", 3 + 70 + 20 + 70 + 1), ("b", 42 + 70 + 70 + 2)):
             assert said[name] == alone[name][length : length + 5]
     with pytest.raises(ValueError, match="holds a cache of"):

@@ -97,30 +97,25 @@ def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) ->
 
 
 def open_model(
-    path: str | None, *, seed: int = 0, dtype: str = "float32", device: str = "cpu"
+    path: str | None,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    device: str = "cpu",
+    **sizes: int,
 ) -> Any:
     """A model from a local folder (nothing is downloaded); without one, a tiny Llama over bytes.
 
     Args:
         seed: of the tiny model's random weights.
+        sizes: of the tiny model, see :func:`tiny_config`.
 
     Raises ``ValueError`` for a folder that holds no causal language model.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
     if path is None:
-        config = LlamaConfig(
-            vocab_size=258,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=1 << 20,
-            bos_token_id=256,
-            eos_token_id=257,
-        )
+        config = tiny_config(**sizes)
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     elif not Path(path).is_dir():
@@ -134,3 +129,23 @@ def open_model(
             reason = str(error).splitlines()[0]
             raise ValueError(f"model {path!r} cannot be loaded: {reason}") from None
     return model.eval().to(device)
+
+
+def tiny_config(
+    *, hidden_size: int = 64, num_layers: int = 2, num_heads: int = 8, num_kv_heads: int = 2
+) -> Any:
+    """A Llama over bytes (258 tokens: each byte, begin, end)."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=258,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=hidden_size // num_heads,
+        max_position_embeddings=1 << 20,
+        bos_token_id=256,
+        eos_token_id=257,
+    )
