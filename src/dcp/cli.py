@@ -26,6 +26,7 @@ _BENCHES = {  # modules of dcp.bench
     "attention": "every strategy on real ranks and shaped links",
     "train": "dcp train by several strategies on shaped links",
     "data_centric": "data-centric parallelism beside its alternatives",
+    "inference": "generation over ranks, and whether to pass keys or queries",
     "published": "the simulator beside the published microbenchmark",
 }
 
