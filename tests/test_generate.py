@@ -1,6 +1,8 @@
 """Generation over ranks: the tokens that one process alone would say, turn after turn."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,5 +155,13 @@ def test_the_command_says_what_one_process_says(capfd):
     then = engine.generate({i: list(b"And?") for i in replies}, max_new_tokens=9, end=257)
     assert found["tokens"] == [replies[i] + then[i] for i in replies]
     assert found["turns"][1]["tokens"] == list(then.values())
-    assert main(["generate", "--prompt", "x", "--model", "/nowhere"]) == 1
+    assert main(["generate", "--prompt", "x", "--model", "/nowhere"]) == 2
     assert "no folder" in capfd.readouterr().err
+
+
+def test_the_ten_lines_of_the_documentation_run(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 10
+    exec(compile(code, "inference.md", "exec"), {})
+    assert "What is a ring?" in capsys.readouterr().out

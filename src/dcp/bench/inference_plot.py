@@ -44,6 +44,8 @@ def _measured(axis: Any, found: dict[str, Any]) -> None:
         axis.plot(_percent(rows), middle, marker="o", markersize=3, label=label, color=COLORS[name])
         axis.fill_between(_percent(rows), low, high, color=COLORS[name], alpha=0.12, linewidth=0)
     axis.set_title(f"measured: {found['num_ranks']} ranks, {found['link']}", fontsize=10)
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.set_ylabel("time of one layer's attention over pass-KV's")
 
 

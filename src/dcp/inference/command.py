@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--then", action="append", default=[], metavar="TEXT", help=text)
     text = "folder of a Llama-like Hugging Face model (default: a tiny random one over bytes)"
     parser.add_argument("--model", metavar="PATH", help=text)
-    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help="local ranks")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="local ranks (under torchrun: its processes)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="per turn")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
@@ -39,24 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; the exit status."""
+    job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
+        from dcp.inference.process import converse_in_group
+
+        found = converse_in_group(job)
+    else:
+        found = _launched(job, args.num_processes)
+    if found is not None:
+        print(json.dumps(found) if args.json else as_text(found, [args.prompt, *args.then]))
+    return 0
+
+
+def _launched(job: dict[str, Any], num_processes: int) -> dict[str, Any]:
+    """The job on local processes; ``ValueError`` with the failing rank's line."""
     from dcp.train.launch import JobFailed, launch_module
 
-    job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
     with tempfile.TemporaryDirectory(prefix="dcp-generate-") as folder:
         (Path(folder) / "job.json").write_text(json.dumps(job))
         try:
             launch_module(
                 "dcp.inference.process",
                 Path(folder),
-                num_processes=args.num_processes,
+                num_processes=num_processes,
                 logs=Path(folder) / "logs",
             )
         except JobFailed as error:
-            print(f"dcp generate: {error}", file=sys.stderr)
-            return 1
-        found = json.loads((Path(folder) / RESULT).read_text())
-    print(json.dumps(found) if args.json else as_text(found, [args.prompt, *args.then]))
-    return 0
+            raise ValueError(str(error)) from None
+        return json.loads((Path(folder) / RESULT).read_text())
 
 
 def as_text(found: dict[str, Any], said: list[Any]) -> str:

@@ -23,13 +23,20 @@ from dcp.train.process import choose_device, joined_group, main
 
 def generate(folder: Path, listen_fd: int | None) -> None:
     """Hold the conversations of the job."""
-    job = json.loads((folder / "job.json").read_text())
+    found = converse_in_group(json.loads((folder / "job.json").read_text()), listen_fd=listen_fd)
+    if found is not None:
+        (folder / RESULT).write_text(json.dumps(found))
+
+
+def converse_in_group(
+    job: dict[str, Any], *, listen_fd: int | None = None
+) -> dict[str, Any] | None:
+    """:func:`converse` in the group that the environment describes; None but on the first rank."""
     torch.set_num_threads(1)
     device = choose_device(job["device"])
     with joined_group(device, listen_fd=listen_fd) as group:
         found = converse(job, device, group)
-        if dist.get_rank(group) == 0:
-            (folder / RESULT).write_text(json.dumps(found))
+        return found if dist.get_rank(group) == 0 else None
 
 
 def converse(
