@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numba import njit
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable, build_blocks
@@ -137,31 +138,40 @@ def _choose_sides(
             and outputs on a link.
         own_work: seconds of compute that each rank has anyway, ``[num_ranks]``.
     """
-    passes_q = q_seconds + out_seconds < kv_seconds
+    side = (q_seconds + out_seconds < kv_seconds).astype(np.int64)
     # what each end of a group has to do for it, by side: compute, out, in
     nothing = np.zeros_like(work)
     for_query = np.array([[work, nothing, kv_seconds], [nothing, q_seconds, out_seconds]])
     for_key = np.array([[nothing, kv_seconds, nothing], [work, out_seconds, q_seconds]])
-    load = np.stack([own_work, 0 * own_work, 0 * own_work])
+    load = np.stack([own_work, 0 * own_work, 0 * own_work], axis=1)
     index = np.arange(len(ends))
-    side = passes_q.astype(np.int64)
-    np.add.at(load.T, ends[:, 0], for_query[side, :, index])
-    np.add.at(load.T, ends[:, 1], for_key[side, :, index])
+    np.add.at(load, ends[:, 0], for_query[side, :, index])
+    np.add.at(load, ends[:, 1], for_key[side, :, index])
+    _change_sides(ends, for_query, for_key, load, side)
+    return side == 1
+
+
+@njit(cache=True)
+def _change_sides(
+    ends: np.ndarray, for_query: np.ndarray, for_key: np.ndarray, load: np.ndarray, side: np.ndarray
+) -> None:
+    """Let single groups change sides, in place, while the longer of their ends gets shorter."""
     for _ in range(_SWEEPS):
         changed = False
-        for group, (query, key) in enumerate(ends.tolist()):
-            now = side[group]
-            change = np.stack([part[1 - now, :, group] - part[now, :, group]
-                               for part in (for_query, for_key)], axis=1)  # fmt: skip
-            before = load[:, [query, key]]
-            after = before + change
-            if (after.max(), after.sum()) < (before.max(), before.sum()):
-                load[:, [query, key]] = after
-                side[group] = 1 - now
+        for group in range(len(side)):
+            query, key = ends[group]
+            now, other = side[group], 1 - side[group]
+            at_query = load[query] + for_query[other, :, group] - for_query[now, :, group]
+            at_key = load[key] + for_key[other, :, group] - for_key[now, :, group]
+            before = max(load[query].max(), load[key].max())
+            after = max(at_query.max(), at_key.max())
+            total = (at_query + at_key - load[query] - load[key]).sum()
+            if after < before or (after == before and total < 0):
+                load[query], load[key] = at_query, at_key
+                side[group] = other
                 changed = True
         if not changed:
-            break
-    return side == 1
+            return
 
 
 def _round_the_ring(block: np.ndarray, owner: np.ndarray, num_ranks: int) -> Route:
