@@ -23,13 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--then", action="append", default=[], metavar="TEXT", help=text)
     text = "folder of a Llama-like Hugging Face model (default: a tiny random one over bytes)"
     parser.add_argument("--model", metavar="PATH", help=text)
-    parser.add_argument(
-        "--num-processes",
-        type=int,
-        default=1,
-        metavar="N",
-        help="local ranks (under torchrun: its processes)",
-    )
+    text = "local ranks; under torchrun its processes are used"
+    parser.add_argument("--num-processes", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="per turn")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
