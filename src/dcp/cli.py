@@ -30,6 +30,10 @@ _BENCHES = {  # modules of dcp.bench
     "published": "the simulator beside the published microbenchmark",
 }
 
+_ARTIFACT = {  # command, its module
+    "dryrun": ("dcp.artifact.dryrun", "plan many batches and run none: volume, time, balance"),
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
@@ -100,6 +104,13 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         one = benches.add_parser(name, help=about)
         if words[:2] == ["bench", name]:
             module = import_module(f"dcp.bench.{name}")
+            module.add_arguments(one)
+            one.set_defaults(run=module.run)
+
+    for name, (module_name, about) in _ARTIFACT.items():
+        one = commands.add_parser(name, help=about)
+        if command == name:
+            module = import_module(module_name)
             module.add_arguments(one)
             one.set_defaults(run=module.run)
 

@@ -14,6 +14,7 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.placement import Placement, StrategyError, floor_seconds, get_strategy
+from dcp.placement.improve import TOLERANCE
 from dcp.plan import Plan
 
 # What "auto" tries. The planned ones in order of cost; the static ones only where their floor (a
@@ -40,6 +41,8 @@ class Planner:
             planned and the one with the least :func:`layer_seconds` is kept.
         block_size: most tokens of a data block, or ``"auto"``.
         num_divisions: divisions of the schedule, or None: chosen by prediction.
+        tolerance: compute that the planned strategies may leave the busiest rank beyond the mean,
+            0.03 being 3%: more of it buys less volume.
         seed: the same inputs and seed give the same plan.
         time_budget: seconds on one core that ``"auto"`` may spend on candidates beyond the first;
             held against an estimate, not a clock, so that plans do not depend on the machine.
@@ -58,6 +61,7 @@ class Planner:
         strategy: str = "auto",
         block_size: int | str = "auto",
         num_divisions: int | None = None,
+        tolerance: float = TOLERANCE,
         seed: int = 0,
         time_budget: float = 0.25,
         model_width: int | None = None,
@@ -69,12 +73,15 @@ class Planner:
             raise ValueError(f"num_divisions must be 1 or more, got {num_divisions}")
         if model_width is not None and model_width < 0:
             raise ValueError(f"model_width must be 0 or more, got {model_width}")
+        if not tolerance > 0:
+            raise ValueError(f"tolerance must be more than 0, got {tolerance}")
         if strategy != "auto":
             get_strategy(strategy)
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed, self.time_budget = strategy, seed, time_budget
         self.block_size = None if block_size == "auto" else block_size
-        self.num_divisions, self.model_width = num_divisions, model_width
+        self.num_divisions, self.tolerance = num_divisions, tolerance
+        self.model_width = model_width
         self.cache_size = cache_size
         self._plans: OrderedDict[tuple, Plan] = OrderedDict()
 
@@ -159,8 +166,9 @@ class Planner:
             raise _Skipped(f"cannot be faster than {floor:.2e} s")
 
     def _place(self, name: str, batch: SequenceBatch) -> Placement:
+        options = {"tolerance": self.tolerance} if name in PLANNED else {}
         return get_strategy(name)(
-            batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed
+            batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
 
     def _candidates(self, name: str, placement: Placement) -> Iterator[Plan]:
@@ -198,6 +206,7 @@ def plan(
     strategy: str = "auto",
     block_size: int | str = "auto",
     num_divisions: int | None = None,
+    tolerance: float = TOLERANCE,
     seed: int = 0,
     model_width: int | None = None,
 ) -> Plan:
@@ -208,6 +217,7 @@ def plan(
         strategy=strategy,
         block_size=block_size,
         num_divisions=num_divisions,
+        tolerance=tolerance,
         seed=seed,
         model_width=model_width,
     )

@@ -6,7 +6,7 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Placement
 from dcp.placement.construct import construct
-from dcp.placement.improve import Best, choose_blocks, improve, improve_owners
+from dcp.placement.improve import TOLERANCE, Best, choose_blocks, improve, improve_owners
 from dcp.placement.state import empty_state, recount, to_placement
 
 # tokens and compute that a bisection may leave uneven: which suits a batch best is tried
@@ -22,8 +22,12 @@ def bisection(
     *,
     block_size: int | None = None,
     seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> Placement:
-    """Construct a few placements by bisection, refine the best; ``block_size`` None chooses one."""
+    """Construct a few placements by bisection, refine the best; ``block_size`` None chooses one.
+
+    ``tolerance``: compute that the busiest rank may have beyond the mean.
+    """
     blocks = choose_blocks(batch, spec, cluster, block_size=block_size)
     state, seconds = empty_state(blocks, cluster)
     if cluster.num_ranks == 1 or not blocks.num_blocks:
@@ -37,5 +41,5 @@ def bisection(
         improve_owners(state, seconds, cluster, seed=seed)
         best.look()
     best.restore()
-    improve(state, seconds, cluster, seed=seed)
+    improve(state, seconds, cluster, seed=seed, tolerance=tolerance)
     return to_placement(state, blocks)

@@ -16,11 +16,10 @@ import numpy as np
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Placement, StrategyError
-from dcp.placement.improve import choose_blocks, improve, settle_owners
+from dcp.placement.improve import TOLERANCE, choose_blocks, improve, settle_owners
 from dcp.placement.refine import State
 from dcp.placement.state import empty_state, recount, to_placement
 
-_TOLERANCE = 0.03
 _SCALE = 10_000  # vertex weight of a rank's share: Mt-KaHyPar counts in integers
 _TOKENS = 0.3  # what a share of tokens weighs beside one of compute
 _MAX_TILES = 6_000  # more are made only where tokens need them
@@ -34,8 +33,11 @@ def hypergraph(
     *,
     block_size: int | None = None,
     seed: int = 0,
+    tolerance: float = TOLERANCE,
 ) -> Placement:
     """Partition the batch's hypergraph, then refine; ``block_size`` None chooses one.
+
+    ``tolerance``: compute that the busiest rank may have beyond the mean.
 
     Raises :class:`StrategyError` where the hypergraph is too large for a partitioner.
     """
@@ -48,11 +50,11 @@ def hypergraph(
     state, seconds = empty_state(blocks, cluster)
     if cluster.num_ranks == 1 or not blocks.num_blocks:
         return to_placement(state, blocks)
-    _partition(state, cluster, seed)
+    _partition(state, cluster, seed, tolerance)
     recount(state)
     settle_owners(state)
     recount(state)
-    improve(state, seconds, cluster, seed=seed)
+    improve(state, seconds, cluster, seed=seed, tolerance=tolerance)
     return to_placement(state, blocks)
 
 
@@ -62,21 +64,24 @@ def _mtkahypar() -> mtkahypar.Initializer:
     return mtkahypar.initialize(1)
 
 
-def _partition(state: State, cluster: Cluster, seed: int) -> None:
+def _partition(state: State, cluster: Cluster, seed: int, tolerance: float) -> None:
     """Set every rank and owner: nodes first, then devices inside each node."""
     num_compute, num_blocks = len(state.rank), len(state.owner)
     vertices = np.arange(num_compute + num_blocks)
-    node = _cut(state, vertices, cluster.node_sizes, seed)
+    node = _cut(state, vertices, cluster.node_sizes, seed, tolerance)
     first = np.concatenate([[0], np.cumsum(cluster.node_sizes)])
     place = np.zeros(len(vertices), dtype=np.int64)
     for index, size in enumerate(cluster.node_sizes.tolist()):
         inside = np.flatnonzero(node == index)
-        place[inside] = first[index] + _cut(state, inside, np.ones(size, dtype=np.int64), seed)
+        devices = np.ones(size, dtype=np.int64)
+        place[inside] = first[index] + _cut(state, inside, devices, seed, tolerance)
     state.rank[:] = place[:num_compute]
     state.owner[:] = place[num_compute:]
 
 
-def _cut(state: State, vertices: np.ndarray, sizes: np.ndarray, seed: int) -> np.ndarray:
+def _cut(
+    state: State, vertices: np.ndarray, sizes: np.ndarray, seed: int, tolerance: float
+) -> np.ndarray:
     """Part of each vertex (compute blocks, then data blocks), parts in proportion to ``sizes``."""
     parts = len(sizes)
     if parts == 1 or len(vertices) <= 1:
@@ -87,10 +92,10 @@ def _cut(state: State, vertices: np.ndarray, sizes: np.ndarray, seed: int) -> np
     nets, net_weight = _nets(state, vertices)
     library = _mtkahypar()
     context = library.context_from_preset(mtkahypar.PresetType.DETERMINISTIC)
-    context.set_partitioning_parameters(parts, _TOLERANCE, mtkahypar.Objective.KM1)
+    context.set_partitioning_parameters(parts, tolerance, mtkahypar.Objective.KM1)
     context.logging = False
     if (sizes != sizes[0]).any():
-        limit = np.ceil(weight.sum() * (1 + _TOLERANCE) * sizes / sizes.sum())
+        limit = np.ceil(weight.sum() * (1 + tolerance) * sizes / sizes.sum())
         context.set_individual_target_block_weights(limit.astype(np.int64).tolist())
     mtkahypar.set_seed(seed)
     graph = library.create_hypergraph(

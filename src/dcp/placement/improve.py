@@ -15,8 +15,7 @@ from dcp.placement.refine import INTER, INTRA, State, anneal
 from dcp.placement.state import recount
 
 TOKEN_LIMIT = 1.10  # tokens of the fullest rank over the mean's
-_LOAD_LIMIT = 1.015  # the same of compute: where charges begin
-_LOAD_AIM = 1.03  # what a finished placement should keep to
+TOLERANCE = 0.03  # compute that a finished placement may leave the busiest rank beyond the mean
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
@@ -121,27 +120,35 @@ def _deal(saving, tokens, limit):
     return owner
 
 
-def improve(state: State, seconds: float, cluster: Cluster, *, seed: int = 0) -> None:
+def improve(
+    state: State,
+    seconds: float,
+    cluster: Cluster,
+    *,
+    seed: int = 0,
+    tolerance: float = TOLERANCE,
+) -> None:
     """Refine a counted state: owners first, then compute and owners together, cooling to greedy.
 
     Args:
         seconds: the mean rank's compute.
+        tolerance: compute of the busiest rank beyond the mean that is not charged for in the end.
     """
     members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
     steps = int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
     random_state = _random_state(seed)
-    best = Best(state, seconds, cluster, strictness=30.0)
+    best = Best(state, seconds, cluster, strictness=30.0, tolerance=tolerance)
     best.look()
     for moves, share, heat, steep in _STAGES:
-        _charge(state, scale * steep, cluster)
+        _charge(state, scale * steep, cluster, tolerance)
         hot = heat * scale
         anneal(state, int(steps * share), hot, 0.3 * hot, _mix(moves), random_state)
         best.look()
     best.restore()
     balance_tokens(state, TOKEN_LIMIT, 4 * len(state.held))
     best.look()
-    balance_load(state, _LOAD_AIM, 20 * len(state.load))
+    balance_load(state, 1 + tolerance, 20 * len(state.load))
     best.look()
     best.restore()
 
@@ -149,7 +156,7 @@ def improve(state: State, seconds: float, cluster: Cluster, *, seed: int = 0) ->
 def improve_owners(state: State, seconds: float, cluster: Cluster, *, seed: int = 0) -> None:
     """Refine the owners alone, quickly."""
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
-    _charge(state, 30.0 * scale, cluster)
+    _charge(state, 30.0 * scale, cluster, TOLERANCE)
     steps = 4000 + 20 * len(state.owner)
     anneal(state, steps, 0.0, 0.0, _mix(_OWNERS), _random_state(seed))
 
@@ -160,13 +167,21 @@ class Best:
     Args:
         seconds: the mean rank's compute.
         strictness: what compute and tokens beyond the limits weigh.
+        tolerance: where the limit of compute lies, beyond the mean.
     """
 
     def __init__(
-        self, state: State, seconds: float, cluster: Cluster, *, strictness: float
+        self,
+        state: State,
+        seconds: float,
+        cluster: Cluster,
+        *,
+        strictness: float,
+        tolerance: float = TOLERANCE,
     ) -> None:
         self.state, self.seconds, self.cluster = state, seconds, cluster
         self.strictness, self.score = strictness, np.inf
+        self.most_load = 1 + tolerance
         self.rank, self.owner = state.rank.copy(), state.owner.copy()
 
     def look(self) -> None:
@@ -192,7 +207,8 @@ class Best:
         moving = crossing * state.price[INTER]
         moving += (state.recv.max() + state.recv.mean()) / bandwidth
         bound = self.seconds * state.load.max() + moving
-        over = max(state.load.max() - _LOAD_AIM, 0.0) + max(state.held.max() - TOKEN_LIMIT, 0.0)
+        over = max(state.load.max() - self.most_load, 0.0)
+        over += max(state.held.max() - TOKEN_LIMIT, 0.0)
         return bound + self.strictness * over * max(self.seconds, bound / 2)
 
 
@@ -200,13 +216,16 @@ def _busiest_receiver(state: State, cluster: Cluster) -> float:
     return float(state.recv.max(initial=0.0)) / cluster.intra_node_bandwidth
 
 
-def _charge(state: State, steep: float, cluster: Cluster) -> None:
-    """Set what ranks beyond their share cost, against the received bytes as they are now."""
+def _charge(state: State, steep: float, cluster: Cluster, tolerance: float) -> None:
+    """Set what ranks beyond their share cost, against the received bytes as they are now.
+
+    Compute is charged from half the tolerance on: a soft charge is overstepped a little.
+    """
     held = (state.in_bytes + state.out_bytes).sum() / len(state.load)
     mean = max(float(state.recv.mean()), 0.1 * held, 1.0)
     bandwidth = cluster.intra_node_bandwidth
     state.price[refine.LOAD_CAP :] = (
-        *(_LOAD_LIMIT, steep),
+        *(1 + tolerance / 2, steep),
         *(TOKEN_LIMIT, steep),
         *(mean, _RECV_FACTOR / (bandwidth * mean)),
     )
