@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from dcp import AttentionSpec, Cluster, SequenceBatch, plan
-from dcp.artifact import campaign, dryrun, lengths, motivation
+from dcp.artifact import attention, campaign, dryrun, lengths, loss, motivation
 from dcp.artifact.workbench import Workbench
 from dcp.cli import main
 from dcp.end_to_end import GPT_8B, LLAMA_8B, predict_iteration, sliced_cluster
+from dcp.report.rows import mean_by, read_rows
+from dcp.simulate import COMPUTE, TRANSFER, Span
 
 
 @pytest.fixture
@@ -65,8 +67,8 @@ def test_rows_are_kept_and_a_cut_run_goes_on(tmp_path):
 
     rows = campaign.run_tasks(path, tasks, only_new, workers=0)
     assert [row["n"] for row in rows] == [0, 1, 2, 3, 4]
-    assert campaign.read_rows(path) == rows
-    [mean] = campaign.mean_by(rows, ("name",), ("ran",))
+    assert read_rows(path) == rows
+    [mean] = mean_by(rows, ("name",), ("ran",))
     assert mean == {"name": "a,b", "ran": 1.0, "batches": 5}
 
 
@@ -146,3 +148,34 @@ def test_motivation_counts_what_a_ring_sends_in_vain():
     assert found["redundant_share"] == pytest.approx(1 - useful / received)
     parts = motivation.decompose(case | {"mask": "causal"}, [16000, 900])
     assert all(parts[name] >= 0 for name in ("attention_alone", "overlapped", "exposed"))
+
+
+def test_parts_of_a_trace_sum_to_its_seconds():
+    spans = [
+        Span(0, COMPUTE, "forward: copy", 0.0, 1.0),
+        Span(0, COMPUTE, "forward: attention 0", 1.0, 4.0),
+        Span(0, TRANSFER, "forward: wait 1", 0.5, 2.0),
+        Span(0, TRANSFER, "forward: wait 2", 1.5, 2.5),
+        Span(0, COMPUTE, "forward: attention 1", 6.0, 7.0),
+    ]
+    assert attention.parts(spans, 8.0) == pytest.approx((1.0, 2.5, 1.5, 3.0))
+
+
+def test_the_operator_is_measured_on_real_ranks(bench):
+    size = attention.LocalSize(
+        processes=2, tokens=512, batches=1, repeat=1, head_dim=16, scales=(1,)
+    )
+    attention.measure_local(bench, size)
+    rows = bench.rows(attention.ROWS)
+    assert len(rows) == 2 * (5 + 3 * 2)
+    assert {row["ranks"] for row in rows} == {2}
+    for row in rows:
+        total = row["others"] + row["attention_alone"] + row["overlapped"] + row["exposed"]
+        assert 0 < total <= (row["forward_ms"] + row["backward_ms"]) * 1e-3 * 1.01
+
+
+def test_training_curves_of_both_systems_agree(bench):
+    rows = loss.rows(bench, masks=("shared_question",))  # effort 0.005: one step each
+    static, ours = (row["loss"] for row in rows)
+    assert ours == pytest.approx(static, rel=1e-5)
+    assert loss.rows(bench, masks=("shared_question",)) == rows  # nothing is run again

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from dcp import Plan
-from dcp.cli import main, parse_mask
+from dcp.cli import main
+from dcp.masks import named_mask, parse_mask
 from dcp.placement import strategy_names
 
 SMALL = ["--seqlens", "3000,500,1,0", "--devices-per-node", "2", "--head-dim", "16"]
@@ -151,6 +152,9 @@ def test_mistakes_get_one_line(capsys, arguments, said):
 
 
 def test_parse_mask():
+    assert named_mask("streaming:sink=2,window=7", 90) == named_mask(
+        "streaming", 90, sink=2, window=7
+    )
     assert parse_mask("causal") == ("causal", {})
     assert parse_mask("shared_question:question_fraction=0.5,num_answers=2") == (
         "shared_question",

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.cluster import PRESETS, Cluster
-from dcp.masks import NAMED_MASKS, named_mask
+from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
 from dcp.plan import Plan
 from dcp.planner import plan
@@ -31,6 +31,8 @@ _BENCHES = {  # modules of dcp.bench
 }
 
 _ARTIFACT = {  # command, its module
+    "doctor": ("dcp.artifact.doctor", "check that everything a run needs works here"),
+    "figures": ("dcp.artifact.figures", "run and draw the paper's experiments"),
     "dryrun": ("dcp.artifact.dryrun", "plan many batches and run none: volume, time, balance"),
 }
 
@@ -243,16 +245,12 @@ def _spec(args: argparse.Namespace) -> AttentionSpec:
 
 
 def _jobs(args: argparse.Namespace) -> list[_Job]:
-    name, parameters = parse_mask(args.mask)
-
     def job(title: str | None, seqlens: list[int], nodes: Any, devices: Any) -> _Job:
         shape = {
             "num_nodes": nodes if args.nodes is None else args.nodes,
             "devices_per_node": args.devices_per_node or devices,
         }
-        masks = {n: named_mask(name, n, **parameters) for n in set(seqlens)}
-        batch = SequenceBatch(seqlens, [masks[n] for n in seqlens])
-        return _Job(title, batch, _cluster(args.cluster, **shape))
+        return _Job(title, SequenceBatch(seqlens, args.mask), _cluster(args.cluster, **shape))
 
     if args.seqlens is not None:
         return [job(None, args.seqlens, 1, 8)]
@@ -284,19 +282,6 @@ def _read_batches(path: str) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: batch {index} has no list of integers 'seqlens'")
         entry.setdefault("name", str(index))
     return entries
-
-
-def parse_mask(text: str) -> tuple[str, dict[str, int | float]]:
-    """``"streaming:sink=64,window=4096"`` -> ``("streaming", {"sink": 64, "window": 4096})``."""
-    name, _, rest = text.partition(":")
-    parameters: dict[str, int | float] = {}
-    for item in filter(None, rest.split(",")):
-        key, _, value = item.partition("=")
-        try:
-            parameters[key.strip()] = int(value) if value.isdecimal() else float(value)
-        except ValueError:
-            raise ValueError(f"mask parameter {item!r} is not KEY=NUMBER") from None
-    return name, parameters
 
 
 def _integers(text: str) -> list[int]:

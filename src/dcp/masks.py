@@ -302,13 +302,31 @@ NAMED_MASKS: dict[str, Callable[..., AttnMask]] = {
 
 
 def named_mask(name: str, seqlen: int, **parameters: Any) -> AttnMask:
-    """The mask called ``name`` for one sequence: ``named_mask("streaming", 9000, sink=64)``."""
+    """The mask called ``name`` for one sequence: ``named_mask("streaming", 9000, sink=64)``.
+
+    Parameters may stand in the name, too: ``named_mask("streaming:sink=64,window=512", 9000)``.
+    """
+    name, given = parse_mask(name)
+    parameters = given | parameters
     if name not in NAMED_MASKS:
         raise ValueError(f"mask {name!r} is not one of {', '.join(NAMED_MASKS)}")
     try:
         return NAMED_MASKS[name](seqlen, **parameters)
     except TypeError as error:
         raise ValueError(f"mask {name!r}: {error}") from None
+
+
+def parse_mask(text: str) -> tuple[str, dict[str, Any]]:
+    """``"streaming:sink=64,window=4096"`` -> ``("streaming", {"sink": 64, "window": 4096})``."""
+    name, _, rest = text.partition(":")
+    parameters: dict[str, int | float] = {}
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        try:
+            parameters[key.strip()] = int(value) if value.isdecimal() else float(value)
+        except ValueError:
+            raise ValueError(f"mask parameter {item!r} is not KEY=NUMBER") from None
+    return name, parameters
 
 
 def _length(value: int, name: str = "seqlen") -> int:

@@ -10,9 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]  # a case's settings, then what was found: plain scalars
+from dcp.report.rows import Row, read_rows, write_rows
+
 Task = tuple[Row, list[int]]  # a case's settings and the tokens of each of its documents
 
 
@@ -43,42 +43,6 @@ def run_tasks(
             _append(path, row)
             known[_key(row, keys)] = row
     return [known[_key(settings, keys)] for settings, _ in tasks]
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file, numbers as numbers; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        width = len(reader.fieldnames or ())
-        whole = [row for row in reader if None not in row and None not in row.values()]
-    return [
-        {name: _number(text) for name, text in row.items()} for row in whole if len(row) == width
-    ]
-
-
-def write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    """Write rows that have the same columns; returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def mean_by(rows: Iterable[Row], keys: Sequence[str], values: Sequence[str]) -> list[Row]:
-    """Means of ``values`` over the rows that agree in ``keys``, in order of first appearance."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return [
-        dict(zip(keys, group, strict=True))
-        | {value: sum(row[value] for row in members) / len(members) for value in values}
-        | {"batches": len(members)}
-        for group, members in groups.items()
-    ]
 
 
 def progress(items: Iterable[Row], total: int, label: str) -> Iterator[Row]:
@@ -131,12 +95,3 @@ def _rewrite(path: Path, rows: list[Row]) -> None:
         write_rows(draft, rows).replace(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

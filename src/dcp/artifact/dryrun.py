@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from dcp.artifact.campaign import Row, Task, mean_by
+from dcp.artifact.campaign import Task
 from dcp.artifact.lengths import DATASETS
 from dcp.artifact.workbench import MASKS, Workbench
 from dcp.batch import SequenceBatch
@@ -22,6 +22,7 @@ from dcp.cluster import Cluster
 from dcp.end_to_end import sliced_cluster
 from dcp.masks import named_mask
 from dcp.planner import Planner
+from dcp.report.rows import Row, mean_by
 
 TOKENS = 65536
 TENSOR_PARALLEL = 4

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dcp.artifact.campaign import Row, Task
+from dcp.artifact.campaign import Task
 from dcp.artifact.workbench import MASKS, SCALES, Workbench
 from dcp.bench.planner import SPEC, make_batch
 from dcp.bench.published import PUBLISHED, SYSTEMS
 from dcp.cluster import Cluster
 from dcp.planner import plan
+from dcp.report.rows import Row
 
 TOKENS = 131072
 BATCHES = 12  # a cell is a mean of

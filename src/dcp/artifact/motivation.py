@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcp.artifact.campaign import Row
 from dcp.artifact.training import STATIC, TENSOR_PARALLEL
 from dcp.artifact.workbench import MASKS, Workbench
 from dcp.bench.planner import make_batch
@@ -16,6 +15,7 @@ from dcp.cluster import Cluster
 from dcp.end_to_end import GPT_8B, predict_iteration, sliced_cluster
 from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.report.rows import Row
 from dcp.simulate import PassTimeline
 
 NODES = (4, 8)

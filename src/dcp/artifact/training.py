@@ -12,13 +12,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from dcp.artifact.campaign import Row, Task, mean_by
+from dcp.artifact.campaign import Task
 from dcp.artifact.workbench import MASKS, Workbench
 from dcp.bench.planner import make_batch
 from dcp.bench.published import PUBLISHED
 from dcp.cluster import Cluster
 from dcp.end_to_end import GPT_8B, predict_iteration, sliced_cluster
 from dcp.planner import plan
+from dcp.report.rows import Row, mean_by
 
 TENSOR_PARALLEL = 4
 TOKENS = (16384, 32768, 65536, 131072)
@@ -35,14 +36,13 @@ CONFIGS = "best_configs.json"
 Configs = dict[str, dict[str, float]]  # by "DATA TOKENS MASK": block_size, tolerance
 
 
-def rows(bench: Workbench, *, configs: Path | None = None) -> list[Row]:
+def rows(bench: Workbench) -> list[Row]:
     """Both systems in every cell, ours with the best configuration of the grid.
 
-    Args:
-        configs: best configurations to use; by default those in the data folder, which are
-            searched for first if there are none.
+    That is read from ``bench.configs`` or from the data folder, and searched for where there is
+    none.
     """
-    path = configs or bench.data / CONFIGS
+    path = bench.configs or bench.data / CONFIGS
     best = load_configs(path) if path.exists() else search(bench, path)
     tasks: list[Task] = []
     for data, tokens, mask in cells():

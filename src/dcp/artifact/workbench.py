@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from dcp.artifact.campaign import Row, Task, read_rows, run_tasks
+from dcp.artifact.campaign import Task, run_tasks
 from dcp.artifact.lengths import DATASETS, Lengths, document_lengths, make_batches
 from dcp.bench.conditions import conditions
+from dcp.report.rows import Row, read_rows
 
 SCALES = (0.5, 1, 2, 4)
 MASKS = ("causal", "streaming", "causal_blockwise", "shared_question")
@@ -25,6 +26,7 @@ class Workbench:
         files: folder with local lengths or documents, see :mod:`dcp.artifact.lengths`.
         over_long: what documents beyond a batch's longest do: drop, truncate or split.
         workers: processes of a simulated experiment, one a core by default.
+        configs: best configurations of the end-to-end figures; searched for by default.
     """
 
     out: Path
@@ -33,6 +35,7 @@ class Workbench:
     tokenizer: str | None = None
     over_long: str = "drop"
     workers: int | None = None
+    configs: Path | None = None
     _batches: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @property

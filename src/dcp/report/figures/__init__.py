@@ -1,0 +1,1 @@
+"""The paper's figures: each function takes rows and gives a drawing and the table behind it."""

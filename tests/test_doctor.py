@@ -1,0 +1,47 @@
+"""``dcp doctor``: what it checks, what it says, and the trace of a run over real ranks."""
+
+import json
+
+import torch
+
+from dcp.artifact import doctor
+from dcp.cli import main
+from dcp.placement import strategy_names
+from dcp.runtime import LocalWorld
+
+
+def test_all_is_well_here_and_the_trace_holds_every_rank(tmp_path, capfd):
+    path = tmp_path / "trace.json"
+    assert main(["doctor", "--json", "--trace", str(path)]) == 0
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    states = {line["check"]: line["state"] for line in lines}
+    assert all(states[f"strategy {name}"] == "ok" for name in ("auto", *strategy_names()))
+    assert states["kernel dense"] == states["process group of 2"] == "ok"
+    events = json.loads(path.read_text())["traceEvents"]
+    ran = {(e["pid"], e["name"].split()[0], e["name"].split()[1]) for e in events if e["ph"] == "X"}
+    assert {(rank, way, "attention") for rank in (0, 1) for way in ("forward:", "backward:")} <= ran
+    assert min(e["ts"] for e in events if e["ph"] == "X") == 0
+
+
+def test_a_wrong_result_is_found_and_told(monkeypatch, capsys):
+    right = LocalWorld.attention
+    monkeypatch.setattr(
+        LocalWorld, "attention", lambda *args, **options: right(*args, **options) * 1.01
+    )
+    checks = [("kernel dense", lambda: doctor._kernel("dense")), ("wire", doctor._wire)]
+    monkeypatch.setattr(doctor, "checks", lambda *_: iter(checks))
+    assert main(["doctor"]) == 1
+    failed, fine = capsys.readouterr().out.splitlines()
+    assert failed.startswith("FAILED")
+    assert "differs from dense attention" in failed
+    assert fine.startswith("ok")
+
+
+def test_dense_attention_is_that_of_a_loop():
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(sum(doctor.SEQLENS), 4, 16, generator=generator)
+    k, v = (torch.randn(len(q), 2, 16, generator=generator) for _ in range(2))
+    out = doctor._dense(q, k, v)
+    row, head = 70 + 12, 3  # row 12 of the second document; head 3 uses KV head 1
+    weights = (k[70 : row + 1, 1] @ q[row, head] / 4).softmax(0)
+    torch.testing.assert_close(out[row, head], weights @ v[70 : row + 1, 1])
