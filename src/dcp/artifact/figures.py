@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 
 from dcp.artifact import attention, doctor, dryrun, loss, micro, motivation, training
@@ -201,4 +202,27 @@ def write_report(bench: Workbench) -> Path:
         if (bench.out / f"{name}.png").exists()
     ]
     labels = {name: lengths.source for name, lengths in bench.lengths.items()}
-    return write_page(bench.out, entries, lengths=labels)
+    return write_page(bench.out, entries, lengths=labels, headline=headline(bench))
+
+
+def headline(bench: Workbench) -> list[tuple[str, str, str]]:
+    """(what, ours, published) of the numbers that the paper leads with, as far as they were run."""
+    lines = []
+    causal, sparse = bench.rows("micro_causal"), bench.rows("micro_sparse")
+    if causal and sparse:
+        found = draw_micro.headline(causal, sparse_rows=sparse)
+        lines.append(("attention, causal, simulated", _range(found["causal"]), "1.19–2.45×"))
+        lines.append(("attention, sparse, simulated", _range(found["sparse"]), "2.15–3.77×"))
+    if iterations := bench.rows("end_to_end"):
+        found = draw_training.headline(iterations)
+        lines.append(("end to end, causal, simulated", _range(found["causal"]), "0.94–1.16×"))
+        lines.append(("end to end, sparse, simulated", _range(found["sparse"]), "1.00–1.46×"))
+    if plans := [row["planning_seconds"] for row in bench.rows("dryrun_blocks")]:
+        ours = f"{median(plans):.2f} s median, {max(plans):.2f} s at most"
+        lines.append(("planning time, one core", ours, "below 10 s at reasonable block sizes"))
+    return lines
+
+
+def _range(values: tuple[float, ...]) -> str:
+    least, middle, most = values
+    return f"{least:.2f}–{most:.2f}× (geometric mean {middle:.2f}×)"

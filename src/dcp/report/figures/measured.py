@@ -47,12 +47,10 @@ def attention(rows: Sequence[Row]) -> Drawing:
         line[0].set_ylabel(f"{DATA_TITLES[data]}\nforward + backward (ms)")
         line[0].set_title("causal")
         line[1].set_title("sparse masks, mean of the scales")
-    axes[1][0].set_xlabel("length scale")
     where = table[0]
-    figure.suptitle(
-        f"{where['ranks']} ranks ({where['device']}), {where['tokens']:,} tokens a batch",
-        fontsize=7.5, y=0.02, va="bottom",
-    )  # fmt: skip
+    ran = f"{where['ranks']} ranks ({where['device']}), {where['tokens']:,} tokens a batch"
+    axes[1][0].set_xlabel("length scale")
+    axes[1][1].set_xlabel(ran)
     legend(figure, axes[0][0], columns=5)
     return figure, table
 

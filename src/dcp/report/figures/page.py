@@ -27,11 +27,18 @@ class Entry:
     sources: tuple[str, ...]
 
 
-def write_page(folder: Path, entries: Sequence[Entry], *, lengths: Mapping[str, str]) -> Path:
+def write_page(
+    folder: Path,
+    entries: Sequence[Entry],
+    *,
+    lengths: Mapping[str, str],
+    headline: Sequence[tuple[str, str, str]] = (),
+) -> Path:
     """Write ``report.html``, pictures included, beside the figures; returns its path.
 
     Args:
         lengths: where the documents' lengths are from, by data set.
+        headline: what, ours, published: the first table.
     """
     origin = "".join(f"<li>{escape(name)}: {escape(lengths[name])}</li>" for name in lengths)
     contents = "".join(
@@ -39,10 +46,14 @@ def write_page(folder: Path, entries: Sequence[Entry], *, lengths: Mapping[str, 
         f"<td>{escape(', '.join(source.split(':')[0] for source in e.sources))}</td></tr>"
         for e in entries
     )
+    numbers = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in headline
+    )
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>The paper\'s figures</title>'
         f"<style>{_STYLE}</style><h1>The paper's figures, redrawn</h1>"
         f"<p>Document lengths:</p><ul>{origin}</ul>{_conditions(folder)}"
+        f"<table><tr><th></th><th>ours</th><th>published</th></tr>{numbers}</table><p></p>"
         f"<table><tr><th>figure</th><th>shows</th><th>numbers are</th></tr>{contents}</table>"
         + "".join(_section(folder, entry) for entry in entries)
         + "</html>\n"
