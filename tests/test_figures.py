@@ -1,6 +1,7 @@
 """Figures drawn from tiny tables: what the tables behind them say, and the files that are left."""
 
 import csv
+import json
 from itertools import product
 
 import pytest
@@ -127,6 +128,23 @@ def test_the_grid_keeps_its_best_and_reads_it_again(tmp_path, monkeypatch):
     path.write_text("{}")
     with pytest.raises(ValueError, match="no configuration for 'ldc 32768 streaming'"):
         training.rows(Workbench(tmp_path, effort=0.01, workers=0, configs=path))
+
+
+def test_runs_on_shaped_links_are_drawn_where_there_are_any(tmp_path, capsys):
+    seconds = {"auto": {"seconds": 0.2}, "ring": {"seconds": 0.5}, "zigzag": {"seconds": 0.3}}
+    kept = {"2 x 1, 200 Mbit/s": {"rows": []}}
+    for batch, mask in product("ab", ("causal", "streaming")):
+        row = {"batch": batch, "mask": mask, "strategies": seconds}
+        kept["2 x 1, 200 Mbit/s"]["rows"].append(row)
+    path = tmp_path / "attention.json"
+    options = ["--no-doctor", "--out", str(tmp_path), "--only", "fig12_shaped"]
+    assert main(["figures", *options, "--shaped", str(path)]) == 0
+    assert "left out" in capsys.readouterr().out
+    path.write_text(json.dumps(kept))
+    assert main(["figures", *options, "--shaped", str(path)]) == 0
+    with (tmp_path / "fig12_shaped.csv").open() as file:
+        gains = {row["strategy"]: float(row["gain"]) for row in csv.DictReader(file)}
+    assert gains == pytest.approx({"ring": 2.5, "zigzag": 1.5})
 
 
 def test_the_command_draws_and_reports(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from time import perf_counter
 
 from dcp.artifact import attention, doctor, dryrun, loss, micro, motivation, training
 from dcp.artifact.lengths import DATASETS
-from dcp.artifact.workbench import Workbench
+from dcp.artifact.workbench import SHAPED, Workbench
 from dcp.report.figures import dryrun as draw_dryrun
 from dcp.report.figures import measured as draw_measured
 from dcp.report.figures import micro as draw_micro
@@ -55,6 +56,11 @@ def _attention_rows(bench: Workbench) -> list[Row]:
     return bench.rows(attention.ROWS)
 
 
+def _shaped(bench: Workbench) -> Drawing:
+    """What ``dcp bench attention`` kept: network namespaces need root, so it is run by hand."""
+    return draw_measured.shaped(json.loads(bench.shaped.read_text()))
+
+
 def _decomposition(bench: Workbench) -> Drawing:
     """An iteration of both systems, simulated, beside the operator's measured parts."""
     strategies = {"TE": training.STATIC, "DCP": "auto"}
@@ -89,6 +95,11 @@ FIGURES = {
         "Attention operator, all masks, measured",
         (MEASURED,),
         lambda bench: draw_measured.attention(_attention_rows(bench)),
+    ),
+    "fig12_shaped": FigureSpec(
+        "Attention operator on shaped links, by dcp bench attention",
+        (MEASURED,),
+        _shaped,
     ),
     "fig13": FigureSpec(
         "Attention operator, sparse masks, 4 nodes × 8 A100, 131,072 tokens",
@@ -160,6 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--over-long", default="drop", help="documents beyond a batch: drop, truncate or split"
     )
     parser.add_argument("--configs", type=Path, help="best configurations of fig14 and fig15")
+    parser.add_argument(
+        "--shaped",
+        type=Path,
+        default=SHAPED,
+        help="runs of dcp bench attention (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one a core)")
     parser.add_argument("--no-doctor", action="store_true", help="leave out the sanity check")
 
@@ -178,8 +195,12 @@ def run(args: argparse.Namespace) -> int:
         over_long=args.over_long,
         workers=args.workers,
         configs=args.configs,
+        shaped=args.shaped,
     )
     for name in args.only or FIGURES:
+        if name == "fig12_shaped" and not bench.shaped.exists():
+            print(f"{name:17} left out: no {bench.shaped}; dcp bench attention --out DIR makes it")
+            continue
         started = perf_counter()
         figure, table = FIGURES[name].draw(bench)
         save(figure, args.out, name)

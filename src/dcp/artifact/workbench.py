@@ -12,6 +12,7 @@ from dcp.artifact.lengths import DATASETS, Lengths, document_lengths, make_batch
 from dcp.bench.conditions import conditions
 from dcp.report.rows import Row, read_rows
 
+SHAPED = Path("benchmarks/results/attention.json")
 SCALES = (0.5, 1, 2, 4)
 MASKS = ("causal", "streaming", "causal_blockwise", "shared_question")
 
@@ -26,6 +27,7 @@ class Workbench:
         files: folder with local lengths or documents, see :mod:`dcp.artifact.lengths`.
         over_long: what documents beyond a batch's longest do: drop, truncate or split.
         workers: processes of a simulated experiment, one a core by default.
+        shaped: what ``dcp bench attention`` measured.
         configs: best configurations of the end-to-end figures; searched for by default.
     """
 
@@ -36,6 +38,7 @@ class Workbench:
     over_long: str = "drop"
     workers: int | None = None
     configs: Path | None = None
+    shaped: Path = SHAPED
     _batches: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, median
+from typing import Any
 
 from dcp.report.figures.style import (
     BLUE,
     COLUMN,
     DATA_TITLES,
+    MASK_COLORS,
     MASK_TITLES,
     ORANGE,
     SYSTEM_COLORS,
@@ -80,3 +82,39 @@ def steps(rows: Sequence[Row]) -> Drawing:
 
 def _total(rows: Sequence[Row], **keys: object) -> float:
     return mean(row["total_ms"] for row in rows if all(row[k] == v for k, v in keys.items()))
+
+
+@styled
+def shaped(results: Mapping[str, Mapping[str, Any]]) -> Drawing:
+    """Runs of ``dcp bench attention`` on shaped links: every strategy's gain of ours over it.
+
+    Args:
+        results: the runs of ``attention.json`` by name (nodes x ranks, link speed).
+    """
+    table: list[Row] = []
+    for run, kept in results.items():
+        for case in kept["rows"]:
+            ours = case["strategies"]["auto"]["seconds"]
+            table += [
+                {"run": run, "batch": case["batch"], "mask": case["mask"], "strategy": name}
+                | {"seconds": found["seconds"], "gain": found["seconds"] / ours}
+                for name, found in case["strategies"].items()
+                if name != "auto"
+            ]
+    figure, axes = panels(len(results), 1, height=0.4 + 1.7 * len(results), sharex=True)
+    names = list(dict.fromkeys(row["strategy"] for row in table))
+    for [each], run in zip(axes, results, strict=True):
+        masks = {row["mask"]: None for row in table if row["run"] == run}
+        series = {}
+        for mask in masks:
+            gains = [
+                [r["gain"] for r in table if (r["run"], r["mask"], r["strategy"]) == (run, mask, n)]
+                for n in names
+            ]
+            series[MASK_TITLES[mask]] = [median(gain) if gain else float("nan") for gain in gains]
+        colors = {MASK_TITLES[mask]: MASK_COLORS[mask] for mask in masks}
+        bars(each, [name.replace("_", "\n") for name in names], series, colors=colors)
+        each.axhline(1, color="black", linewidth=0.6)
+        each.set(title=run, ylabel="its time ÷ dcp's\n(median of batches)")
+    legend(figure, axes[0][0], columns=4)
+    return figure, table
