@@ -1,6 +1,7 @@
 """The artifact's experiments on tiny inputs: lengths, resuming, and what each row means."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,8 +175,28 @@ def test_the_operator_is_measured_on_real_ranks(bench):
         assert 0 < total <= (row["forward_ms"] + row["backward_ms"]) * 1e-3 * 1.01
 
 
-def test_training_curves_of_both_systems_agree(bench):
-    rows = loss.rows(bench, masks=("shared_question",))  # effort 0.005: one step each
-    static, ours = (row["loss"] for row in rows)
-    assert ours == pytest.approx(static, rel=1e-5)
-    assert loss.rows(bench, masks=("shared_question",)) == rows  # nothing is run again
+def test_training_curves_differ_in_strategy_alone_and_are_run_once(bench, monkeypatch):
+    configs = []
+
+    def train(config, *, num_processes):
+        configs.append(config.to_json())
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.save(folder / "config.json")
+        step = {"step": 0, "loss": 5.0, "seconds": 0.1, "num_tokens": 9}
+        line = json.dumps(step | {"strategy": "x"}) + "\n"
+        (folder / "metrics.jsonl").write_text(line * config.steps)
+
+    monkeypatch.setattr(loss, "launch", train)
+    rows = loss.rows(bench)  # effort 0.005: one step each
+    assert [(row["mask"], row["system"]) for row in rows] == [
+        (mask, system) for mask in loss.MASKS for system in ("static", "dcp")
+    ]
+    for static, ours in zip(configs[::2], configs[1::2], strict=True):
+        differ = {key for key in static if static[key] != ours[key]}
+        assert differ == {"strategy", "output"}
+    assert bench.rows("loss") == rows
+    assert loss.rows(bench) == rows
+    assert len(configs) == 8  # nothing was run again
+    loss.rows(Workbench(bench.out, effort=0.02))  # other steps: other runs
+    assert len(configs) == 16

@@ -238,7 +238,8 @@ def headline(bench: Workbench) -> list[tuple[str, str, str]]:
         found = draw_training.headline(iterations)
         lines.append(("end to end, causal, simulated", _range(found["causal"]), "0.94–1.16×"))
         lines.append(("end to end, sparse, simulated", _range(found["sparse"]), "1.00–1.46×"))
-    if plans := [row["planning_seconds"] for row in bench.rows("dryrun_blocks")]:
+    dry = [row for row in bench.rows("dryrun_blocks") if row["strategy"] != dryrun.STATIC]
+    if plans := [row["planning_seconds"] for row in dry]:
         ours = f"{median(plans):.2f} s median, {max(plans):.2f} s at most"
         lines.append(("planning time, one core", ours, "below 10 s at reasonable block sizes"))
     return lines

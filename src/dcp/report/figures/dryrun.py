@@ -108,7 +108,7 @@ def balance(rows: Sequence[Row]) -> Drawing:
             "o-", color=color, label=title,
         )  # fmt: skip
         below = data != next(iter(DATA_TITLES))
-        for row in points:
+        for row in (row for row in points if row["tolerance"] >= 0.1):  # the others are crowded
             only.annotate(
                 f"{row['tolerance']:g}", (row["compute_balance"], row["inter_node_mb"]),
                 textcoords="offset points", xytext=(0, -9 if below else 4), fontsize=6, color=GREY,
