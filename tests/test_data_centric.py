@@ -238,12 +238,12 @@ JOB = VIDEO | {
 }
 
 
-def test_a_job_profiles_once_and_trains(tmp_path):
+def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
     assert cli.main(["profile-data", *command]) == 0
     profile = (tmp_path / "profile.json").read_text()
     assert not (tmp_path / "checkpoints").exists()
-    assert cli.main(["train", *command]) == 0
+    gloo_pool(2).run(train, JOB | {"output": str(tmp_path)})
     assert (tmp_path / "profile.json").read_text() == profile
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
