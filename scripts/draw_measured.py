@@ -8,7 +8,6 @@ Text outside the page's ``<!-- begin NAME -->`` … ``<!-- end NAME -->`` marks 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,23 @@ COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")
 
 
 def main() -> None:
-    attention, train = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("attention", "train")
-    )
-    parts = {
-        "attention": "\n\n".join(attention_tables(name, run) for name, run in attention.items()),
-        "train": "\n\n".join(train_table(name, run) for name, run in train.items()),
-    }
     page = PAGE.read_text()
-    for name, text in parts.items():
-        marks = f"(<!-- begin {name} -->\n).*(<!-- end {name} -->)"
-        page = re.sub(marks, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
+    for name, table, draw in (
+        ("attention", attention_tables, draw_attention),
+        ("train", train_table, draw_losses),
+    ):
+        results = RESULTS / f"{name}.json"
+        if not results.exists():
+            print(f"{results} is not there: run dcp bench {name} --out {RESULTS}")
+            continue
+        runs = json.loads(results.read_text())
+        text = "\n\n".join(table(run_name, run) for run_name, run in runs.items())
+        text += f"\n\n![{name}](images/measured_{name}.png)"
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, rest = page.split(begin)
+        page = before + begin + text + "\n" + end + rest.split(end)[1]
+        draw(runs, IMAGES / f"measured_{name}.png")
     PAGE.write_text(page)
-    draw_attention(attention, IMAGES / "measured_attention.png")
-    draw_losses(train, IMAGES / "measured_train.png")
 
 
 def attention_tables(name: str, run: dict[str, Any]) -> str:
