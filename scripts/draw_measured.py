@@ -69,8 +69,9 @@ def attention_tables(name: str, run: dict[str, Any]) -> str:
         for mask, s in summary["masks"].items()
     ]
     lines += [
-        f"| least gain over any strategy | {summary['least_gain_over_all']:.2f} | 0.97 "
+        f"| least gain over the best static strategy | {summary['least_gain']:.2f} | 0.97 "
         f"| {met(summary['never_slower'])} |",
+        f"| least gain over any strategy | {summary['least_gain_over_all']:.2f} | | |",
         f"| busiest card's bytes against the plan's, worst | {summary['wire_error']:.1%} | 5% "
         f"| {met(summary['wire_met'])} |",
     ]

@@ -54,7 +54,9 @@ def test_gains_are_of_medians_and_spreads_of_rounds(case):
     assert row["over_all"]["gain"] == pytest.approx(0.75)
     summary = bench.summarise([row])
     assert summary["masks"]["causal"]["met"]
-    assert not summary["never_slower"]
+    assert summary["least_gain"] == pytest.approx(1.5)
+    assert summary["least_gain_over_all"] == pytest.approx(0.75)
+    assert summary["never_slower"]
     assert summary["wire_error"] == 0
     assert row["strategies"]["zigzag"]["planned_bytes"] > 0
 

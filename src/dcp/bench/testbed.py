@@ -138,7 +138,10 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
             name, port, address = f"{tag}-{node}", f"{tag}p{node}", f"{subnet}.{node + 1}"
             _ip(f"netns add {name}")
             undo.callback(_ip, f"netns del {name}")  # takes the card with it
-            _ip(f"link add {port} type veth peer name {CARD} netns {name}")
+            # made here and then moved: a peer made inside its namespace is refused now and then
+            _ip(f"link add {port} type veth peer name {port}c")
+            undo.callback(_remove, port)
+            _ip(f"link set {port}c netns {name} name {CARD}")
             _ip(f"link set {port} master {bridge} up")
             _ip(f"-n {name} link set lo up")
             _ip(f"-n {name} addr add {address}/24 dev {CARD}")
@@ -148,6 +151,11 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
             names.append(name)
             addresses.append(address)
         yield Testbed(tuple(names), tuple(addresses))
+
+
+def _remove(port: str) -> None:
+    """Its end in a namespace may have gone with that, and taken it along."""
+    subprocess.run(["ip", "link", "del", port], capture_output=True)
 
 
 def _ip(arguments: str) -> None:
