@@ -120,7 +120,7 @@ def draw_attention(runs: dict[str, Any], path: Path) -> None:
     for axes, (name, run) in zip(
         figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True
     ):
-        masks = list(run["summary"]["masks"])
+        masks = list(dict.fromkeys(row["mask"] for row in run["rows"]))
         names = list(dict.fromkeys(s for row in run["rows"] for s in row["strategies"]))
         for i, mask in enumerate(masks):
             points = [

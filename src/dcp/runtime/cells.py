@@ -19,18 +19,21 @@ from dcp.runtime.division import (
     DKV_SHIFT,
     END_SLICE,
     FIRST_SLICE,
+    KV_ROWS,
     OUT_SHIFT,
+    Q_ROWS,
     merged_slices,
     row_slices,
 )
 from dcp.schedule import OUT
-from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices, tighten
+from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices, slice_area, tighten
 
 # Queries of a masked cell along the lower edge of a band: larger ones waste pairs, smaller ones
 # cost more calls.
 STRIP = 512
-# An item of more slices than this is one masked cell.
+# An item of more slices than this is one masked cell, if that is less work than a call per slice,
 MANY_SLICES = 4
+CALL_PAIRS = 128 * 128  # which costs about as much as so many pairs before it computes any.
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,13 @@ def program_cells(program: MaskProgram) -> dict[int, list[Cell]]:
 
 def division_cells(items: np.ndarray, slices: np.ndarray) -> Iterator[Cell]:
     """The cells of one division: of the merged slices, and of items with many slices."""
-    many = items[:, END_SLICE] - items[:, FIRST_SLICE] > MANY_SLICES
-    for band in merged_slices(items[~many], slices):
+    area = np.append(0, np.cumsum(slice_area(slices)))
+    calls = items[:, END_SLICE] - items[:, FIRST_SLICE]
+    pairs = area[items[:, END_SLICE]] - area[items[:, FIRST_SLICE]] + calls * CALL_PAIRS
+    one = (calls > MANY_SLICES) & (items[:, Q_ROWS] * items[:, KV_ROWS] <= pairs)
+    for band in merged_slices(items[~one], slices):
         yield from _cut(band)
-    for item in items[many]:
+    for item in items[one]:
         yield _masked(row_slices(item[None], slices))
 
 
