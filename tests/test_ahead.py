@@ -20,7 +20,7 @@ from dcp.data import PlanningError, PlanningPool
 from dcp.data.ahead import Deal
 from dcp.data.exchange import Share
 from dcp.data.messages import answer_from_bytes, request_to_bytes
-from dcp.data.planning import open_pool
+from dcp.data.pools import open_pool
 from dcp.data.worker import answer_or_refusal
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")

@@ -23,7 +23,8 @@ from dcp.data.batching import (
 from dcp.data.datasets import Samples, as_dataset, shifted_labels, tokens_of
 from dcp.data.exchange import Share, make_exchange
 from dcp.data.messages import request_to_bytes
-from dcp.data.planning import Pool, open_pool
+from dcp.data.planning import Pool
+from dcp.data.pools import open_pool
 from dcp.program import RankPlan
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]

@@ -41,22 +41,6 @@ class Pool(Protocol):
         """End the pool; what is not planned by then fails."""
 
 
-def open_pool(backend: str | Pool, *, num_workers: int) -> Pool:
-    """A pool by the name of its backend, or the given pool itself."""
-    if backend == "processes":
-        return PlanningPool(num_workers)
-    if backend == "ray":
-        from dcp.data.ray_pool import RayPool
-
-        return RayPool()
-    if isinstance(backend, str) or not (hasattr(backend, "submit") and hasattr(backend, "close")):
-        raise ValueError(
-            f"planning_pool must be 'processes', 'ray' or an object with submit and close, "
-            f"got {backend!r}"
-        )
-    return backend
-
-
 class PlanningPool:
     """Plans in worker processes of this machine.
 

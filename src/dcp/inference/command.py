@@ -12,8 +12,6 @@ from typing import Any
 from dcp.batch import DTYPE_BYTES
 from dcp.inference.turn import STRATEGIES
 
-RESULT = "result.json"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -54,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _launched(job: dict[str, Any], num_processes: int) -> dict[str, Any]:
     """The job on local processes; ``ValueError`` with the failing rank's line."""
+    from dcp.inference.process import RESULT
     from dcp.train.launch import JobFailed, launch_module
 
     with tempfile.TemporaryDirectory(prefix="dcp-generate-") as folder:

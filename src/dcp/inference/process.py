@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from dcp.data.tokenizers import Tokenizer, open_tokenizer
-from dcp.inference.command import RESULT
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 from dcp.train.process import choose_device, joined_group, main
+
+RESULT = "result.json"  # in the job's folder
 
 
 def generate(folder: Path, listen_fd: int | None) -> None:
