@@ -216,7 +216,10 @@ def uneven_readers(look_ahead):
         dist.barrier()
         progress = 0
         if dist.get_rank() == 1:
-            time.sleep(0.7)
+            deadline = time.perf_counter() + 60
+            while int(store.get(key)) <= 2 * look_ahead and time.perf_counter() < deadline:
+                time.sleep(0.02)
+            time.sleep(0.5)  # in which it would go on if nothing held it
             progress = int(store.get(key))
         count = 0
         for count, _ in enumerate(loader, start=1):
