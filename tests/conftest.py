@@ -20,7 +20,7 @@ def gloo_pool() -> Iterator[Callable[[int], GlooPool]]:
     pools: dict[int, GlooPool] = {}
 
     def get(world: int) -> GlooPool:
-        if world not in pools:
+        if world not in pools or not pools[world].is_alive:
             pools[world] = GlooPool(world)
         return pools[world]
 

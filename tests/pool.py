@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 90
+TIMEOUT_SECONDS = 150  # of a rank's answer, on a busy machine too
 
 
 class GlooPool:
@@ -32,18 +33,28 @@ class GlooPool:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``[function(*args) on rank 0, on rank 1, …]``; a failing rank fails the call."""
+        """``[function(*args) on rank 0, on rank 1, …]``; a failing rank fails the call.
+
+        Every rank's answer is taken before any failure is raised, so that none is left for the next
+        call. A rank that does not answer ends the pool, see :attr:`is_alive`.
+        """
         for pipe in self.pipes:
             pipe.send((function, args))
-        results = []
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        answers = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_SECONDS):
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                self.close()
                 raise TimeoutError(f"rank {rank} of {len(self.pipes)} did not answer")
-            failure, result = pipe.recv()
+            answers.append(pipe.recv())
+        for rank, (failure, _) in enumerate(answers):
             if failure:
                 raise AssertionError(f"rank {rank} failed:\n{failure}")
-            results.append(result)
-        return results
+        return [result for _, result in answers]
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
         for process in self.processes:
