@@ -131,7 +131,9 @@ def tables_against_slices(mask, world, outer, inner):
             for table, pairs in zip(tables, (want, want.T), strict=True):
                 found = np.zeros_like(pairs)
                 first, end = table.tile_start[index : index + 2]
-                for row, rows, _, entry, end_entry, *_ in table.tiles[first:end].tolist():
+                for row, rows, _, entry, masked, end_entry, *_ in table.tiles[first:end].tolist():
+                    assert not table.entries[entry:masked, 3].any()
+                    assert table.entries[masked:end_entry, 3].all()
                     for at, tiles, band, bands, *_ in table.entries[entry:end_entry].tolist():
                         box = (slice(row, row + rows), slice(at, at + tiles * inner))
                         if bands:

@@ -58,11 +58,16 @@ class AttentionPass:
         self.num_rows = plan.mask_program(mask).buffer_rows.tolist()
         self.instructions = prepared.instructions(mask, like.device, backward=self.backward)
         self.work = prepared.work(mask, kernel, like.device, like.dtype)
+        kinds = [type(each) for each in self.instructions]
+        # every result row is written once and stays here: it needs no wider dtype on the way
+        self.once = kernel.WRITES_ONCE and options.deterministic
+        self.once &= kinds.count(Attention) <= 1 and Exchange not in kinds
         self.fields: dict[int, list[Field]] = {}
         self.spans: list[Span] | None = None  # set to record what takes how long
 
     def run(self, communicator: Communicator) -> Iterator[None]:
         """Run the program; yields while a wait needs other ranks of this process to go on."""
+        communicator.open(self.device)
         in_flight: dict[int, Iterator[None]] = {}
         launched: dict[int, float] = {}
         for instruction in self.instructions:
@@ -114,7 +119,8 @@ class AttentionPass:
     def results(self, buffer: int, *shape: int, exact: bool = True) -> Field:
         """An uninitialised buffer; inexact ones travel in the tensors' dtype."""
         rows = self.num_rows[buffer]
-        tensor = torch.empty((rows, *shape), dtype=self.compute_dtype, device=self.device)
+        held = self.dtype if self.once and not exact else self.compute_dtype
+        tensor = torch.empty((rows, *shape), dtype=held, device=self.device)
         return tensor, self.compute_dtype if exact else self.dtype
 
     def inputs(self, buffer: int, tensor: Tensor, groups: int, *, exact: bool = False) -> Field:
@@ -204,6 +210,7 @@ class ForwardPass(AttentionPass):
     def __init__(self, *args: Any, q: Tensor, kv: Tensor, sink: Tensor | None = None) -> None:
         super().__init__(*args)
         self.tensors, self.sink = (q, kv), sink
+        self.once &= sink is None  # which scales the results once more
 
     def load(self) -> None:
         self.fields = {
@@ -250,8 +257,7 @@ class BackwardPass(AttentionPass):
         self, *args: Any, grad_out: Tensor, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor
     ) -> None:
         super().__init__(*args)
-        delta = (grad_out.to(self.compute_dtype) * out.to(self.compute_dtype)).sum(dim=-1)
-        self.tensors = (q, grad_out, lse, delta, kv)
+        self.tensors = (q, grad_out, lse, self.kernel.delta(grad_out, out), kv)
 
     def load(self) -> None:
         q, grad_out, lse, delta, kv = self.tensors

@@ -3,8 +3,11 @@
 A kernel is a module that runs the attention of one division, in place on a rank's buffers:
 
 - ``NAME``, and ``supports(device, dtype, options) -> str | None``: the reason why it cannot serve;
+- ``WRITES_ONCE``: a division writes a result row at most once, so that the results of a program's
+  only division may be of the tensors' dtype;
 - ``input_dtype(dtype)`` and ``compute_dtype(dtype)``: what buffers of inputs and of results hold;
 - ``prepare(program, device, head_dim=, dtype=)``: the work of each division by step, made once;
+- ``delta(grad_out, out)``: sum(grad_out * out) of each row ``[rows, heads]``, in compute dtype;
 - ``forward(work, q, kv, out, lse, options)``: folds the division's attention into the partial
   ``out [rows, heads, head_dim]`` and natural log-sum-exp ``lse [rows, heads]``;
 - ``backward(work, q_side, kv, grad_q, grad_kv, options)``: adds the division's gradients;

@@ -17,6 +17,9 @@ CellForward = Callable[..., tuple[Tensor, Tensor]]
 CellBackward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+WRITES_ONCE = False  # cells of one division meet in their rows
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What products run in: float32 for half precision, else the dtype itself."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -68,6 +71,12 @@ def run_backward(
         grad_q[cell.out] += dq
         grad_kv[cell.dkv, 0] += dk
         grad_kv[cell.dkv, 1] += dv
+
+
+def delta(grad_out: Tensor, out: Tensor) -> Tensor:
+    """See :mod:`dcp.runtime.kernels`."""
+    dtype = compute_dtype(out.dtype)
+    return (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:

@@ -11,9 +11,19 @@ from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, fle
 
 from dcp.runtime.cells import Cell
 from dcp.runtime.kernels import Options, cellwise
-from dcp.runtime.kernels.cellwise import compute_dtype, prepare
+from dcp.runtime.kernels.cellwise import WRITES_ONCE, compute_dtype, delta, prepare
 
-__all__ = ["NAME", "backward", "compute_dtype", "forward", "input_dtype", "prepare", "supports"]
+__all__ = [
+    "NAME",
+    "WRITES_ONCE",
+    "backward",
+    "compute_dtype",
+    "delta",
+    "forward",
+    "input_dtype",
+    "prepare",
+    "supports",
+]
 
 NAME = "flex"
 

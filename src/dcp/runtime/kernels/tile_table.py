@@ -17,7 +17,8 @@ from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
 from dcp.slices import HI, K0, K1, LO, Q0, Q1
 
 # Columns of the tables, int32.
-TILE = ("row", "rows", "result_row", "first_entry", "end_entry")
+# Entries of a tile: full runs from first_entry on, then from first_masked on the masked ones.
+TILE = ("row", "rows", "result_row", "first_entry", "first_masked", "end_entry")
 ENTRY = ("row", "num_tiles", "first_band", "num_bands", "shift")
 BAND = ("outer0", "outer1", "inner0", "inner1", "lo", "hi", "shift")
 WIDTH = 8  # every table row is padded to this many numbers, so that all are aligned
@@ -115,7 +116,7 @@ def build_table(
         tile, band, np.stack([first, full_end]), np.stack([full_first, end]), bands, shift
     )
     entries = np.concatenate([full, partial])  # columns: tile, index, num_tiles, band, bands, shift
-    entries = entries[np.lexsort((entries[:, 1], entries[:, 3], entries[:, 0]))]
+    entries = entries[np.lexsort((entries[:, 1], entries[:, 4] > 0, entries[:, 0]))]
     return _order(
         entries, band_table, tile_division, row, rows, result_row, origin, inner, len(runs)
     )
@@ -194,7 +195,9 @@ def _order(
     edges = np.searchsorted(tile, np.arange(len(row) + 1))
     order = np.lexsort((row, -visits, tile_division))
     order = order[visits[order] > 0]
-    tiles = np.stack([row, rows, result_row, edges[:-1], edges[1:]], axis=1)[order]
+    num_full = np.bincount(tile[entries[:, 4] == 0], minlength=len(row))
+    masked = edges[:-1] + num_full
+    tiles = np.stack([row, rows, result_row, edges[:-1], masked, edges[1:]], axis=1)[order]
     table = np.stack([origin[tile] + entries[:, 1] * inner, *entries[:, 2:].T], axis=1)
     return TileTable(
         tiles=_padded(tiles),

@@ -12,9 +12,19 @@ from torch import Tensor
 
 from dcp.runtime.cells import Cell
 from dcp.runtime.kernels import Options, cellwise
-from dcp.runtime.kernels.cellwise import compute_dtype, finite, prepare
+from dcp.runtime.kernels.cellwise import WRITES_ONCE, compute_dtype, delta, finite, prepare
 
-__all__ = ["NAME", "backward", "compute_dtype", "forward", "input_dtype", "prepare", "supports"]
+__all__ = [
+    "NAME",
+    "WRITES_ONCE",
+    "backward",
+    "compute_dtype",
+    "delta",
+    "forward",
+    "input_dtype",
+    "prepare",
+    "supports",
+]
 
 NAME = "torch_cpu"
 input_dtype = compute_dtype

@@ -33,7 +33,9 @@ from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_qu
 from dcp.runtime.rows import copy_to_device
 
 NAME = "triton"
+WRITES_ONCE = True
 MAX_HEAD_DIM = 256
+DELTA_ROWS, DELTA_WARPS = 32, 4  # rows of one program that sums products of rows
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,22 @@ def choose_shapes(device: torch.device, head_dim: int, dtype: torch.dtype) -> Sh
     return SHAPES[max(64, _padded(head_dim)), dtype.itemsize]
 
 
+def delta(grad_out: Tensor, out: Tensor) -> Tensor:
+    """See :mod:`dcp.runtime.kernels`; in one pass over memory."""
+    count, head_dim = grad_out.shape[:-1].numel(), grad_out.shape[-1]
+    sums = torch.empty(grad_out.shape[:-1], dtype=torch.float32, device=grad_out.device)
+    _start(
+        "delta_kernel",
+        -(-count // DELTA_ROWS),
+        (grad_out.contiguous(), out.contiguous(), sums, count),
+        HEAD_DIM=head_dim,
+        D=_padded(head_dim),
+        ROWS=DELTA_ROWS,
+        num_warps=DELTA_WARPS,
+    )
+    return sums
+
+
 def forward(work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options) -> None:
     """See :mod:`dcp.runtime.kernels`."""
     shape = work.shapes.forward
@@ -174,30 +192,27 @@ def backward(
     options: Options,
 ) -> None:
     """See :mod:`dcp.runtime.kernels`."""
-    q, shapes = q_side[0], work.shapes
-    inputs = (*q_side, kv)
-    if options.deterministic:
-        _launch(
-            "query_gradient_kernel",
-            (*inputs, grad_q),
-            work,
-            work.queries,
-            shapes.query_gradient,
-            q,
-            kv,
-            options,
-        )
-    _launch(
-        "key_gradient_kernel",
-        (*inputs, grad_q, grad_kv),
-        work,
-        work.keys,
-        shapes.key_gradient,
-        q,
-        kv,
-        options,
-        ATOMIC=not options.deterministic,
-    )
+    for name in ("query_gradient", "key_gradient") if options.deterministic else ("key_gradient",):
+        run_gradient(name, work, q_side, kv, grad_q, grad_kv, options)
+
+
+def run_gradient(
+    name: str,
+    work: Work,
+    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
+    kv: Tensor,
+    grad_q: Tensor,
+    grad_kv: Tensor,
+    options: Options,
+) -> None:
+    """One of the two launches of :func:`backward`."""
+    q, shape = q_side[0], getattr(work.shapes, name)
+    if name == "query_gradient":
+        tensors: tuple[Tensor, ...] = (*q_side, kv, grad_q)
+        _launch(f"{name}_kernel", tensors, work, work.queries, shape, q, kv, options)
+        return
+    tensors, atomic = (*q_side, kv, grad_q, grad_kv), not options.deterministic
+    _launch(f"{name}_kernel", tensors, work, work.keys, shape, q, kv, options, ATOMIC=atomic)
 
 
 def _launch(
@@ -211,17 +226,13 @@ def _launch(
     options: Options,
     **constants: Any,
 ) -> None:
-    kernel = getattr(import_module("dcp.runtime.kernels.triton_code"), name)
     heads, kv_heads, head_dim = q.shape[1], kv.shape[2], q.shape[2]
-    programs = place[1] * (kv_heads if name == "key_gradient_kernel" else heads)
-    kernel[(programs,)](
-        *tensors,
-        work.table,
-        *place,
-        heads,
-        kv_heads,
-        options.scale,
-        options.softcap or 1.0,
+    first_tile, num_tiles, *offsets = place
+    numbers = options.scale, options.softcap or 1.0
+    _start(
+        name,
+        num_tiles * (kv_heads if name == "key_gradient_kernel" else heads),
+        (*tensors, work.table, first_tile, *offsets, heads, kv_heads, *numbers),
         HEAD_DIM=head_dim,
         D=max(16, _padded(head_dim)),
         OUTER=shape.outer,
@@ -232,6 +243,14 @@ def _launch(
         num_stages=shape.stages,
         **constants,
     )
+
+
+def _start(name: str, programs: int, arguments: tuple[Any, ...], **constants: Any) -> None:
+    """One launch, on the device of the first argument, which need not be the current one."""
+    if programs:
+        kernel = getattr(import_module("dcp.runtime.kernels.triton_code"), name)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **constants)
 
 
 def _padded(head_dim: int) -> int:

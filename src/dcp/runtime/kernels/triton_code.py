@@ -1,9 +1,10 @@
 """Triton code of attention over tile tables (:mod:`dcp.runtime.kernels.tile_table`).
 
 Each program keeps an outer tile of one head in registers and visits its inner tiles: runs of full
-ones without any mask arithmetic, and single masked ones. Programs step through the list of (outer
-tile, head), longest first. Products are summed in float32; exponentials are powers of two. The
-method is FlashAttention-2's (arXiv 2307.08691), with a start from an earlier partial result.
+ones without any mask arithmetic, and single masked ones. There is one program for each (outer tile,
+head), longest first: a loop over several costs registers. Products are summed in float32;
+exponentials are powers of two. The method is FlashAttention-2's (arXiv 2307.08691), with a start
+from an earlier partial result.
 
 Buffers are contiguous: q-like ``[rows, heads, HEAD_DIM]``, kv-like ``[rows, 2, kv_heads,
 HEAD_DIM]``, lse-like ``[rows, heads]``. ``D`` is HEAD_DIM padded to a power of two. ``UPCAST``
@@ -18,7 +19,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 WIDTH = tl.constexpr(8)  # numbers of a row in every table
 
 # Counts and rows change with every plan: never a reason to compile again.
-_VARYING = ["first_tile", "num_tiles", "tiles_at", "entries_at", "bands_at"]
+_VARYING = ["first_tile", "tiles_at", "entries_at", "bands_at"]
 
 
 @triton.jit
@@ -107,13 +108,15 @@ def _tanh(x):
 @triton.jit
 def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores of a and b in powers of two, and the soft-cap's slope (1 without one)."""
-    s = tl.dot(a, tl.trans(b), input_precision="ieee") * scale
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
     slope = s
     if SOFTCAP:
-        bent = _tanh(s / softcap)
-        s = bent * softcap
+        bent = _tanh(s * (scale / softcap))
+        s = bent * (softcap * LOG2E)
         slope = 1.0 - bent * bent
-    return s * LOG2E, slope
+    else:
+        s = s * (scale * LOG2E)
+    return s, slope
 
 
 @triton.jit
@@ -130,58 +133,56 @@ def _fold(acc, top, total, s, v):
 
 @triton.jit(do_not_specialize=_VARYING)
 def forward_kernel(
-    q, kv, out, lse, table, first_tile, num_tiles, tiles_at, entries_at, bands_at,
+    q, kv, out, lse, table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
     steps = tl.arange(0, INNER)
-    for work in range(tl.program_id(0), num_tiles * heads, tl.num_programs(0)):
-        tile = tiles + (first_tile + work // heads) * WIDTH
-        head = work % heads
-        kv_head = head // (heads // kv_heads)
-        start = tl.load(tile)
-        row = start + tl.arange(0, OUTER)
-        used = tl.arange(0, OUTER) < tl.load(tile + 1)
-        result = tl.load(tile + 2)
-        q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
+    work = tl.program_id(0)
+    tile = tiles + (first_tile + work // heads) * WIDTH
+    head = work % heads
+    kv_head = head // (heads // kv_heads)
+    start = tl.load(tile)
+    row = start + tl.arange(0, OUTER)
+    used = tl.arange(0, OUTER) < tl.load(tile + 1)
+    result = tl.load(tile + 2)
+    q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
 
-        # go on from what earlier divisions left: an output is a sum with weight 1 at its lse
-        top = _load_numbers(lse, result, OUTER, head, heads, used, float("-inf")) * LOG2E
-        total = tl.where(top == float("-inf"), 0.0, 1.0)
-        acc = _load(out, result, OUTER, head, heads, used, HEAD_DIM, D, True)
+    # go on from what earlier divisions left, where they left anything: an output is a sum with
+    # weight 1 at its lse
+    top = _load_numbers(lse, result, OUTER, head, heads, used, float("-inf")) * LOG2E
+    total = tl.where(top == float("-inf"), 0.0, 1.0)
+    acc = _load(out, result, OUTER, head, heads, top > float("-inf"), HEAD_DIM, D, True)
 
-        for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
-            at = entries + entry * WIDTH
-            first = tl.load(at)
-            num_bands = tl.load(at + 3)
-            if num_bands == 0:
-                for visit in range(tl.load(at + 1)):  # noqa: B007
-                    k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
-                    v = _load_all(
-                        kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST
-                    )
-                    s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
-                    acc, top, total = _fold(acc, top, total, s, v)
-                    first += INNER
-            else:
-                keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
-                seen = tl.max(keep.to(tl.int32), 0) > 0
-                k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
-                v = _load(
-                    kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST
-                )
-                s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
-                acc, top, total = _fold(acc, top, total, tl.where(keep, s, float("-inf")), v)
+    for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
+        at = entries + entry * WIDTH
+        first = tl.load(at)
+        for visit in range(tl.load(at + 1)):  # noqa: B007
+            k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            v = _load_all(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
+            acc, top, total = _fold(acc, top, total, s, v)
+            first += INNER
+    for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
+        at = entries + entry * WIDTH
+        first = tl.load(at)
+        num_bands = tl.load(at + 3)
+        keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
+        seen = tl.max(keep.to(tl.int32), 0) > 0
+        k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        v = _load(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
+        acc, top, total = _fold(acc, top, total, tl.where(keep, s, float("-inf")), v)
 
-        some = total > 0.0
-        acc = acc / tl.where(some, total, 1.0)[:, None]
-        at_out = _rows(out, result, OUTER, head, heads, HEAD_DIM, D)
-        tl.store(at_out, acc, mask=used[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :])
-        new_lse = top * LN2 + tl.log(tl.where(some, total, 1.0))
-        at_lse = lse + result.to(tl.int64) * heads + head + tl.arange(0, OUTER) * heads
-        tl.store(at_lse, tl.where(some, new_lse, float("-inf")), mask=used)
+    some = total > 0.0
+    acc = acc / tl.where(some, total, 1.0)[:, None]
+    at_out = _rows(out, result, OUTER, head, heads, HEAD_DIM, D)
+    tl.store(at_out, acc, mask=used[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :])
+    new_lse = top * LN2 + tl.log(tl.where(some, total, 1.0))
+    at_lse = lse + result.to(tl.int64) * heads + head + tl.arange(0, OUTER) * heads
+    tl.store(at_lse, tl.where(some, new_lse, float("-inf")), mask=used)
 
 
 @triton.jit
@@ -205,52 +206,49 @@ def _weights(a, b, a_out, b_out, norm, delta, scale, softcap, SOFTCAP: tl.conste
 @triton.jit(do_not_specialize=_VARYING)
 def query_gradient_kernel(
     q, grad_out, lse, delta, kv, grad_q,
-    table, first_tile, num_tiles, tiles_at, entries_at, bands_at,
+    table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
     steps = tl.arange(0, INNER)
-    for work in range(tl.program_id(0), num_tiles * heads, tl.num_programs(0)):
-        tile = tiles + (first_tile + work // heads) * WIDTH
-        head = work % heads
-        kv_head = head // (heads // kv_heads)
-        start = tl.load(tile)
-        row = start + tl.arange(0, OUTER)
-        used = tl.arange(0, OUTER) < tl.load(tile + 1)
-        result = tl.load(tile + 2)
-        q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
-        go = _load(grad_out, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
-        norm = _load_numbers(lse, start, OUTER, head, heads, used, float("-inf"))
-        norm = _log2_norm(norm)[:, None]
-        drop = _load_numbers(delta, start, OUTER, head, heads, used, 0.0)[:, None]
-        acc = tl.zeros([OUTER, D], dtype=tl.float32)
+    work = tl.program_id(0)
+    tile = tiles + (first_tile + work // heads) * WIDTH
+    head = work % heads
+    kv_head = head // (heads // kv_heads)
+    start = tl.load(tile)
+    row = start + tl.arange(0, OUTER)
+    used = tl.arange(0, OUTER) < tl.load(tile + 1)
+    result = tl.load(tile + 2)
+    q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
+    go = _load(grad_out, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
+    norm = _load_numbers(lse, start, OUTER, head, heads, used, float("-inf"))
+    norm = _log2_norm(norm)[:, None]
+    drop = _load_numbers(delta, start, OUTER, head, heads, used, 0.0)[:, None]
+    acc = tl.zeros([OUTER, D], dtype=tl.float32)
 
-        for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
-            at = entries + entry * WIDTH
-            first = tl.load(at)
-            num_bands = tl.load(at + 3)
-            if num_bands == 0:
-                for visit in range(tl.load(at + 1)):  # noqa: B007
-                    k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
-                    v = _load_all(
-                        kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST
-                    )
-                    _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
-                    acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-                    first += INNER
-            else:
-                keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
-                seen = tl.max(keep.to(tl.int32), 0) > 0
-                k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
-                v = _load(
-                    kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST
-                )
-                _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
-                ds = tl.where(keep, ds, 0.0)
-                acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-        _add(grad_q, result, OUTER, head, heads, used, acc * scale, HEAD_DIM, D)
+    for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
+        at = entries + entry * WIDTH
+        first = tl.load(at)
+        for visit in range(tl.load(at + 1)):  # noqa: B007
+            k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            v = _load_all(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+            first += INNER
+    for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
+        at = entries + entry * WIDTH
+        first = tl.load(at)
+        num_bands = tl.load(at + 3)
+        keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
+        seen = tl.max(keep.to(tl.int32), 0) > 0
+        k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        v = _load(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
+        ds = tl.where(keep, ds, 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
+    _add(grad_q, result, OUTER, head, heads, used, acc * scale, HEAD_DIM, D)
 
 
 @triton.jit
@@ -263,7 +261,7 @@ def _add_atomically(base, row, head, num_heads, keep, x, HEAD_DIM: tl.constexpr,
 @triton.jit(do_not_specialize=_VARYING)
 def key_gradient_kernel(
     q, grad_out, lse, delta, kv, grad_q, grad_kv,
-    table, first_tile, num_tiles, tiles_at, entries_at, bands_at,
+    table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
@@ -273,61 +271,73 @@ def key_gradient_kernel(
     tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
     steps = tl.arange(0, INNER)
     ratio = heads // kv_heads
-    for work in range(tl.program_id(0), num_tiles * kv_heads, tl.num_programs(0)):
-        tile = tiles + (first_tile + work // kv_heads) * WIDTH
-        kv_head = work % kv_heads
-        start = tl.load(tile)
-        row = start + tl.arange(0, OUTER)
-        used = tl.arange(0, OUTER) < tl.load(tile + 1)
-        result = tl.load(tile + 2)
-        k = _load(kv, start, OUTER, kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
-        v = _load(kv, start, OUTER, kv_heads + kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
-        acc_k = tl.zeros([OUTER, D], dtype=tl.float32)
-        acc_v = tl.zeros([OUTER, D], dtype=tl.float32)
+    work = tl.program_id(0)
+    tile = tiles + (first_tile + work // kv_heads) * WIDTH
+    kv_head = work % kv_heads
+    start = tl.load(tile)
+    row = start + tl.arange(0, OUTER)
+    used = tl.arange(0, OUTER) < tl.load(tile + 1)
+    result = tl.load(tile + 2)
+    k = _load(kv, start, OUTER, kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
+    v = _load(kv, start, OUTER, kv_heads + kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
+    acc_k = tl.zeros([OUTER, D], dtype=tl.float32)
+    acc_v = tl.zeros([OUTER, D], dtype=tl.float32)
 
-        for head in range(kv_head * ratio, (kv_head + 1) * ratio):
-            for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
-                at = entries + entry * WIDTH
-                first = tl.load(at)
-                num_bands = tl.load(at + 3)
-                shift = tl.load(at + 4)
-                if num_bands == 0:
-                    for visit in range(tl.load(at + 1)):  # noqa: B007
-                        q_tile = _load_all(q, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
-                        go = _load_all(grad_out, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
-                        every = steps >= 0
-                        norm = _load_numbers(lse, first, INNER, head, heads, every, 0.0)
-                        norm = _log2_norm(norm)[None, :]
-                        drop = _load_numbers(delta, first, INNER, head, heads, every, 0.0)[None, :]
-                        p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
-                        acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
-                        ds = ds.to(q_tile.dtype)
-                        acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
-                        if ATOMIC:
-                            dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-                            _add_atomically(
-                                grad_q, first + steps + shift, head, heads, every, dq, HEAD_DIM, D
-                            )
-                        first += INNER
-                else:
-                    keep, shifts = _in_bands(
-                        bands, tl.load(at + 2), num_bands, row, first + steps, shift
+    for head in range(kv_head * ratio, (kv_head + 1) * ratio):
+        for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
+            at = entries + entry * WIDTH
+            first = tl.load(at)
+            shift = tl.load(at + 4)
+            for visit in range(tl.load(at + 1)):  # noqa: B007
+                q_tile = _load_all(q, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
+                go = _load_all(grad_out, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
+                every = steps >= 0
+                norm = _load_numbers(lse, first, INNER, head, heads, every, 0.0)
+                norm = _log2_norm(norm)[None, :]
+                drop = _load_numbers(delta, first, INNER, head, heads, every, 0.0)[None, :]
+                p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
+                acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
+                ds = ds.to(q_tile.dtype)
+                acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
+                if ATOMIC:
+                    dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+                    _add_atomically(
+                        grad_q, first + steps + shift, head, heads, every, dq, HEAD_DIM, D
                     )
-                    seen = tl.max(keep.to(tl.int32), 0) > 0
-                    q_tile = _load(q, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
-                    go = _load(grad_out, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
-                    norm = _load_numbers(lse, first, INNER, head, heads, seen, float("-inf"))
-                    norm = _log2_norm(norm)[None, :]
-                    drop = _load_numbers(delta, first, INNER, head, heads, seen, 0.0)[None, :]
-                    p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
-                    p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
-                    acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
-                    ds = ds.to(q_tile.dtype)
-                    acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
-                    if ATOMIC:
-                        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-                        _add_atomically(
-                            grad_q, first + steps + shifts, head, heads, seen, dq, HEAD_DIM, D
-                        )
-        _add(grad_kv, result, OUTER, kv_head, 2 * kv_heads, used, acc_k * scale, HEAD_DIM, D)
-        _add(grad_kv, result, OUTER, kv_heads + kv_head, 2 * kv_heads, used, acc_v, HEAD_DIM, D)
+                first += INNER
+        for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
+            at = entries + entry * WIDTH
+            first = tl.load(at)
+            num_bands = tl.load(at + 3)
+            shift = tl.load(at + 4)
+            keep, shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, shift)
+            seen = tl.max(keep.to(tl.int32), 0) > 0
+            q_tile = _load(q, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
+            go = _load(grad_out, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
+            norm = _load_numbers(lse, first, INNER, head, heads, seen, float("-inf"))
+            norm = _log2_norm(norm)[None, :]
+            drop = _load_numbers(delta, first, INNER, head, heads, seen, 0.0)[None, :]
+            p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
+            p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
+            acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
+            ds = ds.to(q_tile.dtype)
+            acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
+            if ATOMIC:
+                dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+                _add_atomically(grad_q, first + steps + shifts, head, heads, seen, dq, HEAD_DIM, D)
+    _add(grad_kv, result, OUTER, kv_head, 2 * kv_heads, used, acc_k * scale, HEAD_DIM, D)
+    _add(grad_kv, result, OUTER, kv_heads + kv_head, 2 * kv_heads, used, acc_v, HEAD_DIM, D)
+
+
+@triton.jit(do_not_specialize=["count"])
+def delta_kernel(
+    grad_out, out, delta, count, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
+):
+    """``delta [count]``: the sum of ``grad_out * out`` over each of ``count`` rows of HEAD_DIM."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    at = row[:, None] * HEAD_DIM + d[None, :]
+    keep = (row < count)[:, None] & (d < HEAD_DIM)[None, :]
+    a = tl.load(grad_out + at, mask=keep, other=0.0).to(tl.float32)
+    b = tl.load(out + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(a * b, 1), mask=row < count)
