@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dcp.train.process import choose_device
+from dcp.train.process import choose_device, nccl_options
 
 TIMEOUT = timedelta(seconds=300)
 
@@ -68,6 +68,7 @@ def joined_group(store: str | None) -> Iterator[torch.device]:
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
+        pg_options=nccl_options(TIMEOUT) if device.type == "cuda" else None,
     )
     try:
         yield device

@@ -22,6 +22,9 @@ Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS = range(1, 7)  # items with the
 class Nobody:
     """A communicator whose messages arrive at once, all zeros."""
 
+    def open(self, device: torch.device) -> None:
+        """Nobody to connect to."""
+
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
         for message in receives.values():
             message.zero_()

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     )
     cluster = Cluster.preset("laptop", num_nodes=args.nodes, devices_per_node=args.devices_per_node)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     rates = measure_kernel(spec, device)
     cluster = replace(
         cluster,
@@ -216,6 +218,8 @@ def _local_pair(rank: int, port: int, answer: multiprocessing.SimpleQueue) -> No
 @contextmanager
 def _group() -> Iterator[int]:
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if _on_gpu():  # NCCL connects a group at its first operation, which needs all ranks
+        dist.all_reduce(torch.zeros(1, device="cuda"))
     try:
         yield int(os.environ["LOCAL_WORLD_SIZE"])
     finally:

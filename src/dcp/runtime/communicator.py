@@ -20,6 +20,9 @@ class Communicator(Protocol):
     ``receives``; each ``yield`` says that it is not complete yet and other ranks must go on.
     """
 
+    def open(self, device: torch.device) -> None:
+        """Called before a program begins, by every rank, ranks without messages too."""
+
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]: ...
 
 
@@ -33,6 +36,14 @@ class GroupCommunicator:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.is_gloo = dist.get_backend(group) == "gloo"
+        self._is_open = self.is_gloo
+
+    def open(self, device: torch.device) -> None:
+        """NCCL connects a group at its first operation, which all ranks must take part in: messages
+        between some of them would hang."""
+        if not self._is_open and device.type == "cuda":
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+            self._is_open = True
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
         arriving = receives
@@ -88,6 +99,9 @@ class LocalCommunicator:
 
     def __init__(self, rank: int, post: LocalPost) -> None:
         self.rank, self.post = rank, post
+
+    def open(self, device: torch.device) -> None:
+        """Nothing to connect."""
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
         for peer, message in sends.items():

@@ -58,6 +58,8 @@ class AttentionExecutor:
         """
         prepared = plan if isinstance(plan, PreparedPlan) else PreparedPlan(self._mine(plan))
         self._mine(prepared.plan)
+        if prepared.copied is not None:
+            prepared.copied.wait()  # holds the current stream, not the host
         self._prepared = prepared
         self.ticket += 1
         self._kept[self.ticket] = prepared
@@ -78,6 +80,8 @@ class AttentionExecutor:
             for backward in (False, True):
                 prepared.instructions(mask, like.device, backward=backward)
             prepared.work(mask, kernel, like.device, like.dtype)
+        if like.device.type == "cuda":
+            prepared.copied = torch.cuda.current_stream(like.device).record_event()
         return prepared
 
     def _mine(self, plan: Plan | RankPlan) -> RankPlan:
@@ -123,10 +127,17 @@ class AttentionExecutor:
         def attend(q: Tensor, kv: Tensor) -> Tensor:
             return self.attention(q, kv, **options)
 
-        return cast(
+        graphs = cast(
             Callable[[Tensor, Tensor], Tensor],
             torch.cuda.make_graphed_callables(attend, (q, kv)),
         )
+        prepared = self._prepared
+
+        def replay(q: Tensor, kv: Tensor) -> Tensor:
+            assert prepared is not None, "the graphs read its tables: it must live as long"
+            return graphs(q, kv)
+
+        return replay
 
     def session(self, call: Call, *, ticket: int | None = None) -> Session:
         """A call with the prepared plan, or with the one that had ``ticket``."""

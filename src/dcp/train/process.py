@@ -59,13 +59,28 @@ def joined_group(
             master_listen_fd=listen_fd,
             timeout=timeout,
         )
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        pg_options=nccl_options(timeout) if backend == "nccl" else None,
+    )
     try:
         group = dist.group.WORLD
         assert group is not None
         yield group
     finally:
         dist.destroy_process_group()
+
+
+def nccl_options(timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
+    """Messages of high priority: an attention launch has more thread blocks than fit at once, and
+    what was started under it would else wait for the last of them."""
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options._timeout = timeout
+    return options
 
 
 def open_trainer(

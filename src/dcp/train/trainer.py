@@ -206,7 +206,7 @@ class Trainer:
 def make_cluster(name: str, num_ranks: int, device: torch.device) -> Cluster:
     """Rates by preset or file, with the nodes that the launcher's environment describes."""
     if name == "auto":
-        name = "a100" if device.type == "cuda" else "laptop"
+        name = _preset_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else "laptop"
     rates = Cluster.preset(name) if name in PRESETS else Cluster.load(name)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     nodes, rest = divmod(num_ranks, here)
@@ -214,3 +214,9 @@ def make_cluster(name: str, num_ranks: int, device: torch.device) -> Cluster:
         sizes = (here,) * nodes + (rest,)
         return replace(rates, num_nodes=nodes + 1, devices_per_node=sizes)
     return rates.resized(num_nodes=nodes, devices_per_node=here)
+
+
+def _preset_of(device_name: str) -> str:
+    """The preset of a GPU by its name; an A100's where there is none."""
+    known = (name for name in ("h100", "h200", "b200") if name in device_name.lower())
+    return next(known, "a100")
