@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,29 +19,64 @@ from torch.nn.attention.flex_attention import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
-MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """The compiler's settings under which FlexAttention is measured: its backward pass may run
+    again, and more cases than are compiled at once are an error, not a slow eager run."""
+    from torch._dynamo import config as dynamo  # not before: both bring Triton
+    from torch._functorch import config as functorch
+
+    torch.compiler.reset()
+    with (
+        functorch.patch(donated_buffer=False),
+        dynamo.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
+    ):
+        yield
 
 
-def mask_mod(name: str, seqlens: Sequence[int], device: torch.device) -> MaskMod:
-    """FlexAttention's function for one of our named masks over packed sequences."""
-    document = torch.repeat_interleave(
-        torch.arange(len(seqlens), device=device), torch.tensor(seqlens, device=device)
-    )
-    ends = torch.tensor([0, *seqlens], device=device).cumsum(0)
-    position = torch.arange(int(ends[-1]), device=device) - ends[document]
-    length = torch.tensor(seqlens, device=device)[document]
-    answer = torch.cat([_answers(n) for n in seqlens]).to(device)
+class PackedMask:
+    """FlexAttention's function for one of our named masks over ``tokens`` packed tokens.
 
+    The function stays the same for every batch, and so does what is compiled for it: a batch only
+    changes what is in its tensors.
+    """
+
+    def __init__(self, name: str, tokens: int, device: torch.device) -> None:
+        self.name, self.tokens, self.device = name, tokens, device
+        self.numbers = torch.zeros((4, tokens), dtype=torch.int32, device=device)
+        self.rule = _rule(name, *self.numbers)
+
+    def load(self, seqlens: Sequence[int]) -> PackedMask:
+        """Make it the mask of a batch; block masks made before are of no use any more."""
+        lengths = torch.tensor(seqlens)
+        document = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        start = (lengths.cumsum(0) - lengths)[document]
+        position = torch.arange(self.tokens) - start
+        answer = torch.cat([_answers(n) for n in seqlens])
+        self.numbers.copy_(torch.stack([document, position, lengths[document], answer]))
+        return self
+
+    def blocks(self) -> BlockMask:
+        """The block mask of the batch."""
+        return create_block_mask(
+            self.rule, None, None, self.tokens, self.tokens, device=self.device, _compile=True
+        )
+
+
+def _rule(
+    name: str, document: Tensor, position: Tensor, length: Tensor, answer: Tensor
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     def rule(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         q, k = position[i], position[j]
         seen = (document[i] == document[j]) & (q >= k)
         if name == "streaming":
-            seen &= (q - k < 4096) | (k < 64)
+            seen = seen & ((q - k < 4096) | (k < 64))
         elif name == "causal_blockwise":
             last = (length[i] - 1) // 256 * 256
-            seen &= (q < 256) | (k < 256) | (q >= last) | (q - k <= 512)
+            seen = seen & ((q < 256) | (k < 256) | (q >= last) | (q - k <= 512))
         elif name == "shared_question":
-            seen &= (answer[j] == 0) | (answer[i] == answer[j])
+            seen = seen & ((answer[j] == 0) | (answer[i] == answer[j]))
         return seen
 
     return rule
@@ -54,24 +91,42 @@ def _answers(seqlen: int, fraction: float = 0.2, num_answers: int = 4) -> Tensor
     return torch.cat([torch.full((b - a,), n) for n, (a, b) in enumerate(pairwise(starts))])
 
 
-def block_mask(rule: MaskMod, tokens: int, device: torch.device) -> BlockMask:
-    return create_block_mask(rule, None, None, tokens, tokens, device=device, _compile=True)
-
-
 def flex_settings(head_dim: int) -> list[FlexKernelOptions]:
-    """Kernel options to choose the best from; the empty one is torch's own choice."""
-    sizes = [(128, 64, 8, 3), (128, 128, 8, 3), (64, 64, 4, 3)] if head_dim <= 128 else []
-    return [FlexKernelOptions()] + [
-        FlexKernelOptions(BLOCK_M=m, BLOCK_N=n, num_warps=w, num_stages=s) for m, n, w, s in sizes
+    """Kernel options of a causal mask to choose the best from; the first is torch's own choice."""
+    safe = FlexKernelOptions(
+        ROWS_GUARANTEED_SAFE=True, BLOCKS_ARE_CONTIGUOUS=True, PRESCALE_QK=True
+    )
+    tiles = [((128, 128, 8, 2), (64, 64, 64, 64, 4, 2)), ((64, 64, 4, 3), (32, 128, 128, 32, 8, 2))]
+    tiles += [((128, 64, 8, 3), (64, 128, 128, 64, 8, 2))]
+    return [FlexKernelOptions(), safe] + [
+        cast(FlexKernelOptions, {**safe, **_tile(*each)}) for each in tiles if head_dim <= 128
     ]
+
+
+def _tile(forward: tuple[int, ...], backward: tuple[int, ...]) -> dict[str, int]:
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    backward_names = ("BLOCK_M1", "BLOCK_N1", "BLOCK_M2", "BLOCK_N2", "num_warps", "num_stages")
+    return {f"fwd_{name}": value for name, value in zip(names, forward, strict=True)} | {
+        f"bwd_{name}": value for name, value in zip(backward_names, backward, strict=True)
+    }
+
+
+def for_any_mask(setting: FlexKernelOptions) -> FlexKernelOptions:
+    """The setting without what holds for a causal mask alone."""
+    kept = {name: value for name, value in setting.items() if name != "BLOCKS_ARE_CONTIGUOUS"}
+    return cast(FlexKernelOptions, kept)
 
 
 def flex(
     blocks: BlockMask, options: FlexKernelOptions
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Compiled FlexAttention on ``[1, heads, tokens, head_dim]``."""
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return partial(compiled, block_mask=blocks, enable_gqa=True, kernel_options=options or None)
+    return partial(_compiled(), block_mask=blocks, enable_gqa=True, kernel_options=options or None)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def fused(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

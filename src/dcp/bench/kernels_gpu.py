@@ -1,0 +1,289 @@
+"""The rows of ``dcp bench kernels`` that need a GPU: errors, speed beside torch's, whole programs.
+
+Device times are between events. Before each turn the device sleeps, so that the host has queued
+the whole turn when it begins: what it costs to launch is in none of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import FlexKernelOptions
+
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.bench import rivals
+from dcp.bench.alone import Alone, in_one_launch
+from dcp.cluster import Cluster
+from dcp.masks import AttnMask, named_mask
+from dcp.planner import plan
+from dcp.program import RankPlan
+from dcp.runtime import AttentionExecutor, LocalWorld
+from dcp.runtime.kernels import get_kernel
+
+SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+PICK_TOKENS = 16384  # FlexAttention's best settings are picked at this length
+SLEEP_CYCLES = 20_000_000  # about 10 ms
+Works = dict[str, Callable[[], Any]]
+Settings = list[FlexKernelOptions]
+
+
+def device_medians(works: Works, repeat: int) -> dict[str, float]:
+    """Median seconds of each work on the device; they take turns. A work that cannot run, as a
+    rival with settings that the device refuses, is left out; ours must run."""
+    for name, work in list(works.items()):
+        try:
+            for _ in range(2):  # compiles, warms up
+                work()
+            torch.cuda.synchronize()
+        except Exception:
+            if name == "ours" or len(works) <= 2:
+                raise
+            works = {other: works[other] for other in works if other != name}
+    begun: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in works}
+    for _ in range(repeat):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for name, work in works.items():
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+            work()
+            events[1].record()
+            begun[name].append(events)
+        torch.cuda.synchronize()
+    return {n: median(a.elapsed_time(b) for a, b in each) / 1e3 for n, each in begun.items()}
+
+
+def host_medians(works: Works, repeat: int) -> dict[str, float]:
+    """Median seconds of each work by the host's clock, launches included; they take turns, so that
+    a busy machine slows all alike."""
+    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeat + 1):
+        for name, work in works.items():
+            sync()
+            began = perf_counter()
+            work()
+            sync()
+            if turn:  # the first compiles and warms up
+                times[name].append(perf_counter() - began)
+    return {name: median(each) for name, each in times.items()}
+
+
+# --------------------------------------------------------------------------- errors
+
+
+def error_ratio(dtype: str, head_dim: int, world: int) -> tuple[float, str]:
+    """Largest error of out, dq, dk, dv relative to attention in float64, over that of dense
+    attention in the same dtype. With one rank results go straight into that dtype."""
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    seqlens = [700, 1, 1023, 300, 24]
+    masks = [AttnMask.streaming(n, sink=16, window=100) for n in seqlens[:3]]
+    masks += map(AttnMask.causal, seqlens[3:])
+    batch = SequenceBatch(seqlens, masks)
+    made = plan(batch, spec, Cluster(num_nodes=1, devices_per_node=world))
+    to, device = getattr(torch, dtype), torch.device("cuda")
+    shapes = [(batch.num_tokens, heads, head_dim) for heads in (4, 2, 2, 4)]
+    *tensors, grad = (torch.randn(shape, device=device, dtype=to) for shape in shapes)
+    dense = torch.block_diag(*(torch.from_numpy(m.to_dense()) for m in masks)).bool()
+    seen = dense.to(device)
+
+    def results(attend: Callable[..., Any], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in tensors]
+        out = attend(*inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
+
+    world_of_ranks = LocalWorld(made, kernel="triton")
+    exact = results(partial(_dense, seen), torch.float64)
+    ours, theirs = (
+        max(_relative(a, b) for a, b in zip(results(attend, to), exact, strict=True))
+        for attend in (world_of_ranks.attention, partial(_dense, seen))
+    )
+    return ours / theirs, f"relative errors {ours:.1e} against {theirs:.1e}"
+
+
+def _dense(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def _relative(found: Tensor, want: Tensor) -> float:
+    error = ((found.double() - want).norm() / want.norm()).item()
+    return error if error == error else float("inf")
+
+
+# --------------------------------------------------------------------------- dense causal
+
+
+def pick_settings(repeat: int) -> Settings:
+    """FlexAttention's fastest settings, forward and backward, one causal sequence."""
+    device = torch.device("cuda")
+    best: dict[bool, tuple[float, FlexKernelOptions]] = {}
+    blocks = rivals.PackedMask("causal", PICK_TOKENS, device).load([PICK_TOKENS]).blocks()
+    for setting in rivals.flex_settings(SPEC.head_dim):
+        torch.compiler.reset()
+        try:
+            works = both_ways(rivals.flex(blocks, setting), heads_first(PICK_TOKENS, device))
+            for backward, work in works.items():
+                seconds = device_medians({"flex": work}, repeat)["flex"]
+                best[backward] = min(
+                    best.get(backward, (seconds, setting)), (seconds, setting), key=_seconds
+                )
+        except Exception:  # settings that this device or version refuses
+            continue
+    found = [setting for _, setting in best.values()]
+    return [s for n, s in enumerate(found) if s not in found[:n]] or [FlexKernelOptions()]
+
+
+def _seconds(pair: tuple[float, FlexKernelOptions]) -> float:
+    return pair[0]
+
+
+def dense_ratios(
+    tokens: int, settings: Settings, repeat: int
+) -> dict[tuple[bool, str], tuple[float | None, str]]:
+    """By (backward, rival): speed of ours over the rival's best, one causal sequence."""
+    device = torch.device("cuda")
+    found: dict[tuple[bool, str], tuple[float | None, str]] = {}
+    blocks = rivals.PackedMask("causal", tokens, device).load([tokens]).blocks()
+    tensors = heads_first(tokens, device)
+    attends = {f"flex {n}": rivals.flex(blocks, each) for n, each in enumerate(settings)}
+    attends["cudnn"] = rivals.fused(SDPBackend.CUDNN_ATTENTION)
+    ours = both_ways(our_attention("causal", [tokens], device), packed(tokens, device))
+    theirs: dict[str, dict[bool, Callable[[], Any]]] = {}
+    refused: dict[str, str] = {}
+    for name, attend in attends.items():
+        try:
+            theirs[name] = both_ways(attend, tensors)
+        except Exception as error:  # one rival's refusal leaves the other
+            refused[name.split()[0]] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    for backward in (False, True):
+        works = {"ours": ours[backward]} | {n: each[backward] for n, each in theirs.items()}
+        seconds = device_medians(works, repeat)
+        flops = 2 * tokens**2 * SPEC.num_heads * SPEC.head_dim * (2.5 if backward else 1) / 1e12
+        for rival in ("flex", "cudnn"):
+            times = [value for name, value in seconds.items() if name.startswith(rival)]
+            found[backward, rival] = None, refused.get(rival, "it could not run")
+            if times:
+                rate = f"{flops / seconds['ours']:.0f} against {flops / min(times):.0f} TFLOP/s"
+                found[backward, rival] = min(times) / seconds["ours"], rate
+    return found
+
+
+def both_ways(
+    attend: Callable[..., Tensor], tensors: list[Tensor]
+) -> dict[bool, Callable[[], Any]]:
+    """Forward (as in training) and backward alone, by whether backward."""
+    out = attend(*tensors)
+    grad = torch.randn_like(out)
+    return {
+        False: lambda: attend(*tensors),
+        True: lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True),
+    }
+
+
+# --------------------------------------------------------------------------- masks
+
+
+def mask_ratios(
+    mask: str, batches: list[list[int]], settings: Settings, repeat: int
+) -> dict[bool, tuple[float, str]]:
+    """Speed of ours over FlexAttention's, forward and backward, by whether the mask's preparation
+    (our tables, its block mask) is timed: then by the host's clock, else on the device."""
+    device, tokens = torch.device("cuda"), sum(batches[0])
+    rule, executor = rivals.PackedMask(mask, tokens, device), AttentionExecutor()
+    setting = rivals.for_any_mask(settings[0])
+    ratios: dict[bool, list[float]] = {False: [], True: []}
+    theirs_in, ours_in = heads_first(tokens, device), packed(tokens, device)
+    for seqlens in batches:
+        one_plan, blocks = one_rank(mask, seqlens), rule.load(seqlens).blocks()
+        ready = executor.ready(one_plan, ours_in[0])
+
+        def theirs(timed: bool) -> None:
+            made = rule.blocks() if timed else blocks  # noqa: B023
+            there_and_back(rivals.flex(made, setting), theirs_in)
+
+        def ours(timed: bool) -> None:
+            executor.prepare(executor.ready(one_plan, ours_in[0]) if timed else ready)  # noqa: B023
+            there_and_back(executor.attention, ours_in)
+
+        for timed, clock in ((False, device_medians), (True, host_medians)):
+            works: Works = {"ours": partial(ours, timed), "theirs": partial(theirs, timed)}
+            seconds = clock(works, repeat)
+            ratios[timed].append(seconds["theirs"] / seconds["ours"])
+    return {
+        timed: (median(each), f"lowest {min(each):.2f}" if len(each) > 1 else "")
+        for timed, each in ratios.items()
+    }
+
+
+def there_and_back(attend: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    out = attend(*tensors)
+    torch.autograd.grad(out, tensors, out.detach())
+
+
+def our_attention(
+    mask: str, seqlens: list[int], device: torch.device
+) -> Callable[[Tensor, Tensor], Tensor]:
+    executor = AttentionExecutor()
+    like = torch.empty(0, device=device, dtype=getattr(torch, SPEC.dtype))
+    executor.prepare(executor.ready(one_rank(mask, seqlens), like))
+    return executor.attention
+
+
+# --------------------------------------------------------------------------- whole programs
+
+
+def program_ratio(plans: list[RankPlan], repeat: int) -> tuple[float, str]:
+    """Time of a rank's whole program over that of the same blocks in one launch, forward and
+    backward, one rank at a time."""
+    device, dtype = torch.device("cuda"), getattr(torch, SPEC.dtype)
+    kernel = get_kernel("auto", device, dtype)
+    on_device: list[float] = []
+    on_host: list[float] = []
+    for rank_plan in plans:
+        works: Works = {}
+        for name, each in (("ours", rank_plan), ("launch", in_one_launch(rank_plan))):
+            works[name] = partial(_both_passes, Alone(each, kernel, device, dtype))
+        for ratios, clock in ((on_device, device_medians), (on_host, host_medians)):
+            seconds = clock(works, repeat)
+            ratios.append(seconds["ours"] / seconds["launch"])
+    note = f"worst rank {max(on_device):.2f}; with the host's time {mean(on_host):.2f}"
+    return mean(on_device), note
+
+
+def _both_passes(alone: Alone) -> None:
+    alone.backward(*alone.forward())
+
+
+# --------------------------------------------------------------------------- inputs
+
+
+def one_rank(mask: str, seqlens: list[int]) -> RankPlan:
+    batch = SequenceBatch(seqlens, [named_mask(mask, n) for n in seqlens])
+    return plan(batch, SPEC, Cluster(num_nodes=1, devices_per_node=1)).rank_plan(0)
+
+
+def packed(tokens: int, device: torch.device) -> list[Tensor]:
+    """q and kv as ours takes them."""
+    shapes = (tokens, SPEC.num_heads, SPEC.head_dim), (tokens, 2, SPEC.num_kv_heads, SPEC.head_dim)
+    return list(_random(shapes, device))
+
+
+def heads_first(tokens: int, device: torch.device) -> list[Tensor]:
+    """q, k and v as torch's take them."""
+    heads = (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads)
+    return list(_random([(1, count, tokens, SPEC.head_dim) for count in heads], device))
+
+
+def _random(shapes: Any, device: torch.device) -> Iterator[Tensor]:
+    dtype = getattr(torch, SPEC.dtype)
+    for shape in shapes:
+        yield torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
