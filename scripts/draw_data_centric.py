@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dcp.bench.data_centric import MEMORY_BYTES
+from dcp.bench.data_centric import MEMORY_BYTES, preset_keys
 from dcp.bench.video_cost import VideoCost
 from dcp.cluster import Cluster
 from dcp.datacentric.buckets import RESOLUTIONS, draw_buckets, video_buckets
@@ -67,7 +67,7 @@ def main() -> None:
     names = [bucket.name for bucket in draw_buckets(buckets, SAMPLES, "balanced")]
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axes, (preset, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        keys = DataCentricKeys(preset=preset, sp_size=4, max_grad_accumulation_steps=2)
+        keys = DataCentricKeys(**preset_keys(preset, degree=4, steps=2))
         planner = make_planner(profile, buckets, keys)
         iterations = epoch_iterations(planner, names, WORLD, seed=0, epoch=0)
         shown = max(islice(iterations, LOOK), key=lambda iteration: len(iteration.groups))

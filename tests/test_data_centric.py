@@ -26,7 +26,7 @@ from dcp.train.command import main
 
 SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "progress": False}
 VIDEO = SIZE | {"model": "video", "preset": "inter+PAC", "video_samples": 15}
-TEXT = SIZE | {"preset": "inter+PAC", "max_seqlen": 100, "tokens_per_batch": 100}
+TEXT = SIZE | {"preset": "inter+PAC", "max_seqlen": 100}
 # sizes that nothing divides: 3 x 5 latents are 2 x 3 patches, the last ones padded
 BUCKETS = [Bucket("a", (1, 2, 2)), Bucket("b", (3, 3, 5)), Bucket("c", (5, 4, 6))]
 
@@ -306,7 +306,14 @@ def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
     ("match", "arguments"),
     [
         ("mask must be causal in data-centric jobs, got 'full'", ["--preset=intra", "--mask=full"]),
-        ("strategy must be left as it is", ["--preset=intra", "--strategy=ring"]),
+        ("strategy='ring' has no effect in a job of", ["--preset=intra", "--strategy=ring"]),
+        ("packing='ordered' has no effect in a job of", ["--preset=intra", "--packing=ordered"]),
+        ("planning_pool='ray' has no effect", ["--profile-only", "--planning-pool=ray"]),
+        ("tokens_per_batch=99 has no effect", ["--preset=intra", "--tokens-per-batch=99"]),
+        ("source='x' has no effect in a job of data-centric vid", ["--model=video", "--source=x"]),
+        ("profile_depth=3 has no effect in a job of planned", ["--profile-depth=3"]),
+        ("video_samples=9 has no effect in a job of", ["--preset=intra", "--video-samples=9"]),
+        ("sp_size=2 has no effect where dynamic_sp", ["--preset=intra", "--sp-size=2"]),
         ("preset must be one of", ["--preset=outer"]),
         ("alloc_memory_fraction must be above 0", ["--alloc-memory-fraction=0"]),
     ],
@@ -351,3 +358,11 @@ def test_the_example_is_a_configuration():
     config = TrainConfig.load(Path(__file__).parents[1] / "examples" / "data_centric.yaml")
     assert config.is_data_centric
     assert (config.dynamic_sp, config.dynamic_recompute) == (True, True)
+
+
+def test_long_texts_and_any_heads_need_no_key_of_another_job(tmp_path):
+    assert TrainConfig(preset="inter", max_seqlen=1 << 16).tokens_per_batch < 1 << 16
+    assert TrainConfig(preset="inter", max_seqlen=0, tokens_per_batch=99).is_data_centric
+    config = TrainConfig(model="video", num_heads=3, hidden_size=48, preset="inter")
+    config.save(tmp_path / "config.json")
+    assert TrainConfig.load(tmp_path / "config.json") == config

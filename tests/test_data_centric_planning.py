@@ -225,10 +225,21 @@ def test_presets_are_the_switches_they_stand_for():
     assert not DataCentricKeys(preset="inter").dynamic_recompute
     assert DataCentricKeys(preset="inter", dynamic_recompute=True).dynamic_recompute
     assert not DataCentricKeys().is_data_centric
+
+
+def test_keys_without_effect_are_refused():
     with pytest.raises(ValueError, match="preset must be one of"):
         DataCentricKeys(preset="outer")
-    with pytest.raises(ValueError, match="sp_size belong to data-centric parallelism: give a pre"):
+    with pytest.raises(
+        ValueError, match=r"sp_size=2 has no effect in a job of planned .* a preset"
+    ):
         DataCentricKeys(sp_size=2)
+    with pytest.raises(ValueError, match="sp_size=2 has no effect where dynamic_sp chooses"):
+        DataCentricKeys(preset="inter", sp_size=2)
+    with pytest.raises(ValueError, match="max_micro_batches=8 has no effect without auto_grad_ac"):
+        DataCentricKeys(preset="intra", max_micro_batches=8)
+    with pytest.raises(ValueError, match="auto_grad_accumulation cannot go with preset 'bucket'"):
+        DataCentricKeys(preset="bucket", auto_grad_accumulation=True)
     with pytest.raises(ValueError, match="max_micro_batches must be 1 or more, got 0"):
         DataCentricKeys(max_micro_batches=0)
 

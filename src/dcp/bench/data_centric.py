@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dcp.datacentric.profile import Profile
 from dcp.datacentric.schedule import epoch_iterations
 from dcp.planner import plan
 from dcp.train.config import TrainConfig
-from dcp.train.data_centric import DISTRIBUTIONS, DataCentricKeys
+from dcp.train.data_centric import DISTRIBUTIONS, PRESETS, DataCentricKeys
 from dcp.train.journal import METRICS
 from dcp.train.launch import launch
 
@@ -85,6 +85,16 @@ def run(args: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------- simulated
 
 
+def preset_keys(preset: str, *, degree: int, steps: int = 5) -> dict[str, Any]:
+    """The config keys of a preset: the degree and the longest accumulation where it has a use."""
+    keys: dict[str, Any] = {"preset": preset}
+    if "dynamic_sp" not in PRESETS[preset]:
+        keys["sp_size"] = degree
+    if "auto_grad_accumulation" in PRESETS[preset]:
+        keys["max_grad_accumulation_steps"] = steps
+    return keys
+
+
 def simulate_video(world: int, distribution: str, num_samples: int) -> dict[str, Any]:
     """Tokens per second and imbalance of every preset over one epoch of the same samples."""
     per_node = min(world, 8)
@@ -97,7 +107,7 @@ def simulate_video(world: int, distribution: str, num_samples: int) -> dict[str,
     by_name = {bucket.name: bucket for bucket in buckets}
     row: dict[str, Any] = {"world": world, "distribution": distribution, "presets": {}}
     for preset in ORDER:
-        keys = DataCentricKeys(preset=preset, sp_size=FIXED_DEGREE, max_grad_accumulation_steps=5)
+        keys = DataCentricKeys(**preset_keys(preset, degree=FIXED_DEGREE))
         planner = make_planner(profile, buckets, keys)
         iterations = list(epoch_iterations(planner, names, world, seed=0, epoch=0))
         seconds = [
@@ -146,7 +156,7 @@ def simulate_text(world: int) -> dict[str, Any]:
     profile = cost.profile(exact, max_batch=64)
     row: dict[str, Any] = {"world": world, "documents": len(lengths), "presets": {}}
     for preset in ("bucket", "intra", "inter"):
-        keys = DataCentricKeys(preset=preset, sp_size=FIXED_DEGREE, max_grad_accumulation_steps=5)
+        keys = DataCentricKeys(**preset_keys(preset, degree=FIXED_DEGREE))
         planner = make_planner(profile, exact, keys)
         names = [f"{n} tokens" for n in lengths.tolist()]
         iterations = list(epoch_iterations(planner, names, world, seed=0, epoch=0))
@@ -182,37 +192,36 @@ def measure_video(num_processes: int) -> dict[str, Any]:
         hidden_size=64,
         num_layers=3,
         num_heads=4,
-        num_kv_heads=4,
         video_samples=200,
-        sp_size=LOCAL_DEGREE,
         max_batch_size=4,
         memory_limit_mb=20,  # the longest videos need two ranks, short ones may keep activations
-        max_grad_accumulation_steps=5,
         calculate_imbalance=True,
         progress=False,
     )
-    return _measure(config, ORDER, num_processes)
+    return _measure(config, ORDER, num_processes, degree=LOCAL_DEGREE)
 
 
 def measure_text(num_processes: int) -> dict[str, Any]:
     """One epoch of the small Llama with every preset, and with planned attention."""
     config = TrainConfig(
+        preset="fixed",
         hidden_size=64,
         num_layers=3,
         num_heads=4,
         num_kv_heads=4,
         max_documents=120,
         max_seqlen=2048,
-        sp_size=1,
         max_batch_size=4,
-        max_grad_accumulation_steps=5,
         calculate_imbalance=True,
         progress=False,
     )
-    return _measure(config, ("bucket", "intra", "inter", "inter+PAC", "auto"), num_processes)
+    presets = ("bucket", "intra", "inter", "inter+PAC", "auto")
+    return _measure(config, presets, num_processes, degree=1)
 
 
-def _measure(config: TrainConfig, presets: tuple[str, ...], num_processes: int) -> dict[str, Any]:
+def _measure(
+    config: TrainConfig, presets: tuple[str, ...], num_processes: int, *, degree: int
+) -> dict[str, Any]:
     """Train an epoch with each preset from one profile; ``auto`` is planned attention."""
     found: dict[str, Any] = {"config": config.to_json(), "presets": {}}
     with tempfile.TemporaryDirectory(prefix="dcp-data-centric-") as name:
@@ -223,7 +232,9 @@ def _measure(config: TrainConfig, presets: tuple[str, ...], num_processes: int) 
         launch(all_degrees, num_processes=num_processes)
         for preset in presets:
             output = folder / preset
-            job = replace(config, preset="" if preset == "auto" else preset, output=str(output))
+            none = preset == "auto"
+            keys = asdict(DataCentricKeys()) if none else preset_keys(preset, degree=degree)
+            job = replace(config, **keys, output=str(output))
             # enough for an epoch with any preset; what is beyond the first is left out below
             launch(
                 replace(job, steps=_epoch_steps(job, num_processes)), num_processes=num_processes

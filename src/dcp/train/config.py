@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from dcp.batch import AttentionSpec
 from dcp.masks import named_mask
 from dcp.placement import get_strategy
-from dcp.train.data_centric import DataCentricKeys
+from dcp.train.data_centric import DOCUMENTS, PLANNED, VIDEO, DataCentricKeys
 from dcp.train.data_centric import key as _key
 
 _POSITIVE = ("tokens_per_batch", "hidden_size", "num_layers", "steps", "look_ahead", "threads")
@@ -36,24 +36,28 @@ class TrainConfig(DataCentricKeys):
     """Everything a training job depends on; each field is a config key and a ``--option``."""
 
     # data
-    source: str = _key("python", "documents: 'python', a file or folder, or 'hf:NAME_OR_PATH'")
-    text_field: str = _key("text", "field or column that holds the text")
-    split: str = _key("train", "split of a Hugging Face dataset")
-    max_documents: int = _key(0, "use that many documents, spread evenly; 0 uses all")
-    tokenizer: str = _key("bytes", "'bytes' or the folder of a Hugging Face tokenizer")
-    tokens_per_batch: int = _key(12288, "tokens of a batch, over all ranks")
-    max_seqlen: int = _key(4096, "tokens of the longest sequence; 0 is tokens_per_batch")
-    over_long: str = _key("split", "documents longer than that: 'split' or 'raise'")
-    packing: str = _key("first_fit", "how batches are filled: 'first_fit' or 'ordered'")
-    bucket_window: int = _key(0, "documents whose lengths are sorted together; 0 sorts none")
+    source: str = _key(
+        "python", "documents: 'python', a file or folder, or 'hf:NAME_OR_PATH'", DOCUMENTS
+    )
+    text_field: str = _key("text", "field or column that holds the text", DOCUMENTS)
+    split: str = _key("train", "split of a Hugging Face dataset", DOCUMENTS)
+    max_documents: int = _key(0, "use that many documents, spread evenly; 0 uses all", DOCUMENTS)
+    tokenizer: str = _key("bytes", "'bytes' or the folder of a Hugging Face tokenizer", DOCUMENTS)
+    tokens_per_batch: int = _key(12288, "tokens of a batch, over all ranks", DOCUMENTS)
+    max_seqlen: int = _key(4096, "tokens of the longest sequence; 0 is tokens_per_batch", DOCUMENTS)
+    over_long: str = _key("split", "documents longer than that: 'split' or 'raise'", DOCUMENTS)
+    packing: str = _key("first_fit", "how batches are filled: 'first_fit' or 'ordered'", (PLANNED,))
+    bucket_window: int = _key(
+        0, "documents whose lengths are sorted together; 0 sorts none", (PLANNED,)
+    )
     mask: str = _key("causal", "name of the attention mask")
 
     # model
     hidden_size: int = _key(128, "width of the model")
-    intermediate_size: int = _key(0, "width of the MLP; 0 is 8/3 of hidden_size")
+    intermediate_size: int = _key(0, "width of the MLP; 0 is 8/3 of hidden_size", DOCUMENTS)
     num_layers: int = _key(4, "layers")
     num_heads: int = _key(4, "query heads")
-    num_kv_heads: int = _key(2, "key and value heads; divides num_heads")
+    num_kv_heads: int = _key(2, "key and value heads; divides num_heads", DOCUMENTS)
     dtype: str = _key("float32", "dtype of the forward pass: float32 or bfloat16 (autocast)")
 
     # optimisation
@@ -65,13 +69,15 @@ class TrainConfig(DataCentricKeys):
     seed: int = _key(0, "of the weights and of the order of documents")
 
     # planning
-    strategy: str = _key("auto", "placement strategy")
-    block_size: int = _key(0, "most tokens of a data block; 0 lets the planner choose")
-    cluster: str = _key("auto", "preset or file with the machine's rates")
-    look_ahead: int = _key(4, "batches that each planning rank plans ahead")
-    planning_workers: int = _key(1, "planning processes of each planning rank")
-    planning_ranks: str = _key("", "ranks that plan, as 0,8; empty: the first of each node")
-    planning_pool: str = _key("processes", "where they plan: 'processes' or 'ray'")
+    strategy: str = _key("auto", "placement strategy", (PLANNED,))
+    block_size: int = _key(0, "most tokens of a data block; 0 lets the planner choose", (PLANNED,))
+    cluster: str = _key("auto", "preset or file with the machine's rates", (PLANNED,))
+    look_ahead: int = _key(4, "batches that each planning rank plans ahead", (PLANNED,))
+    planning_workers: int = _key(1, "planning processes of each planning rank", (PLANNED,))
+    planning_ranks: str = _key(
+        "", "ranks that plan, as 0,8; empty: the first of each node", (PLANNED,)
+    )
+    planning_pool: str = _key("processes", "where they plan: 'processes' or 'ray'", (PLANNED,))
 
     # running
     device: str = _key("auto", "'cpu', 'cuda', or 'auto': cuda where every local rank has a GPU")
@@ -101,16 +107,19 @@ class TrainConfig(DataCentricKeys):
         self._require("planning_ranks", ranks, "numbers with commas between")
         heads = self.hidden_size % (2 * self.num_heads) == 0 if self.num_heads > 0 else True
         self._require("hidden_size", heads, f"a multiple of 2 * num_heads={2 * self.num_heads}")
-        short = self.max_seqlen <= self.tokens_per_batch
-        self._require("max_seqlen", short, f"at most tokens_per_batch={self.tokens_per_batch}")
         named_mask(self.mask, 1)
         if self.strategy != "auto":
             get_strategy(self.strategy)
-        _ = self.spec
+        if self.job != VIDEO:
+            _ = self.spec
         if self.is_data_centric:
             self._require("mask", self.mask == "causal", "causal in data-centric jobs")
-            planned = self.strategy == "auto" and not self.block_size
-            self._require("strategy", planned, "left as it is, block_size too: nothing is planned")
+            if self.max_seqlen:
+                where = "in a data-centric job with a max_seqlen: memory bounds batches"
+                self._require_default("tokens_per_batch", where, "set max_batch_size")
+        else:
+            short = self.max_seqlen <= self.tokens_per_batch
+            self._require("max_seqlen", short, f"at most tokens_per_batch={self.tokens_per_batch}")
 
     @property
     def spec(self) -> AttentionSpec:

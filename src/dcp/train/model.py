@@ -28,7 +28,7 @@ def build_model(config: TrainConfig, *, vocab_size: int, device: torch.device) -
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.spec.head_dim,
-        max_position_embeddings=config.tokens_per_batch,
+        max_position_embeddings=max(config.tokens_per_batch, config.max_seqlen),
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=None,
