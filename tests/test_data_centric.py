@@ -366,3 +366,10 @@ def test_long_texts_and_any_heads_need_no_key_of_another_job(tmp_path):
     config = TrainConfig(model="video", num_heads=3, hidden_size=48, preset="inter")
     config.save(tmp_path / "config.json")
     assert TrainConfig.load(tmp_path / "config.json") == config
+
+
+def test_switches_of_the_command_win_over_the_preset(capfd):
+    assert main(["--preset=inter", "--no-dynamic-sp", "--sp-size=2", "--num-processes=0"]) == 2
+    assert "--num-processes must be 1" in capfd.readouterr().err  # and nothing before it
+    with pytest.raises(ValueError, match="dynamic_sp must be of type"):
+        TrainConfig.load(None, {"dynamic_sp": 1})

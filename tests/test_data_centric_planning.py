@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -225,6 +226,19 @@ def test_presets_are_the_switches_they_stand_for():
     assert not DataCentricKeys(preset="inter").dynamic_recompute
     assert DataCentricKeys(preset="inter", dynamic_recompute=True).dynamic_recompute
     assert not DataCentricKeys().is_data_centric
+
+
+def test_explicit_switches_win_over_the_preset():
+    keys = DataCentricKeys(preset="inter+PAC", dynamic_sp=False, dynamic_recompute=False, sp_size=2)
+    switches = (keys.dynamic_sp, keys.auto_grad_accumulation, keys.dynamic_recompute)
+    assert switches == (False, True, False)
+    planned = make_planner(make_profile(), BUCKETS, keys)(
+        {"short": 40, "middle": 8}, 8, np.random.default_rng(0)
+    )
+    assert {group.degree for group in planned.groups if group.micro_batches} == {2}
+    assert max(len(group.micro_batches) for group in planned.groups) > 1
+    left_open = replace(DataCentricKeys(preset="fixed"), preset="inter")
+    assert left_open == DataCentricKeys(preset="inter")
 
 
 def test_keys_without_effect_are_refused():

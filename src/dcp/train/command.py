@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for key, kind, default, text in options():
         name = "--" + key.replace("_", "-")
-        text = f"{text} (default {default!r})".replace("%", "%%")
+        text += "" if default is None else f" (default {default!r})"
+        text = text.replace("%", "%%")
         if kind is bool:
             action = argparse.BooleanOptionalAction
             parser.add_argument(name, action=action, default=None, dest=key, help=text)

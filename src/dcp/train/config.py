@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from dcp.batch import AttentionSpec
 from dcp.masks import named_mask
 from dcp.placement import get_strategy
-from dcp.train.data_centric import DOCUMENTS, PLANNED, VIDEO, DataCentricKeys
+from dcp.train.data_centric import DOCUMENTS, PLANNED, PRESETS, VIDEO, DataCentricKeys
 from dcp.train.data_centric import key as _key
 
 _POSITIVE = ("tokens_per_batch", "hidden_size", "num_layers", "steps", "look_ahead", "threads")
@@ -195,8 +195,8 @@ class TrainConfig(DataCentricKeys):
 
 
 def options() -> list[tuple[str, type, Any, str]]:
-    """(key, type, default, help) of every config key, in order."""
-    kinds = get_type_hints(TrainConfig)
+    """(key, type, default, help) of every config key, in order; a default of None is left open."""
+    kinds = get_type_hints(TrainConfig) | dict.fromkeys(PRESETS["inter+PAC"], bool)
     return [(f.name, kinds[f.name], f.default, f.metadata["help"]) for f in fields(TrainConfig)]
 
 
@@ -229,4 +229,4 @@ def _as_kind(value: Any, kind: type, what: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"{what} must be of type {kind.__name__}, got {value!r}")
+    raise ValueError(f"{what} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")

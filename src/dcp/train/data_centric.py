@@ -35,8 +35,8 @@ def key(default: Any, text: str, jobs: tuple[str, ...] = (PLANNED, TEXT, VIDEO))
 class DataCentricKeys:
     """What a data-centric job depends on besides the model; part of :class:`TrainConfig`.
 
-    A preset switches on the booleans that it stands for; more may be switched on
-    beside it. Keys that do nothing in the job at hand must keep their defaults.
+    A preset switches on the booleans that it stands for, where they are left open (None). Keys that
+    do nothing in the job at hand must keep their defaults.
     """
 
     model: str = key(
@@ -45,9 +45,15 @@ class DataCentricKeys:
     preset: str = key(
         "", f"data-centric parallelism: {', '.join(PRESETS)}; '' is planned attention"
     )
-    dynamic_sp: bool = key(False, "choose the sequence-parallel degree of every group anew")
-    dynamic_recompute: bool = key(False, "keep activations of layers that memory has room for")
-    auto_grad_accumulation: bool = key(False, "accumulate more steps in groups that are faster")
+    dynamic_sp: bool | None = key(
+        None, "choose the sequence-parallel degree of every group anew (unset: as in the preset)"
+    )
+    dynamic_recompute: bool | None = key(
+        None, "keep activations of layers that memory has room for (unset: as in the preset)"
+    )
+    auto_grad_accumulation: bool | None = key(
+        None, "accumulate more steps in groups that are faster (unset: as in the preset)"
+    )
     max_grad_accumulation_steps: int = key(
         3, "longest iteration, in micro-batches of its slowest group", DATA_CENTRIC
     )
@@ -90,8 +96,9 @@ class DataCentricKeys:
         self._one_of("preset", ("", *PRESETS))
         self._one_of("video_source", SOURCES)
         self._one_of("video_distribution", DISTRIBUTIONS)
-        for name in PRESETS.get(self.preset, {}):
-            object.__setattr__(self, name, True)
+        for name, value in PRESETS.get(self.preset, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name in _NOT_WITH.get(self.preset, ()):
             if getattr(self, name):
                 raise ValueError(f"config key {name} cannot go with preset {self.preset!r}")
