@@ -147,6 +147,86 @@ def test_all_ranks_hear_that_there_are_no_batches(gloo_pool):
     assert all("no batch of epoch 0 is 75% full" in message for message in messages)
 
 
+def fails_on_rank_two(case):
+    """Batches, error and seconds of each rank where something of planning fails on rank 2 alone."""
+    here = dist.get_rank() == 2
+
+    def mask_fn(seqlens, samples):
+        if here and case == "mask":
+            raise ValueError("no mask today")
+        return ["causal"] * len(seqlens)
+
+    options = {"group": dist.group.WORLD, "planning_ranks": (0, 2), "look_ahead": 1}
+    dataset = Unsteady(DOCUMENTS, broken=here and case == "lengths")
+    count, began = 0, time.perf_counter()
+    try:
+        if case == "limit":
+            options |= {"over_long": "raise", "tokens_per_batch": 33 if here else 128}
+        with loader_of(dataset, mask_fn, **options) as loader:
+            state = loader.state_dict()
+            if case == "state":
+                loader.load_state_dict(state | {"position": 1, "document_tokens": 432 + here})
+            began = time.perf_counter()
+            for _ in loader:
+                count += 1
+                began = time.perf_counter()
+    except (ValueError, PlanningError, KeyError) as error:
+        return count, type(error).__name__, str(error), time.perf_counter() - began
+    raise AssertionError("nothing failed")
+
+
+class Unsteady(list):
+    """Documents whose lengths are perhaps not known."""
+
+    def __init__(self, documents, *, broken):
+        super().__init__(documents)
+        self.broken = broken
+
+    @property
+    def lengths(self):
+        if self.broken:
+            raise KeyError("length")
+        return np.array([len(document) for document in self])
+
+
+@pytest.mark.parametrize(
+    ("case", "kind", "batch", "match"),
+    [
+        ("mask", "ValueError", 1, "no mask today"),  # rank 2's turn
+        ("limit", "ValueError", 0, "document 1 has 70 tokens, more than tokens_per_batch=33"),
+        ("lengths", "PlanningError", 0, "rank 2 could not plan: KeyError: 'length'"),
+        ("state", "ValueError", 0, "cannot resume: document_tokens was 433 and is 432"),
+    ],
+)
+def test_what_fails_on_one_planning_rank_fails_on_all_at_once(gloo_pool, case, kind, batch, match):
+    found = gloo_pool(3).run(fails_on_rank_two, case)
+    for rank, (count, name, error, seconds) in enumerate(found):
+        assert count == batch
+        assert seconds < 20  # far less than the 600 s for which a rank waits for a plan
+        if (rank, case) != (2, "lengths"):
+            assert name == kind
+            assert match in error
+
+
+def planner_that_fails():
+    def mask_fn(seqlens, samples):
+        raise ValueError("no mask today")
+
+    with loader_of(DOCUMENTS, mask_fn, group=dist.group.WORLD) as loader:
+        dist.barrier()
+        began = time.perf_counter()
+        if dist.get_rank() == 1:
+            time.sleep(1)
+        with pytest.raises(ValueError, match="no mask today"):
+            next(iter(loader))
+        return time.perf_counter() - began
+
+
+def test_a_planner_that_fails_stays_until_the_others_know(gloo_pool):
+    planner, _ = gloo_pool(2).run(planner_that_fails)
+    assert 0.9 < planner < 4  # its process may be the one that serves the store
+
+
 def planner_that_never_plans():
     with loader_of(group=dist.group.WORLD, timeout_seconds=0.5) as loader:
         dist.barrier()

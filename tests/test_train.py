@@ -86,6 +86,18 @@ def test_stopping_and_resuming_changes_nothing(gloo_pool, tmp_path, texts):
     }
 
 
+def refused(values):
+    with pytest.raises(ValueError, match="ulysses") as caught:
+        train(values)
+    return str(caught.value)
+
+
+def test_a_strategy_that_cannot_serve_fails_on_all_ranks_at_once(gloo_pool, tmp_path, texts):
+    heads = {"num_heads": 1, "num_kv_heads": 1, "strategy": "ulysses"}
+    values = TINY | heads | {"source": str(texts), "output": str(tmp_path)}
+    assert len(gloo_pool(2).run(refused, values)) == 2
+
+
 def test_a_checkpoint_is_a_transformers_model(gloo_pool, tmp_path, texts):
     from transformers import LlamaForCausalLM
 

@@ -13,11 +13,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 
 from dcp.data.batching import PlacedBatch
-from dcp.data.exchange import Exchange, Share, error_to_bytes
+from dcp.data.exchange import ERROR_SECONDS, Exchange, Share, error_to_bytes
 from dcp.data.planning import PlanningError, Pool, PoolLost
 
 Prepare = Callable[[PlacedBatch], tuple[Share, bytes]]
@@ -93,7 +94,7 @@ class LookAhead:
         self._starts += 1  # tells the shares of this run from stale ones
         self._iteration, self._horizon = 0, 0
         self._source = None if places is None else _or_error(places)
-        self._places: dict[int, PlacedBatch | ValueError] = {}
+        self._places: dict[int, PlacedBatch | Exception] = {}
         self._unread: dict[int, str] = {}  # own iterations that not all have read
 
     def take(self) -> Taken:
@@ -125,7 +126,15 @@ class LookAhead:
 
     def _share_of(self, iteration: int, planner: int) -> Share:
         if planner == self._exchange.rank:
-            return self._pending.pop(iteration).own_share(self._timeout)
+            try:
+                return self._pending.pop(iteration).own_share(self._timeout)
+            except PlanningError:
+                raise
+            except Exception:  # the store may go with this rank: the others shall read it first
+                with suppress(PlanningError):
+                    self._exchange.was_read(self._unread[iteration], wait_seconds=ERROR_SECONDS)
+                    del self._unread[iteration]
+                raise
         return Share.from_bytes(self._exchange.fetch(self._key(iteration, planner), planner))
 
     def _pass_on(self, planner: int, error: PoolLost) -> None:
@@ -168,7 +177,8 @@ class LookAhead:
         while len(self._unread) > 2 * self._look_ahead:
             oldest = min(self._unread)
             needed = iteration == self._iteration and oldest < iteration
-            if self._exchange.was_read(self._unread[oldest], wait=needed):
+            wait_seconds = self._timeout if needed else 0.0
+            if self._exchange.was_read(self._unread[oldest], wait_seconds=wait_seconds):
                 del self._unread[oldest]
             else:
                 return iteration == self._iteration
@@ -178,7 +188,7 @@ class LookAhead:
         assert self._pool is not None
         share, place = None, self._places[iteration]
         try:
-            if isinstance(place, ValueError):
+            if isinstance(place, Exception):
                 raise place
             share, request = self._prepare(place)
             future = self._pool.submit(request)
@@ -214,11 +224,11 @@ class LookAhead:
         return f"{self._starts}/{iteration}/{planner}"
 
 
-def _or_error(places: Iterator[PlacedBatch]) -> Iterator[PlacedBatch | ValueError]:
+def _or_error(places: Iterator[PlacedBatch]) -> Iterator[PlacedBatch | Exception]:
     """The places, and for ever the error that ends them: all ranks have to hear of it."""
     try:
         yield from places
-    except ValueError as error:
+    except Exception as error:
         yield from repeat(error)
 
 

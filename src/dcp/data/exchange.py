@@ -17,6 +17,8 @@ from dcp.data.planning import PlanningError, PoolLost
 from dcp.program import RankPlan
 
 _KIND = "batch-share"
+_ERRORS = {"lost": PoolLost, "value": ValueError, "planning": PlanningError}
+ERROR_SECONDS = 5.0  # an error's rank stays that long for the others to read it
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Share:
         """Read a share; raises the error that :func:`error_to_bytes` put in its place."""
         meta, arrays = wire.unpack(_KIND, message)
         if "error" in meta:
-            raise (PoolLost if meta["pool_lost"] else PlanningError)(meta["error"])
+            raise _ERRORS[meta["as"]](meta["error"])
         return cls(
             arrays["pieces"], meta["num_loss_tokens"], meta["last"], arrays["plan"].tobytes()
         )
@@ -56,9 +58,10 @@ class Share:
 
 def error_to_bytes(error: BaseException, *, rank: int) -> bytes:
     """The error of a planning rank in place of a share: every reader raises its like."""
-    lost = isinstance(error, PoolLost)
-    text = str(error) if lost else f"rank {rank} could not plan: {error}"
-    return wire.pack(_KIND, {"error": text, "pool_lost": lost}, {})
+    kind = next((kind for kind, like in _ERRORS.items() if isinstance(error, like)), "")
+    name = "" if kind else f"{type(error).__name__}: "
+    text = str(error) if kind == "lost" else f"rank {rank} could not plan: {name}{error}"
+    return wire.pack(_KIND, {"error": text, "as": kind or "planning"}, {})
 
 
 class Exchange(Protocol):
@@ -73,6 +76,9 @@ class Exchange(Protocol):
     num_ranks: int
     plan_ranks: tuple[int, ...]
 
+    def agree(self, error: Exception | None) -> None:
+        """Collective: raises where any rank has an error: its own there, its like elsewhere."""
+
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
 
@@ -82,8 +88,8 @@ class Exchange(Protocol):
     def num_published(self, keys: Sequence[str]) -> int:
         """How many of these batches, up to the first that is not, this rank could fetch now."""
 
-    def was_read(self, key: str, *, wait: bool = False) -> bool:
-        """Whether all have fetched a batch that this rank published."""
+    def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
+        """Whether all have fetched a batch that this rank published, now or in that time."""
 
     def withdraw(self, key: str) -> None:
         """Take back a published batch that nobody will fetch."""
@@ -98,6 +104,10 @@ class SingleRank:
     rank, num_ranks = 0, 1
     plan_ranks: tuple[int, ...] = (0,)
 
+    def agree(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         pass
 
@@ -107,7 +117,7 @@ class SingleRank:
     def num_published(self, keys: Sequence[str]) -> int:
         return 0
 
-    def was_read(self, key: str, *, wait: bool = False) -> bool:
+    def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
         return True
 
     def withdraw(self, key: str) -> None:
@@ -127,6 +137,7 @@ class StoreExchange:
 
     def __init__(self, group: Any, attention_group: Any, *, timeout_seconds: float) -> None:
         self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._group = group
         seed = int(np.random.default_rng().integers(1 << 62))
         mine = [seed, dist.get_rank(attention_group), dist.get_world_size(attention_group)]
         seeds, plan_ranks, sizes = zip(*_gather(group, mine), strict=True)
@@ -143,6 +154,17 @@ class StoreExchange:
     @staticmethod
     def _connect(group: Any, number: int) -> Any:
         return dist.PrefixStore(f"dcp-loader/{number}", group.get_group_store().clone())
+
+    def agree(self, error: Exception | None) -> None:
+        message = b"" if error is None else error_to_bytes(error, rank=self.rank)
+        sizes = [size for (size,) in _gather(self._group, [len(message)])]
+        if not any(sizes):
+            return
+        found = _gather(self._group, list(message.ljust(max(sizes), b"\0")))
+        if error is not None:
+            raise error
+        first = next(rank for rank, size in enumerate(sizes) if size)
+        Share.from_bytes(bytes(found[first][: sizes[first]]))  # which raises it
 
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         for plan_rank in self._published_by(self.rank):
@@ -168,18 +190,18 @@ class StoreExchange:
         counts = range(1, len(names) + 1)  # "all of the first n are there" holds up to the answer
         return bisect_left(counts, True, key=lambda n: not self._store.check(names[:n]))
 
-    def was_read(self, key: str, *, wait: bool = False) -> bool:
+    def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
         if not self._published_by(self.rank):
             return True
         done = f"{key}/done"
-        if wait:
+        if wait_seconds:
             try:
-                self._store.wait([done], self._timeout)
+                self._store.wait([done], timedelta(seconds=wait_seconds))
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 raise PlanningError(
-                    f"a rank has not taken its batch for {self._timeout.total_seconds():g} s: it "
-                    f"died, or is that far behind ({reason})"
+                    f"a rank has not taken its batch for {wait_seconds:g} s: it died, or is that "
+                    f"far behind ({reason})"
                 ) from None
         elif not self._store.check([done]):
             return False

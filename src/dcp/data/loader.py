@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,9 +159,10 @@ class DCPDataLoader:
         self.planning_ranks = tuple(dict.fromkeys(planning_ranks))
         self._batches: TokenBudgetBatches | None = None
         self._pool: Pool | None = None
-        if self._exchange.rank in self.planning_ranks:
-            self._batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
-            self._pool = open_pool(planning_pool, num_workers=num_workers)
+        with self._together():
+            if self._exchange.rank in self.planning_ranks:
+                self._batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
+                self._pool = open_pool(planning_pool, num_workers=num_workers)
         self._ahead = LookAhead(
             self._exchange,
             self.planning_ranks,
@@ -201,13 +203,14 @@ class DCPDataLoader:
         Raises ``ValueError`` where the dataset, budget or seed is another one: the order of
         batches would be, too.
         """
-        for name, value in self._identity().items():
-            if state.get(name, value) != value:
-                raise ValueError(f"cannot resume: {name} was {state[name]!r} and is {value!r}")
-        try:
-            epoch, position = int(state["epoch"]), int(state["position"])
-        except KeyError as error:
-            raise ValueError(f"cannot resume: the loader's state lacks {error}") from None
+        with self._together():
+            for name, value in self._identity().items():
+                if state.get(name, value) != value:
+                    raise ValueError(f"cannot resume: {name} was {state[name]!r} and is {value!r}")
+            try:
+                epoch, position = int(state["epoch"]), int(state["position"])
+            except KeyError as error:
+                raise ValueError(f"cannot resume: the loader's state lacks {error}") from None
         self._start(epoch=epoch, position=position)
 
     def sequence_batch(self, epoch: int, position: int) -> SequenceBatch:
@@ -231,6 +234,16 @@ class DCPDataLoader:
         self.close()
 
     # ------------------------------------------------------------------ planning ahead
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """What fails in here on one rank fails on all; collective."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self._exchange.agree(failed)
 
     def _start(self, *, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,10 +198,10 @@ class Trainer:
         if self.journal is None or not self.loader.plans:
             return
         state = self.loader.state_dict()
-        batch = self.loader.sequence_batch(state["epoch"], state["position"])
-        self.journal.draw(
-            plan(batch, self.config.spec, self.loader.cluster, **self.config.plan_options)
-        )
+        with suppress(ValueError):  # which the loader will raise on all ranks, not just here
+            batch = self.loader.sequence_batch(state["epoch"], state["position"])
+            made = plan(batch, self.config.spec, self.loader.cluster, **self.config.plan_options)
+            self.journal.draw(made)
 
 
 def make_cluster(name: str, num_ranks: int, device: torch.device) -> Cluster:
