@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,10 +16,8 @@ from dcp.compile import MaskTables, compile_mask, local_offsets
 from dcp.placement import Placement
 from dcp.program import MaskProgram, RankPlan, runs
 from dcp.schedule import DKV, KV, OUT, Q, make_schedule
+from dcp.simulate import Timeline, simulate
 from dcp.wire import pack, unpack
-
-if TYPE_CHECKING:
-    from dcp.simulate import Timeline
 
 
 @dataclass
@@ -227,8 +225,6 @@ class Plan:
 
     def simulate(self) -> Timeline:
         """When every division and transfer of this plan would run on its cluster."""
-        from dcp.simulate import simulate  # a plan can be used without ever being timed
-
         return simulate(self, self.cluster)
 
     # ------------------------------------------------------------------ on disk

@@ -8,13 +8,15 @@ items (see :mod:`dcp.cost`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
+from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
+from dcp.compile import MaskTables
 from dcp.cost import item_seconds
 from dcp.events import play
-from dcp.plan import Plan
 
 COMPUTE, TRANSFER = "compute", "transfers"  # the two tracks of a rank
 
@@ -28,6 +30,22 @@ class Span:
     name: str
     start: float
     end: float
+
+
+class Timed(Protocol):
+    """What times need of a plan; see :class:`dcp.Plan`."""
+
+    @property
+    def num_ranks(self) -> int: ...
+    @property
+    def num_head_groups(self) -> int: ...
+    @property
+    def spec(self) -> AttentionSpec: ...
+    @property
+    def masks(self) -> dict[str, MaskTables]: ...
+    @property
+    def weights(self) -> dict[str, float]: ...
+    def moved_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Timeline:
         return {name: getattr(self, name) for name in names}
 
 
-def simulate(plan: Plan, cluster: Cluster, *, backward: bool = True) -> Timeline:
+def simulate(plan: Timed, cluster: Cluster, *, backward: bool = True) -> Timeline:
     """Predict the passes of ``plan`` on ``cluster`` (which may have other rates than its own).
 
     Without ``backward`` that pass is left out and takes 0 seconds: inference has none.
@@ -97,7 +115,7 @@ def simulate(plan: Plan, cluster: Cluster, *, backward: bool = True) -> Timeline
     )
 
 
-def _play_pass(plan: Plan, mask: str, cluster: Cluster, *, backward: bool) -> PassTimeline:
+def _play_pass(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> PassTimeline:
     tables, ranks = plan.masks[mask], plan.num_ranks
     source, target, step, volume = _flows(plan, mask, backward=backward)
     node = cluster.node_of_rank
@@ -121,7 +139,7 @@ def _play_pass(plan: Plan, mask: str, cluster: Cluster, *, backward: bool) -> Pa
     )
 
 
-def _flows(plan: Plan, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
+def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
     """One flow per (step, source, target): what that pass moves there, in bytes."""
     sends, ranks = plan.masks[mask].sends, plan.num_ranks
     volume = plan.moved_bytes(mask, backward=backward)
@@ -154,7 +172,7 @@ def _links(
     return np.stack(links, axis=1), capacity
 
 
-def _compute_seconds(plan: Plan, mask: str, cluster: Cluster, *, backward: bool) -> np.ndarray:
+def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> np.ndarray:
     """Seconds of every division: one launch and its items, ``[steps, ranks]``."""
     tables, ranks = plan.masks[mask], plan.num_ranks
     items = tables.items

@@ -8,22 +8,29 @@ keeps its last plans by ticket (:data:`dcp.runtime.executor.KEPT_PLANS`).
 from __future__ import annotations
 
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from dcp.runtime.session import Call
+from dcp.runtime.session import Call, Session
 
-if TYPE_CHECKING:
-    from dcp.runtime.executor import AttentionExecutor
 
-_executors: WeakValueDictionary[int, AttentionExecutor] = WeakValueDictionary()
+class Executor(Protocol):
+    """What operators need of a :class:`dcp.AttentionExecutor`: its name here, its plan in use."""
+
+    handle: int
+    ticket: int
+
+    def session(self, call: Call, *, ticket: int | None = None) -> Session: ...
+
+
+_executors: WeakValueDictionary[int, Executor] = WeakValueDictionary()
 _handles = count()
 
 
-def register(executor: AttentionExecutor) -> int:
+def register(executor: Executor) -> int:
     """A handle by which operators find the executor for as long as it lives."""
     handle = next(_handles)
     _executors[handle] = executor
@@ -31,7 +38,7 @@ def register(executor: AttentionExecutor) -> int:
 
 
 def attention(
-    executor: AttentionExecutor, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
+    executor: Executor, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
     """As :meth:`dcp.DCPAttention.apply_with_lse`, for code that is being compiled."""
     out, lse, _ = _attention(
