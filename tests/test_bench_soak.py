@@ -2,8 +2,10 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -32,6 +34,32 @@ def test_the_workers_of_a_job_are_found_and_killed_and_nobody_elses():
     assert soak.planning_workers(os.getpid()) == other.worker_pids
     other.close()
     job.stdout.close()
+
+
+def test_sigterm_ends_the_soak_and_its_job():
+    command = [sys.executable, "-m", "dcp.cli", "bench", "soak", "--steps=100000"]
+    job = subprocess.Popen(command)
+    deadline = time.monotonic() + 80
+
+    def ranks():
+        return [pid for pid in started if "dcp.train.process" in soak._command(pid)]
+
+    started = soak.family(job.pid)
+    while len(ranks()) < 2:
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+        started = soak.family(job.pid)
+    job.terminate()
+    try:
+        assert job.wait(timeout=20) == 128 + signal.SIGTERM
+        while left := [pid for pid in started if any(soak._command(pid))]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+    finally:
+        for pid in started:
+            if any(soak._command(pid)):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_the_summary_leaves_the_start_out():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
+from dcp.bench.ending import ending_on_sigterm
 from dcp.cluster import PRESETS, Cluster
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
@@ -107,14 +108,14 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         if words[:2] == ["bench", name]:
             module = import_module(f"dcp.bench.{name}")
             module.add_arguments(one)
-            one.set_defaults(run=module.run)
+            one.set_defaults(run=ending_on_sigterm(module.run))
 
     for name, (module_name, about) in _ARTIFACT.items():
         one = commands.add_parser(name, help=about)
         if command == name:
             module = import_module(module_name)
             module.add_arguments(one)
-            one.set_defaults(run=module.run)
+            one.set_defaults(run=ending_on_sigterm(module.run))
 
     profile = commands.add_parser("profile", help="measure this cluster, write a cluster file")
     if command == "profile":

@@ -118,6 +118,11 @@ def disturb(job: subprocess.Popen, every: float | None, rng: random.Random) -> l
 
 def planning_workers(ancestor: int) -> list[int]:
     """Process ids of the planning workers among a process's descendants."""
+    return [pid for pid in family(ancestor) if WORKER in _command(pid)]
+
+
+def family(ancestor: int) -> set[int]:
+    """Process ids of a process and its descendants."""
     parents: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -126,11 +131,11 @@ def planning_workers(ancestor: int) -> list[int]:
             continue
         if after_name[0] != "Z":
             parents[int(stat.parent.name)] = int(after_name[1])
-    family, size = {ancestor}, 0
-    while len(family) > size:
-        size = len(family)
-        family |= {pid for pid, parent in parents.items() if parent in family}
-    return [pid for pid in family if WORKER in _command(pid)]
+    found, size = {ancestor}, 0
+    while len(found) > size:
+        size = len(found)
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return found
 
 
 def _command(pid: int) -> list[str]:
