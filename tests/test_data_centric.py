@@ -218,6 +218,56 @@ def test_all_ranks_measure_the_same(gloo_pool):
     assert one > three >= four
 
 
+BEFORE, AFTER = -1, 100  # the forward pass
+
+
+def fail_on_rank_one(values, kind, exchanges, degree):
+    """Two measurements, the first with a failure on rank 1 after so many exchanges of its group."""
+    workload = workload_of(values)
+    meter = Meter(workload, dist.group.WORLD, torch.device("cpu"), depth=1)
+    summed_loss, left = workload.summed_loss, [exchanges]
+
+    def failing(model, batch, group):
+        exchange = group.exchange
+
+        def counted(*args):
+            if dist.get_rank() == 1 and left[0] == 0:
+                raise kind("on purpose")
+            left[0] -= 1
+            return exchange(*args)
+
+        if dist.get_rank() == 1 and exchanges == BEFORE:
+            raise kind("on purpose")
+        group.exchange = counted
+        loss = summed_loss(model, batch, group)
+        if dist.get_rank() == 1 and exchanges == AFTER:
+            raise kind("on purpose")
+        return loss
+
+    workload.summed_loss = failing
+    try:
+        first = meter.measure(BUCKETS[2], degree, 2)
+    except (ValueError, RuntimeError) as error:
+        first = str(error)
+    workload.summed_loss = summed_loss
+    return first, meter.measure(BUCKETS[2], degree, 2)
+
+
+@pytest.mark.parametrize(
+    ("exchanges", "degree"),  # 0 and 1 exchanges are in the forward pass, 3 in the backward one
+    [(BEFORE, 1), (BEFORE, 2), (0, 3), (1, 2), (3, 2), (3, 3), (AFTER, 1), (AFTER, 3)],
+)
+def test_a_rank_that_fails_in_a_measurement_fails_it_for_all(gloo_pool, exchanges, degree):
+    for kind in (torch.OutOfMemoryError, MemoryError, ValueError):
+        found = gloo_pool(3).run(fail_on_rank_one, VIDEO, kind, exchanges, degree)
+        for rank, (first, second) in enumerate(found):
+            if kind is ValueError:
+                assert ("on purpose" if rank == 1 else "rank 1 failed when a micro") in first
+            else:
+                assert first is None
+            assert second == found[0][1] is not None
+
+
 def options(values):
     switches = {True: "--{}", False: "--no-{}"}
     return [

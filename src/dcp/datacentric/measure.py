@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from time import perf_counter
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.profile import LayerCost, Measurement
-from dcp.datacentric.sequence_group import SequenceGroup
+from dcp.datacentric.sequence_group import CheckedGroup, PeerFailed, SequenceGroup
 from dcp.datacentric.workload import Workload, keep_activations_of
 from dcp.runtime.communicator import GroupCommunicator
 from dcp.train.model import sum_over_ranks
@@ -121,18 +121,21 @@ class Meter:
         As many groups as the world holds run side by side; ranks left over wait.
         """
         first = self.rank // degree * degree
-        numbers = [0.0] * (3 + len(_FIELDS) * len(self.layers))
+        numbers = [0.0] * (2 + len(_FIELDS) * len(self.layers))
+        error: Exception | None = None
         if first + degree <= self.world:
-            own = SequenceGroup(first, degree, self.rank, self._communicator)
+            ranks = (first, degree, self.rank, self._communicator)
             try:
-                numbers = [0.0, *self._run(bucket, batch_size, own)]
-            except torch.OutOfMemoryError:
-                numbers[0] = 1.0
+                self._rehearse(bucket, batch_size, CheckedGroup(*ranks))
+                numbers = self._run(bucket, batch_size, SequenceGroup(*ranks))
+            except Exception as raised:
+                error = raised
+                self.model.zero_grad()
+        if self._out_of_memory(error, f"a micro-batch of {batch_size} {bucket.name!r}"):
+            return None
         shared = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
-        failed, seconds, peak, *rest = shared.tolist()
-        if failed:
-            return None
+        seconds, peak, *rest = shared.tolist()
         costs = {}
         for kind in self.layers:
             forward, backward, inputs, saved = rest[: len(_FIELDS)]
@@ -140,9 +143,39 @@ class Meter:
             rest = rest[len(_FIELDS) :]
         return Measurement(seconds, int(peak), costs)
 
+    def _out_of_memory(self, error: Exception | None, what: str) -> bool:
+        """Whether memory ran out on any rank; collective. Any other error is raised, on all."""
+        scarce, silent = is_out_of_memory(error), error is None or isinstance(error, PeerFailed)
+        failed = 0 if scarce or silent else self.rank + 1
+        shared = torch.tensor([int(scarce), failed], device=self.device)
+        dist.all_reduce(shared, dist.ReduceOp.MAX, group=self.group)
+        anywhere, culprit = shared.tolist()
+        if failed and error is not None:
+            raise error
+        if culprit:
+            raise RuntimeError(f"rank {culprit - 1} failed when {what} was measured")
+        return bool(anywhere)
+
+    def _rehearse(self, bucket: Bucket, batch_size: int, own: CheckedGroup) -> None:
+        """The pass that takes most memory, once: what fails on one rank stops its whole group."""
+        try:
+            batch = self.workload.stand_in(bucket, batch_size)
+            self._keep_everything()
+            self._pass(batch, own)
+        except PeerFailed:
+            raise
+        except Exception:
+            with suppress(PeerFailed):
+                own.meet(self.device, failed=True)
+            raise
+        own.meet(self.device)
+
+    def _keep_everything(self) -> None:
+        keep_activations_of(self.layers, {kind: len(each) for kind, each in self.layers.items()})
+
     def _run(self, bucket: Bucket, batch_size: int, own: SequenceGroup) -> list[float]:
         batch = self.workload.stand_in(bucket, batch_size)
-        keep_activations_of(self.layers, {kind: len(each) for kind, each in self.layers.items()})
+        self._keep_everything()
         probe = LayerProbe(self.layers, self.device)
         with SavedBytes([*self.model.parameters()]) as outside:
             self._pass(batch, own)
@@ -177,13 +210,26 @@ class Meter:
         """Seconds of adding up the gradients of ``model`` over all ranks; the faster of two."""
         seconds = []
         for _ in range(2):
-            gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+            gradients, error = [], None
+            try:
+                gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+            except Exception as raised:
+                error = raised
+            if self._out_of_memory(error, "the sum of gradients"):
+                raise ValueError("the model's gradients do not fit: use a smaller model")
             started = now(self.device)
             sum_over_ranks(gradients, self.group)
             seconds.append(now(self.device) - started)
         slowest = torch.tensor(min(seconds), dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX, group=self.group)
         return float(slowest)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out, on the device or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def now(device: torch.device) -> float:

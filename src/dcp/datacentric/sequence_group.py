@@ -60,10 +60,17 @@ class SequenceGroup:
             shape[gather] = size
             receives.append(x.new_empty(shape))
         receives[self.index] = sends[self.index]
+        self.before_messages(x.device)
+        self._deliver(sends, receives)
+        return torch.cat(receives, gather)
+
+    def before_messages(self, device: torch.device) -> None:
+        """Runs in every exchange when all that it needs is allocated."""
+
+    def _deliver(self, sends: list[Tensor], receives: list[Tensor]) -> None:
         assert self._communicator is not None
         for _ in self._communicator.launch(self._messages(sends), self._messages(receives)):
             pass
-        return torch.cat(receives, gather)
 
     def _messages(self, parts: list[Tensor]) -> dict[int, Tensor]:
         """Bytes to or from every other rank that has any."""
@@ -72,6 +79,29 @@ class SequenceGroup:
             for peer, part in enumerate(parts)
             if peer != self.index and part.numel()
         }
+
+
+class PeerFailed(RuntimeError):
+    """Another rank of the group failed; it has the reason."""
+
+
+class CheckedGroup(SequenceGroup):
+    """A group that loses a rank without waiting for it: before every exchange all tell all how they
+    are. A rank that failed calls :meth:`meet` where its next exchange would have been, one that is
+    done calls it once more."""
+
+    def before_messages(self, device: torch.device) -> None:
+        self.meet(device)
+
+    def meet(self, device: torch.device, *, failed: bool = False) -> None:
+        """Tell the others how this rank is; raises :class:`PeerFailed` where another one failed."""
+        if self.size == 1:
+            return
+        said = [torch.full((1,), failed, dtype=torch.uint8, device=device)] * self.size
+        heard = [torch.zeros_like(word) for word in said]
+        self._deliver(said, heard)
+        if torch.stack(heard).any():
+            raise PeerFailed("another rank of the group failed")
 
 
 class _Switch(torch.autograd.Function):
