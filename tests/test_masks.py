@@ -256,6 +256,19 @@ def test_overlapping_slices_raise_and_touching_ones_do_not(one, two):
     AttnMask.from_slices(9, 9, [(0, 5, 0, 5, one), (5, 9, 0, 5, two), (0, 5, 5, 9, two)])
 
 
+def test_many_slices_are_checked_fast_and_to_the_last_pair():
+    rows = [(q, q + 1, 0, q + 1, "full") for q in range(20_000)]
+    columns = [(0, 2000, k, k + 1, "full") for k in range(2000)]  # two million pairs to compare
+    began = time.process_time()
+    assert AttnMask.from_slices(20_000, 20_000, rows).area == AttnMask.causal(20_000).area
+    AttnMask.from_slices(2000, 2000, columns)
+    assert time.process_time() - began < 0.6
+    with pytest.raises(ValueError, match=r"overlap: \(19998, .* and \(19999, 20000, 5, 6\)"):
+        AttnMask.from_slices(20_000, 20_000, [*rows[:19_998], (19_998, 20_000, 0, 9, "full"), (19_999, 20_000, 5, 6, "full")])  # fmt: skip  # noqa: E501
+    with pytest.raises(ValueError, match="overlap"):
+        AttnMask.from_slices(2000, 2001, [*columns, (1999, 2000, 1999, 2001, "full")])
+
+
 @given(st.lists(slices(max_len=10), max_size=4))
 def test_from_slices_raises_exactly_for_overlaps(given_slices):
     pieces = [piece for *_, piece in given_slices]

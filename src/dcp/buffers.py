@@ -18,18 +18,21 @@ def first_fit(
     n = len(segment)
     row = np.zeros(n, dtype=np.int64)
     active = np.zeros(n, dtype=np.int64)  # intervals alive in this segment, by ascending row
-    count = 0
+    count = first = free = 0
     for i in range(n):
         if i and segment[i] != segment[i - 1]:
-            count = 0
-        kept = 0
-        for j in range(count):
-            if death[active[j]] >= birth[i]:
-                active[kept] = active[j]
-                kept += 1
-        count = kept
-        free, place = 0, count
-        for j in range(count):
+            count = first = free = 0
+        elif i and birth[i] == birth[i - 1] and size[i] == size[i - 1]:
+            first, free = first + 1, row[i - 1] + size[i - 1]  # what had no room for the last
+        else:
+            kept = 0
+            for j in range(count):
+                if death[active[j]] >= birth[i]:
+                    active[kept] = active[j]
+                    kept += 1
+            count, first, free = kept, 0, 0
+        place = count
+        for j in range(first, count):
             other = active[j]
             if row[other] - free >= size[i]:
                 place = j
@@ -39,5 +42,6 @@ def first_fit(
         for j in range(count, place, -1):
             active[j] = active[j - 1]
         active[place] = i
+        first = place
         count += 1
     return row

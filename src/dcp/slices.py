@@ -29,6 +29,7 @@ import numpy as np
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
 Q0, Q1, K0, K1, LO, HI = range(6)
+_PAIRS = 1 << 18  # that are compared at a time
 
 
 def slice_area(slices: np.ndarray) -> np.ndarray:
@@ -110,14 +111,24 @@ def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list
 def check_disjoint(bands: np.ndarray) -> None:
     """Raise for the first pair of slices that share a (query, key) pair."""
     bands = bands[np.argsort(bands[:, Q0], kind="stable")]
-    for i, band in enumerate(bands):
-        stop = np.searchsorted(bands[:, Q0], band[Q1])
-        shared = restrict_slices(bands[i + 1 : stop], *band[:4])
-        shared[:, LO] = np.maximum(shared[:, LO], band[LO])
-        shared[:, HI] = np.minimum(shared[:, HI], band[HI])
+    number = np.arange(len(bands))
+    # pairs of each slice with those behind it that begin before it ends
+    count = np.searchsorted(bands[:, Q0], bands[:, Q1]) - number - 1
+    ends = np.cumsum(count)
+    for start in range(0, int(count.sum()), _PAIRS):
+        pair = np.arange(start, min(start + _PAIRS, ends[-1]))
+        one = np.searchsorted(ends, pair, side="right")
+        two = pair - (ends - count)[one] + one + 1
+        near = (bands[one, K0] < bands[two, K1]) & (bands[two, K0] < bands[one, K1])
+        one, two = one[near], two[near]
+        shared = restrict_slices(bands[two], *bands[one, :4].T)
+        shared[:, LO] = np.maximum(shared[:, LO], bands[one, LO])
+        shared[:, HI] = np.minimum(shared[:, HI], bands[one, HI])
         if bad := first_true(slice_area(shared) * (shared[:, LO] <= shared[:, HI]) > 0):
-            one, two = band[:4].tolist(), bands[i + 1 + bad[0], :4].tolist()
-            raise ValueError(f"slices overlap: {tuple(one)} and {tuple(two)}; make them disjoint")
+            first, second = (bands[of[bad[0]], :4].tolist() for of in (one, two))
+            raise ValueError(
+                f"slices overlap: {tuple(first)} and {tuple(second)}; make them disjoint"
+            )
 
 
 # --------------------------------------------------------------------------- ranges per query
