@@ -150,7 +150,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices-per-node",
         type=_integers,
         metavar="N",
-        help="of every node, or N,N,… (default: 8)",
+        help="devices of every node, or N,N,… for each (default: 8)",
     )
     parser.add_argument(
         "--cluster",
@@ -163,10 +163,12 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPE_BYTES)}")
     parser.add_argument(
-        "--block-size", default="auto", type=_auto_or_integer, help="tokens, or auto"
+        "--block-size", default="auto", type=_auto_or_integer, help="tokens of a block, or auto"
     )
-    parser.add_argument("--num-divisions", type=int, metavar="N", help="default: chosen")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--num-divisions", type=int, metavar="N", help="divisions of attention (default: chosen)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the planner's search")
     parser.add_argument("--json", action="store_true", help="print JSON, one line per batch")
 
 

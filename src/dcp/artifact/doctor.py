@@ -39,7 +39,7 @@ class Absent(Exception):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num-processes", type=int, default=2, help="of the process group check")
+    parser.add_argument("--num-processes", type=int, default=2, help="ranks of the group check")
     parser.add_argument(
         "--trace", type=Path, metavar="JSON", help="write that run's instructions, for Perfetto"
     )

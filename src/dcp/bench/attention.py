@@ -42,7 +42,7 @@ WIRE_TARGET = 0.05  # relative error of the plan's bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=2, help="namespaces (default: %(default)s)")
+    parser.add_argument("--nodes", type=int, default=2, help="nodes (default: %(default)s)")
     parser.add_argument("--ranks-per-node", type=int, default=1, help="default: %(default)s")
     parser.add_argument(
         "--mbits", type=float, default=200, help="link speed, Mbit/s (default: %(default)s)"

@@ -36,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("cluster.json"), help="file to write")
     parser.add_argument("--name", default="measured", help="name of the cluster in the file")
     parser.add_argument("--nodes", type=int, default=1, help="machines the file describes")
-    parser.add_argument("--devices-per-node", type=int, default=1)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=2)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--devices-per-node", type=int, default=1, help="devices of each machine")
+    parser.add_argument("--heads", type=int, default=8, help="query heads to measure with")
+    parser.add_argument("--kv-heads", type=int, default=2, help="KV heads to measure with")
+    parser.add_argument("--head-dim", type=int, default=64, help="head_dim to measure with")
+    parser.add_argument("--dtype", default="float32", help="dtype to measure with")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
 
 

@@ -36,10 +36,12 @@ SETTINGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=300, help="steps of a run (default: %(default)s)"
+    )
     parser.add_argument("--every", type=float, default=20.0, help="seconds between two kills")
     parser.add_argument("--num-processes", type=int, default=2, help="ranks (2 or more)")
-    parser.add_argument("--seed", type=int, default=0, help="of the job and of the kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the job and of the kills")
     parser.add_argument("--out", type=Path, help="folder for soak.json")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 

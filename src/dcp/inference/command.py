@@ -23,15 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help=text)
     text = "local ranks; under torchrun its processes are used"
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help=text)
-    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K", help="per turn")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default: greedy")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="K", help="most tokens of a reply"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, and of the tiny model")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of sampling and of the tiny model"
+    )
     text = f"{', '.join(STRATEGIES)} (default: %(default)s)"
     parser.add_argument("--strategy", default="planned", choices=STRATEGIES, help=text)
     parser.add_argument("--dtype", default="float32", choices=list(DTYPE_BYTES))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--num-pages", type=int, default=64, help="of each rank's KV cache")
+    parser.add_argument("--num-pages", type=int, default=64, help="pages of each rank's KV cache")
     parser.add_argument("--page-size", type=int, default=256, help="tokens of a page")
     parser.add_argument("--json", action="store_true", help="print tokens, text and seconds")
 
