@@ -1,5 +1,7 @@
 # make train   train the default job on 4 local processes
 # make test    run the tests
+# make test-lab  run the laboratory's tests
+# make figures run and draw the paper's experiments, into runs/artifact
 # make lint    check style
 # make types   check types
 # make clean   remove the virtual environment and everything made here
@@ -12,13 +14,19 @@ PYTEST_ARGS ?= -n 2
 
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test lint types clean
+.PHONY: train test test-lab figures lint types clean
 
 train: .venv/.train
 	.venv/bin/dcp train --num-processes $(NUM_PROCESSES) $(TRAIN_ARGS)
 
 test: .venv/.dev
-	.venv/bin/pytest $(PYTEST_ARGS)
+	.venv/bin/pytest --ignore tests/lab $(PYTEST_ARGS)
+
+test-lab: .venv/.dev
+	.venv/bin/pytest tests/lab $(PYTEST_ARGS)
+
+figures: .venv/.dev
+	.venv/bin/python -m lab figures $(FIGURES_ARGS)
 
 lint: .venv/.dev
 	.venv/bin/ruff check .

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One node's share of a job on several machines, without a scheduler: run this on every node.
 #
-#   NODES=4 NODE=0 MASTER=host0 launch/torchrun.sh -m dcp.artifact.attention --out /shared/artifact
+#   NODES=4 NODE=0 MASTER=host0 launch/torchrun.sh -m lab.paper.attention --out /shared/artifact
 #   NODES=4 NODE=0 MASTER=host0 launch/torchrun.sh "$(command -v dcp)" train job.yaml
 #
 # NODE counts from 0; MASTER is the address of node 0, PORT one of its free ports.

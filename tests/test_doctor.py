@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from dcp.artifact import doctor
+from dcp import doctor
 from dcp.cli import main
 from dcp.placement import strategy_names
 from dcp.runtime import LocalWorld

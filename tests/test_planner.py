@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
-from dcp.bench.planner import SPEC, load, long_tailed, make_batch, summarise
 from dcp.placement import StrategyError, strategy_names
 from dcp.planner import PLANNED, Planner
+from lab.planner import SPEC, load, long_tailed, make_batch, summarise
 from tests.oracle import batch_mask
 from tests.symbolic import check_plan
 

@@ -7,38 +7,19 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
-from dcp.bench.ending import ending_on_sigterm
 from dcp.cluster import PRESETS, Cluster
+from dcp.launch.ending import ending_on_sigterm
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
 from dcp.plan import Plan
 from dcp.planner import plan
 
-_BENCHES = {  # modules of dcp.bench
-    "planner": "plans and planning time, beside recorded ones",
-    "kernels": "attention kernels beside torch's",
-    "simulate": "the simulator beside real ranks on shaped links",
-    "soak": "training while planning workers are killed, beside the same run in peace",
-    "attention": "every strategy on real ranks and shaped links",
-    "train": "dcp train by several strategies on shaped links",
-    "data_centric": "data-centric parallelism beside its alternatives",
-    "inference": "generation over ranks, and whether to pass keys or queries",
-    "published": "the simulator beside the published microbenchmark",
-}
 
-_ARTIFACT = {  # command, its module
-    "doctor": ("dcp.artifact.doctor", "check that everything a run needs works here"),
-    "figures": ("dcp.artifact.figures", "run and draw the paper's experiments"),
-    "dryrun": ("dcp.artifact.dryrun", "plan many batches and run none: volume, time, balance"),
-}
-
-
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -47,23 +28,28 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 on success and 2 for a mistake of the user."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _build_parser(argv)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_command(_build_parser(words), words)
+
+
+def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
+    """Parse the words and call the command's ``run``; a mistake of the user is one line."""
+    args = parser.parse_args(words)
+    name = f"{parser.prog} {args.command}"
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        print(f"dcp {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"dcp {args.command}: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
 
 
 def _build_parser(words: list[str]) -> argparse.ArgumentParser:
     """All commands; those that import torch or more fill in their options only when asked for."""
     command = words[0] if words else ""
-    parser = _Parser(prog="dcp", description="Planned context parallelism for PyTorch.")
+    parser = CommandParser(prog="dcp", description="Planned context parallelism for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("plan", help="plan attention for a batch and show what it costs")
@@ -101,28 +87,28 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         dcp.inference.command.add_arguments(generate)
         generate.set_defaults(run=dcp.inference.command.run)
 
-    bench = commands.add_parser("bench", help="measure what this project claims")
+    bench = commands.add_parser("bench", help="measure this machine's kernels")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    for name, about in _BENCHES.items():
-        one = benches.add_parser(name, help=about)
-        if words[:2] == ["bench", name]:
-            module = import_module(f"dcp.bench.{name}")
-            module.add_arguments(one)
-            one.set_defaults(run=ending_on_sigterm(module.run))
+    kernels = benches.add_parser("kernels", help="attention kernels beside torch's")
+    if words[:2] == ["bench", "kernels"]:
+        import dcp.bench.kernels
 
-    for name, (module_name, about) in _ARTIFACT.items():
-        one = commands.add_parser(name, help=about)
-        if command == name:
-            module = import_module(module_name)
-            module.add_arguments(one)
-            one.set_defaults(run=ending_on_sigterm(module.run))
+        dcp.bench.kernels.add_arguments(kernels)
+        kernels.set_defaults(run=ending_on_sigterm(dcp.bench.kernels.run))
+
+    doctor = commands.add_parser("doctor", help="check that everything a run needs works here")
+    if command == "doctor":
+        import dcp.doctor
+
+        dcp.doctor.add_arguments(doctor)
+        doctor.set_defaults(run=ending_on_sigterm(dcp.doctor.run))
 
     profile = commands.add_parser("profile", help="measure this cluster, write a cluster file")
     if command == "profile":
-        import dcp.bench.profile
+        import dcp.profile
 
-        dcp.bench.profile.add_arguments(profile)
-        profile.set_defaults(run=dcp.bench.profile.run)
+        dcp.profile.add_arguments(profile)
+        profile.set_defaults(run=dcp.profile.run)
     return parser
 
 

@@ -1,1 +1,1 @@
-"""Benchmarks behind ``dcp bench``: each measures, compares, and writes JSON with its conditions."""
+"""``dcp bench kernels``: this machine's attention kernels, measured; results carry conditions."""

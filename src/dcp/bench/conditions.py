@@ -15,13 +15,19 @@ def conditions() -> dict[str, Any]:
     """Machine, versions and command of this process."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": " ".join(["dcp", *sys.argv[1:]]),
+        "command": " ".join([_program(), *sys.argv[1:]]),
         "processor": _processor(),
         "num_cores": len(os.sched_getaffinity(0)),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("numpy", "numba", "mtkahypar", "torch")},
     }
+
+
+def _program() -> str:
+    program = Path(sys.argv[0])
+    is_module = program.name == "__main__.py"  # of a package, started by python -m
+    return f"python -m {program.parent.name}" if is_module else program.name
 
 
 def _processor() -> str:

@@ -1,0 +1,40 @@
+"""``python -m lab``: the laboratory's command line, from a checkout."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from dcp.cli import CommandParser, run_command
+from dcp.launch.ending import ending_on_sigterm
+
+EXPERIMENTS = {  # command: its module, what it does
+    "planner": ("lab.planner", "plans and planning time, beside recorded ones"),
+    "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
+    "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
+    "train": ("lab.train", "dcp train by several strategies on shaped links"),
+    "soak": ("lab.soak", "training while planning workers are killed, beside a run in peace"),
+    "inference": ("lab.inference", "generation over ranks, and whether to pass keys or queries"),
+    "data_centric": ("lab.data_centric", "data-centric parallelism beside its alternatives"),
+    "published": ("lab.published", "the simulator beside the published microbenchmark"),
+    "dryrun": ("lab.paper.dryrun", "plan many batches and run none: volume, time, balance"),
+    "figures": ("lab.paper.redraw", "run and draw the paper's experiments"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one experiment; the exit status is 0 on success and 2 for a mistake of the user."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = CommandParser(prog="python -m lab", description="Measure what dcp claims.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="EXPERIMENT")
+    for name, (module_name, about) in EXPERIMENTS.items():
+        one = commands.add_parser(name, help=about)
+        if words[:1] == [name]:  # its imports are paid for by whoever asks for it
+            module = import_module(module_name)
+            module.add_arguments(one)
+            one.set_defaults(run=ending_on_sigterm(module.run))
+    return run_command(parser, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

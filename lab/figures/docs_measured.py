@@ -1,0 +1,155 @@
+"""Write the tables of docs/measured.md and its pictures from benchmarks/results/*.json.
+
+    python -m lab.figures.docs_measured
+
+Text outside the page's ``<!-- begin NAME -->`` … ``<!-- end NAME -->`` marks is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+HOME = Path(__file__).resolve().parents[2]
+RESULTS, PAGE, IMAGES = HOME / "benchmarks/results", HOME / "docs/measured.md", HOME / "docs/images"
+COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, table, draw in (
+        ("attention", attention_tables, draw_attention),
+        ("train", train_table, draw_losses),
+    ):
+        results = RESULTS / f"{name}.json"
+        if not results.exists():
+            print(f"{results} is not there: run dcp bench {name} --out {RESULTS}")
+            continue
+        runs = json.loads(results.read_text())
+        text = "\n\n".join(table(run_name, run) for run_name, run in runs.items())
+        text += f"\n\n![{name}](images/measured_{name}.png)"
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, rest = page.split(begin)
+        page = before + begin + text + "\n" + end + rest.split(end)[1]
+        draw(runs, IMAGES / f"measured_{name}.png")
+    PAGE.write_text(page)
+
+
+def attention_tables(name: str, run: dict[str, Any]) -> str:
+    summary = run["summary"]
+    lines = [
+        f"### {name}, lengths ÷ {run['scale']}, {run['repeat']} rounds",
+        "",
+        made_by(run),
+        "",
+        "| batch | mask | ours ms (lowest–highest) | plan | over the best static (by round) "
+        "| over the best of all (by round) | zigzag: compute ÷ transfer |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        ours, zigzag = row["strategies"]["auto"], row["strategies"]["zigzag"]
+        low, high = (1e3 * seconds for seconds in ours["spread"])
+        gains = [
+            f"{g['gain']:.2f}× {g['best']} ({g['lowest']:.2f}–{g['highest']:.2f})"
+            for g in (row["over_static"], row["over_all"])
+        ]
+        lines.append(
+            f"| {row['batch']} | {row['mask']} | {1e3 * ours['seconds']:.0f} ({low:.0f}–{high:.0f})"
+            f" | {ours['chosen']} | {gains[0]} | {gains[1]} "
+            f"| {zigzag['compute_seconds'] / zigzag['transfer_seconds']:.2f} |"
+        )
+    lines += ["", "| figure | measured | target | |", "|---|---|---|---|"]
+    lines += [
+        f"| {mask}: median gain over the best static strategy (lowest–highest case) "
+        f"| {s['median_gain']:.2f} ({s['lowest_gain']:.2f}–{s['highest_gain']:.2f}) "
+        f"| {s['target']:g} | {met(s['met'])} |"
+        for mask, s in summary["masks"].items()
+    ]
+    lines += [
+        f"| least gain over the best static strategy | {summary['least_gain']:.2f} | 0.97 "
+        f"| {met(summary['never_slower'])} |",
+        f"| least gain over any strategy | {summary['least_gain_over_all']:.2f} | | |",
+        f"| busiest card's bytes against the plan's, worst | {summary['wire_error']:.1%} | 5% "
+        f"| {met(summary['wire_met'])} |",
+    ]
+    return "\n".join(lines)
+
+
+def train_table(name: str, run: dict[str, Any]) -> str:
+    lines = [
+        f"### {name}, {run['config']['steps']} steps, {run['rounds']} rounds",
+        "",
+        made_by(run),
+        "",
+        "| strategy | tokens/s, median of steps (lowest–highest) | by round | ÷ ours "
+        "| MB between nodes, forward | last loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    ours = next(iter(run["strategies"].values()))["tokens_per_second"]
+    for strategy, each in run["strategies"].items():
+        low, high = each["spread"]
+        rounds = ", ".join(f"{speed:,.0f}" for speed in each["by_round"])
+        lines.append(
+            f"| {strategy} | {each['tokens_per_second']:,.0f} ({low:,.0f}–{high:,.0f}) | {rounds} "
+            f"| {each['tokens_per_second'] / ours:.2f} | {each['inter_node_bytes'] / 1e6:.1f} "
+            f"| {each['losses'][-1]:.6f} |"
+        )
+    lines += ["", f"Losses differ by at most {run['loss_difference']:.1e} at any step."]
+    return "\n".join(lines)
+
+
+def made_by(run: dict[str, Any]) -> str:
+    where = run["conditions"]
+    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    return (
+        f"`{where['command']}`, {where['date']}: {where['num_cores']} cores of {where['processor']}"
+        f", Python {where['python']}, {versions}."
+    )
+
+
+def met(holds: bool) -> str:
+    return "met" if holds else "**not met**"
+
+
+def draw_attention(runs: dict[str, Any], path: Path) -> None:
+    """Every strategy's time over ours, one dot a case, one panel a run."""
+    figure = Figure(figsize=(8, 3.6 * len(runs)), layout="constrained")
+    for axes, (name, run) in zip(
+        figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True
+    ):
+        masks = list(dict.fromkeys(row["mask"] for row in run["rows"]))
+        names = list(dict.fromkeys(s for row in run["rows"] for s in row["strategies"]))
+        for i, mask in enumerate(masks):
+            points = [
+                (names.index(strategy) + 0.15 * (i - 1.5), each["seconds"] / ours)
+                for row in run["rows"]
+                if row["mask"] == mask
+                for ours in [row["strategies"]["auto"]["seconds"]]
+                for strategy, each in row["strategies"].items()
+            ]
+            axes.plot(*zip(*points, strict=True), "o", ms=4, color=COLORS[i], label=mask)
+        axes.axhline(1, color="#a0aec0", lw=0.8)
+        axes.set(title=name, ylabel="time ÷ ours", ylim=(0, None))
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def draw_losses(runs: dict[str, Any], path: Path) -> None:
+    figure = Figure(figsize=(8, 3 * len(runs)), layout="constrained")
+    for axes, (name, run) in zip(
+        figure.subplots(len(runs), squeeze=False)[:, 0], runs.items(), strict=True
+    ):
+        for i, (strategy, each) in enumerate(run["strategies"].items()):
+            width = 2 * (len(run["strategies"]) - i)  # the first drawn shows from under the last
+            axes.plot(each["losses"], lw=width, color=COLORS[i], label=strategy)
+        axes.set(title=name, xlabel="step", ylabel="loss")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Why plan at all: what static context parallelism pays for, and where an iteration's time goes.
+
+The talk's motivation figures (share of communication, keys and values sent to ranks that do not
+need them, imbalance under each mask) and the decomposition of an iteration, all simulated.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dcp.cluster import Cluster
+from dcp.plan import Plan
+from dcp.planner import plan
+from dcp.simulate import PassTimeline
+from lab.paper.end_to_end import GPT_8B, predict_iteration, sliced_cluster
+from lab.paper.training import STATIC, TENSOR_PARALLEL
+from lab.paper.workbench import MASKS, Workbench
+from lab.planner import make_batch
+from lab.rows import Row
+
+NODES = (4, 8)
+TOKENS = (65536, 131072)
+BATCHES = 12
+RING = "zigzag"  # every rank sees all keys and values: what is redundant shows
+
+
+def share_rows(bench: Workbench) -> list[Row]:
+    """Parts of an iteration under static context parallelism, by nodes and tokens."""
+    tasks = [
+        (_named(bench, nodes, tokens, "causal", STATIC, index), seqlens)
+        for nodes in NODES
+        for tokens in TOKENS
+        for index, seqlens in enumerate(_batches(bench, tokens))
+    ]
+    return bench.run("motivation_share", tasks, decompose)
+
+
+def waste_rows(bench: Workbench) -> list[Row]:
+    """What a zigzag ring sends in vain and how uneven its ranks are, by mask."""
+    tasks = [
+        (_named(bench, 8, 65536, mask, RING, index), seqlens)
+        for mask in MASKS
+        for index, seqlens in enumerate(_batches(bench, 65536))
+    ]
+    return bench.run("motivation_waste", tasks, waste)
+
+
+def decomposition_rows(bench: Workbench) -> list[Row]:
+    """Parts of an iteration of 131,072 tokens on 8 nodes, static and ours, by mask."""
+    tasks = [
+        (_named(bench, 8, 131072, mask, strategy, index), seqlens)
+        for mask in MASKS
+        for index, seqlens in enumerate(_batches(bench, 131072))
+        for strategy in (STATIC, "auto")
+    ]
+    return bench.run("decomposition", tasks, decompose)
+
+
+def _batches(bench: Workbench, tokens: int) -> list[list[int]]:
+    return bench.batches("longalign", tokens=tokens, count=bench.count(BATCHES))
+
+
+def _named(bench: Workbench, nodes: int, tokens: int, mask: str, strategy: str, index: int) -> Row:
+    return {
+        "lengths": bench.label("longalign"),
+        "nodes": nodes,
+        "tokens": tokens,
+        "mask": mask,
+        "strategy": strategy,
+        "batch": index,
+    }
+
+
+def _planned(case: Row, seqlens: list[int]) -> tuple[Plan, Cluster]:
+    cluster = Cluster.preset("a100", num_nodes=case["nodes"], devices_per_node=8)
+    made = plan(
+        make_batch(seqlens, case["mask"]),
+        GPT_8B.spec(TENSOR_PARALLEL),
+        sliced_cluster(cluster, TENSOR_PARALLEL),
+        strategy=case["strategy"],
+    )
+    return made, cluster
+
+
+def decompose(case: Row, seqlens: list[int]) -> Row:
+    """Seconds of an iteration: others, attention alone, overlapped, exposed communication."""
+    made, cluster = _planned(case, seqlens)
+    timeline = made.simulate()
+    alone = overlapped = exposed = 0.0
+    for played in (*timeline.forward.values(), *timeline.backward.values()):
+        parts = overlap(played)
+        alone += parts[0] * GPT_8B.num_layers
+        overlapped += parts[1] * GPT_8B.num_layers
+        exposed += parts[2] * GPT_8B.num_layers
+    iteration = predict_iteration(made, GPT_8B, cluster, TENSOR_PARALLEL)
+    return {
+        "chosen": made.stats.strategy,
+        "others": iteration.others,
+        "attention_alone": alone,
+        "overlapped": overlapped,
+        "exposed": exposed,
+    }
+
+
+def overlap(played: PassTimeline) -> tuple[float, float, float]:
+    """Mean rank's seconds of compute alone, of both at once, and of waiting for others; their
+    sum is the pass."""
+    compute = played.computed - played.begin
+    transfer = played.arrived - played.begin
+    both = np.minimum(compute, transfer).sum(axis=0)
+    alone = compute.sum(axis=0) - both
+    return float(alone.mean()), float(both.mean()), float((played.seconds - alone - both).mean())
+
+
+def waste(case: Row, seqlens: list[int]) -> Row:
+    """Share of received keys and values that no query of the receiver sees; and imbalance."""
+    made, _ = _planned(case, seqlens)
+    [tables] = made.masks.values()
+    needed = np.zeros((made.num_ranks, made.num_blocks), dtype=bool)
+    items = tables.items
+    needed[items[:, 0], tables.tile_k[items[:, 9]]] = True
+    foreign = made.owner[None, :] != np.arange(made.num_ranks)[:, None]
+    received = (foreign * made.block_length).sum()
+    useful = (needed & foreign) * made.block_length
+    return {
+        "redundant_share": 1 - float(useful.sum() / received),
+        "compute_balance": made.stats.compute_balance,
+        "inter_node_mb": made.stats.inter_node_bytes / 1e6,
+    }

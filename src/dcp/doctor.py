@@ -1,0 +1,205 @@
+"""``dcp doctor``: does everything that a run needs work here? One line a check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.cluster import Cluster
+from dcp.doctor_rank import PLAN, SPANS
+from dcp.launch.local import run_ranks
+from dcp.placement import StrategyError, strategy_names
+from dcp.plan import Plan
+from dcp.planner import plan
+from dcp.report.trace import write_trace
+from dcp.runtime import LocalWorld
+from dcp.runtime.kernels import KERNELS
+from dcp.simulate import Span
+
+SEQLENS = (70, 33, 9, 1, 0)
+SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
+CLUSTER = Cluster(num_nodes=2, devices_per_node=2)
+MOST_ERROR = 1e-4
+Check = tuple[str, Callable[[], str]]  # what is checked; a function that says what it found
+
+
+class Absent(Exception):
+    """Something optional is not here; the message says what would bring it."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-processes", type=int, default=2, help="ranks of the group check")
+    parser.add_argument(
+        "--trace", type=Path, metavar="JSON", help="write that run's instructions, for Perfetto"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a check")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make every check, a line each; 1 where one failed."""
+    return report(checks(args.num_processes, args.trace), as_json=args.json)
+
+
+def report(made: Iterable[Check], *, as_json: bool = False) -> int:
+    """Make checks and print what each found; the exit status, 1 where one failed."""
+    failed = 0
+    for name, check in made:
+        started = perf_counter()
+        try:
+            state, detail = "ok", check()
+        except Absent as reason:
+            state, detail = "absent", str(reason)
+        except Exception as error:  # whatever is broken, the other checks are made
+            state, detail = "FAILED", " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        failed += state == "FAILED"
+        seconds = perf_counter() - started
+        if as_json:
+            line = {"check": name, "state": state, "detail": detail, "seconds": seconds}
+            print(json.dumps(line), flush=True)
+        else:
+            print(f"{state:7} {name:26} {detail}", flush=True)
+    return 1 if failed else 0
+
+
+def checks(num_processes: int, trace: Path | None) -> Iterator[Check]:
+    """All checks, those first that the others rest on."""
+    yield "python, torch", _versions
+    yield "device", _device
+    yield "partitioner", _partitioner
+    yield "plan on the wire", _wire
+    for kernel in KERNELS:
+        yield f"kernel {kernel}", partial(_kernel, kernel)
+    for name in ("auto", *strategy_names()):
+        yield f"strategy {name}", partial(_strategy, name)
+    yield f"process group of {num_processes}", partial(_group, num_processes, trace)
+    for package, purpose in (
+        ("transformers", "training Llama models"),
+        ("matplotlib", "figures"),
+        ("datasets", "Hugging Face data"),
+    ):
+        yield package, partial(_package, package, purpose)
+
+
+def _versions() -> str:
+    return f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+
+
+def _device() -> str:
+    if not torch.cuda.is_available():
+        return f"CPU only, {torch.get_num_threads()} threads"
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return f"{torch.cuda.device_count()} x {', '.join(sorted(names))}"
+
+
+def _partitioner() -> str:
+    made = plan(
+        SequenceBatch([4000, 900, 70]), SPEC, CLUSTER, strategy="hypergraph", block_size=256
+    )
+    balance = made.stats.compute_balance
+    if balance > 1.2:
+        raise AssertionError(f"compute balance {balance:.3f} of an easy batch")
+    return f"Mt-KaHyPar {version('mtkahypar')}, balance {balance:.3f}"
+
+
+def _wire() -> str:
+    made = plan(SequenceBatch(SEQLENS), SPEC, CLUSTER)
+    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as folder:
+        path = Path(folder) / "x.plan"
+        made.save(path)
+        again, size = Plan.load(path), path.stat().st_size
+    if again.rank_plan(1).to_bytes() != made.rank_plan(1).to_bytes():
+        raise AssertionError("a plan read back is another plan")
+    return f"{size / 1e3:.1f} kB, read back"
+
+
+def _kernel(name: str) -> str:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = plan(SequenceBatch(SEQLENS), SPEC, CLUSTER, strategy="zigzag")
+    try:
+        error = _worst_error(made, kernel=name, device=device)
+    except ValueError as reason:  # the kernel says what it cannot serve
+        raise Absent(str(reason)) from None
+    return f"{device}, error {error:.1e}"
+
+
+def _strategy(name: str) -> str:
+    try:
+        made = plan(SequenceBatch(SEQLENS), SPEC, CLUSTER, strategy=name)
+    except StrategyError as reason:
+        raise Absent(str(reason)) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    error = _worst_error(made, kernel="auto", device=device)
+    return f"4 ranks in one process, forward and backward, error {error:.1e}"
+
+
+def _worst_error(made: Plan, *, kernel: str, device: str) -> float:
+    """Largest difference of outputs and gradients from dense attention, causal."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((SPEC.num_heads,), (SPEC.num_kv_heads,), (SPEC.num_kv_heads,), (SPEC.num_heads,))
+    q, k, v, grad = (
+        torch.randn(made.num_tokens, *heads, SPEC.head_dim, generator=generator).to(device)
+        for heads in shapes
+    )
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    out = LocalWorld(made, kernel=kernel).attention(q, k, v)
+    assert isinstance(out, torch.Tensor)
+    found = (out, *torch.autograd.grad(out, inputs, grad))
+    dense = _dense(*inputs)
+    wanted = (dense, *torch.autograd.grad(dense, inputs, grad))
+    error = max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
+    if not error < MOST_ERROR:
+        raise AssertionError(f"differs from dense attention by {error:.1e}")
+    return error
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each of SEQLENS, every score written out."""
+    document = torch.repeat_interleave(torch.arange(len(SEQLENS)), torch.tensor(SEQLENS)).to(
+        q.device
+    )
+    seen = (document[:, None] == document[None, :]).tril()
+    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * SPEC.head_dim**-0.5
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def _group(num_processes: int, trace: Path | None) -> str:
+    if num_processes < 1:
+        raise ValueError(f"--num-processes must be 1 or more, got {num_processes}")
+    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as name:
+        folder = Path(name)
+        cluster = Cluster(devices_per_node=num_processes)
+        plan(SequenceBatch(SEQLENS), SPEC, cluster, strategy="zigzag").save(folder / PLAN)
+        rank = "dcp.doctor_rank"
+        run_ranks(rank, [name], processes=num_processes, per_node=num_processes)
+        found = [
+            json.loads((folder / SPANS.format(rank)).read_text()) for rank in range(num_processes)
+        ]
+    worst = max(each["error"] for each in found)
+    if not worst < MOST_ERROR:
+        raise AssertionError(f"differs from one process by {worst:.1e}")
+    spans = [Span(**span) for each in found for span in each["spans"]]
+    if trace is not None:
+        begin = min((span.start for span in spans), default=0.0)
+        moved = [Span(s.rank, s.track, s.name, s.start - begin, s.end - begin) for s in spans]
+        write_trace(moved, trace)
+    return f"gloo, error {worst:.1e}, {len(spans)} instructions run"
+
+
+def _package(package: str, purpose: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise Absent(f"needed for {purpose} only: pip install {package}") from None
