@@ -4,6 +4,7 @@
 # make figures run and draw the paper's experiments, into runs/artifact
 # make lint    check style
 # make types   check types
+# make packages  build wheel and sdist, and use the wheel in a fresh environment
 # make clean   remove the virtual environment and everything made here
 #
 # Each sets up .venv by itself, once; PYTHON names the interpreter to make it with.
@@ -14,7 +15,7 @@ PYTEST_ARGS ?= -n 2
 
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test test-lab figures lint types clean
+.PHONY: train test test-lab figures lint types packages clean
 
 train: .venv/.train
 	.venv/bin/dcp train --num-processes $(NUM_PROCESSES) $(TRAIN_ARGS)
@@ -34,6 +35,9 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	.venv/bin/mypy
+
+packages:
+	PYTHON="$(PYTHON)" bash scripts/check_packages.sh dist
 
 .venv/.train: pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train

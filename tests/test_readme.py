@@ -10,29 +10,25 @@ import pytest
 import torch
 
 from dcp.cli import main
+from scripts.run_readme import commands, run_blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    dcp (.*)$", README, flags=re.MULTILINE)
 
 
 def test_python_blocks_run_in_order():
     pytest.importorskip("transformers")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    names = {"__name__": "readme"}
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
     try:
-        for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
+        names = run_blocks(README)
     finally:
         torch.set_num_threads(threads)
     assert torch.isfinite(names["loss"])
     assert torch.isfinite(names["q"].grad).all()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands(README))
 def test_commands_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(command)) == 0

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What some tests need beyond Python packages: a browser (the plan page), network namespaces with
+# shaped links (the testbed), Ray (a planning pool). Without them those tests are skipped by name.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+missing=()
+command -v chromium >/dev/null || command -v google-chrome >/dev/null || missing+=(chromium)
+command -v tc >/dev/null || missing+=(iproute2)
+if [ ${#missing[@]} -gt 0 ]; then
+  sudo=$([ "$(id -u)" = 0 ] || echo sudo)
+  $sudo apt-get update -qq
+  $sudo apt-get install -y -qq "${missing[@]}"
+fi
+make .venv/.dev
+.venv/bin/pip --disable-pip-version-check install --quiet "ray>=2.40"
