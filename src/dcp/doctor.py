@@ -7,23 +7,26 @@ import json
 import platform
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.doctor_rank import PLAN, SPANS
-from dcp.launch.local import run_ranks
+from dcp.launch.group import joined_group
+from dcp.launch.ranks import run_ranks
 from dcp.placement import StrategyError, strategy_names
 from dcp.plan import Plan
 from dcp.planner import plan
 from dcp.report.trace import write_trace
-from dcp.runtime import LocalWorld
+from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import KERNELS
 from dcp.simulate import Span
 
@@ -176,17 +179,11 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _group(num_processes: int, trace: Path | None) -> str:
-    if num_processes < 1:
-        raise ValueError(f"--num-processes must be 1 or more, got {num_processes}")
-    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as name:
-        folder = Path(name)
-        cluster = Cluster(devices_per_node=num_processes)
-        plan(SequenceBatch(SEQLENS), SPEC, cluster, strategy="zigzag").save(folder / PLAN)
-        rank = "dcp.doctor_rank"
-        run_ranks(rank, [name], processes=num_processes, per_node=num_processes)
-        found = [
-            json.loads((folder / SPANS.format(rank)).read_text()) for rank in range(num_processes)
-        ]
+    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as folder:
+        path, cluster = Path(folder) / "case.plan", Cluster(devices_per_node=max(num_processes, 1))
+        plan(SequenceBatch(SEQLENS), SPEC, cluster, strategy="zigzag").save(path)
+        job = {"plan": str(path)}
+        found = run_ranks("dcp.doctor:run_plan", job, num_processes=num_processes)
     worst = max(each["error"] for each in found)
     if not worst < MOST_ERROR:
         raise AssertionError(f"differs from one process by {worst:.1e}")
@@ -196,6 +193,43 @@ def _group(num_processes: int, trace: Path | None) -> str:
         moved = [Span(s.rank, s.track, s.name, s.start - begin, s.end - begin) for s in spans]
         write_trace(moved, trace)
     return f"gloo, error {worst:.1e}, {len(spans)} instructions run"
+
+
+def run_plan(job: dict[str, Any]) -> dict[str, Any]:
+    """One rank of the group's check: runs the plan twice, the second time recorded.
+
+    Returns its spans, and how far its result lies from the same plan run in one process.
+    """
+    torch.set_num_threads(1)
+    with joined_group(torch.device("cpu")):
+        made, executor = Plan.load(job["plan"]), AttentionExecutor()
+        executor.prepare(made)
+        _error_on_rank(made, executor)
+        executor.spans = []
+        error = _error_on_rank(made, executor)
+        return {"error": error, "spans": [asdict(span) for span in executor.spans]}
+
+
+def _error_on_rank(made: Plan, executor: AttentionExecutor) -> float:
+    """One call; the largest difference from the plan's ranks in one process."""
+    spec, tokens = made.spec, made.num_tokens
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(tokens, spec.num_heads, spec.head_dim, generator=generator)
+    kv = torch.randn(tokens, 2, spec.num_kv_heads, spec.head_dim, generator=generator)
+    wanted = [q.requires_grad_(), kv.requires_grad_()]
+    whole = LocalWorld(made).attention(q, *kv.unbind(1))
+    assert isinstance(whole, torch.Tensor)
+    whole_gradients = torch.autograd.grad(whole.sum(), wanted)
+
+    local = [made.shard(executor.rank, tensor.detach()).requires_grad_() for tensor in wanted]
+    dist.barrier()
+    out = executor.attention(*local)
+    out.sum().backward()
+    pairs = [(out, whole), *zip((x.grad for x in local), whole_gradients, strict=True)]
+    return max(
+        float((a - made.shard(executor.rank, b)).detach().abs().max()) if a.numel() else 0.0
+        for a, b in pairs
+    )
 
 
 def _package(package: str, purpose: str) -> str:
