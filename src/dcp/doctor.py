@@ -6,7 +6,7 @@ import argparse
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -148,19 +148,28 @@ def _strategy(name: str) -> str:
 
 def _worst_error(made: Plan, *, kernel: str, device: str) -> float:
     """Largest difference of outputs and gradients from dense attention, causal."""
+    (*inputs, grad), wanted = _case(device)
+    out = LocalWorld(made, kernel=kernel).attention(*inputs)
+    assert isinstance(out, torch.Tensor)
+    return _difference((out, *torch.autograd.grad(out, inputs, grad)), wanted)
+
+
+def _case(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """q, k, v and the output's gradient; the output of dense attention and their gradients."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((SPEC.num_heads,), (SPEC.num_kv_heads,), (SPEC.num_kv_heads,), (SPEC.num_heads,))
     q, k, v, grad = (
-        torch.randn(made.num_tokens, *heads, SPEC.head_dim, generator=generator).to(device)
-        for heads in shapes
+        torch.randn(sum(SEQLENS), heads, SPEC.head_dim, generator=generator).to(device)
+        for heads in (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
     )
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = LocalWorld(made, kernel=kernel).attention(q, k, v)
-    assert isinstance(out, torch.Tensor)
-    found = (out, *torch.autograd.grad(out, inputs, grad))
-    dense = _dense(*inputs)
-    wanted = (dense, *torch.autograd.grad(dense, inputs, grad))
-    error = max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
+    out = _dense(*inputs)
+    return [*inputs, grad], [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def _difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest of any element, raised where it is too large."""
+    pairs = [(a - b).detach() for a, b in zip(found, wanted, strict=True) if a.numel()]
+    error = max((float(each.abs().max()) for each in pairs), default=0.0)
     if not error < MOST_ERROR:
         raise AssertionError(f"differs from dense attention by {error:.1e}")
     return error
@@ -185,8 +194,6 @@ def _group(num_processes: int, trace: Path | None) -> str:
         job = {"plan": str(path)}
         found = run_ranks("dcp.doctor:run_plan", job, num_processes=num_processes)
     worst = max(each["error"] for each in found)
-    if not worst < MOST_ERROR:
-        raise AssertionError(f"differs from one process by {worst:.1e}")
     spans = [Span(**span) for each in found for span in each["spans"]]
     if trace is not None:
         begin = min((span.start for span in spans), default=0.0)
@@ -198,7 +205,7 @@ def _group(num_processes: int, trace: Path | None) -> str:
 def run_plan(job: dict[str, Any]) -> dict[str, Any]:
     """One rank of the group's check: runs the plan twice, the second time recorded.
 
-    Returns its spans, and how far its result lies from the same plan run in one process.
+    Returns its spans, and how far its share of the result lies from dense attention.
     """
     torch.set_num_threads(1)
     with joined_group(torch.device("cpu")):
@@ -211,25 +218,16 @@ def run_plan(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _error_on_rank(made: Plan, executor: AttentionExecutor) -> float:
-    """One call; the largest difference from the plan's ranks in one process."""
-    spec, tokens = made.spec, made.num_tokens
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(tokens, spec.num_heads, spec.head_dim, generator=generator)
-    kv = torch.randn(tokens, 2, spec.num_kv_heads, spec.head_dim, generator=generator)
-    wanted = [q.requires_grad_(), kv.requires_grad_()]
-    whole = LocalWorld(made).attention(q, *kv.unbind(1))
-    assert isinstance(whole, torch.Tensor)
-    whole_gradients = torch.autograd.grad(whole.sum(), wanted)
+    def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        return [made.shard(executor.rank, each.detach()) for each in (q, torch.stack((k, v), 1))]
 
-    local = [made.shard(executor.rank, tensor.detach()).requires_grad_() for tensor in wanted]
+    (*inputs, grad), (dense, *gradients) = _case("cpu")
+    q, kv = (tensor.requires_grad_() for tensor in local(*inputs))
+    share, grad = (made.shard(executor.rank, each.detach()) for each in (dense, grad))
     dist.barrier()
-    out = executor.attention(*local)
-    out.sum().backward()
-    pairs = [(out, whole), *zip((x.grad for x in local), whole_gradients, strict=True)]
-    return max(
-        float((a - made.shard(executor.rank, b)).detach().abs().max()) if a.numel() else 0.0
-        for a, b in pairs
-    )
+    out = executor.attention(q, kv)
+    found = (out, *torch.autograd.grad(out, (q, kv), grad))
+    return _difference(found, [share, *local(*gradients)])
 
 
 def _package(package: str, purpose: str) -> str:
