@@ -26,7 +26,7 @@ from dcp.masks import named_mask
 from dcp.placement import StrategyError
 from dcp.plan import Plan
 from dcp.planner import plan
-from lab.fleet import measured_cluster, run_ranks
+from lab.fleet import measured_cluster, run_plans
 from lab.peers import MEGATRON, plan_megatron
 from lab.planner import MASKS, load
 from lab.results import merge
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             for batch, mask in product(batches, args.masks)
         ]
         different = [made for case in cases for made in case.plans]
-        found = run_ranks(
+        found = run_plans(
             bed, different, SPEC, ranks_per_node=args.ranks_per_node, repeat=args.repeat
         )
     rows, first = [], 0
@@ -112,7 +112,7 @@ def measure_cluster(bed: Testbed, args: argparse.Namespace) -> Cluster:
     """What the ranks measure of themselves; nothing is fitted to the runs."""
     like = Cluster.preset("laptop", num_nodes=args.nodes, devices_per_node=args.ranks_per_node)
     like = replace(like, inter_node_bandwidth=args.mbits * 1e6 / 8)
-    found = run_ranks(bed, [], SPEC, ranks_per_node=args.ranks_per_node, rates=True)
+    found = run_plans(bed, [], SPEC, ranks_per_node=args.ranks_per_node, rates=True)
     return measured_cluster(found, like, name=f"testbed, {args.mbits:g} Mbit/s")
 
 

@@ -26,10 +26,10 @@ from dcp.datacentric.planners import make_planner
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.schedule import epoch_iterations
 from dcp.planner import plan
+from dcp.train.command import launch
 from dcp.train.config import TrainConfig
 from dcp.train.data_centric import DISTRIBUTIONS, PRESETS, DataCentricKeys
 from dcp.train.journal import METRICS
-from dcp.train.launch import launch
 from lab.published import draw_lengths
 from lab.video_cost import DEPTH, KINDS, TextCost, VideoCost
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
@@ -19,7 +16,7 @@ from dcp.plan import Plan
 from lab.testbed import Testbed
 
 
-def run_ranks(
+def run_plans(
     bed: Testbed,
     plans: Sequence[Plan],
     spec: AttentionSpec,
@@ -36,23 +33,19 @@ def run_ranks(
         rates: also measure kernels and links, before the plans and (if any) after them.
         local: also time all ranks' work of each plan inside one process.
     """
-    job = {
-        "num_plans": len(plans),
-        "spec": asdict(spec),
-        "local_size": ranks_per_node,
-        "repeat": repeat,
-        "rates": rates,
-        "local": local,
-    }
-    with tempfile.TemporaryDirectory(prefix="dcp-testbed-") as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job))
-        for i, made in enumerate(plans):
-            made.save(folder / f"{i}.plan")
-        command = [sys.executable, "-m", "lab.testbed_rank", str(folder)]
-        bed.run(command, ranks_per_node=ranks_per_node)
-        size = len(bed.namespaces) * ranks_per_node
-        return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+    with tempfile.TemporaryDirectory(prefix="dcp-testbed-") as folder:
+        paths = [f"{folder}/{i}.plan" for i in range(len(plans))]
+        for made, path in zip(plans, paths, strict=True):
+            made.save(path)
+        job = {
+            "plans": paths,
+            "spec": asdict(spec),
+            "local_size": ranks_per_node,
+            "repeat": repeat,
+            "rates": rates,
+            "local": local,
+        }
+        return bed.run("lab.testbed_rank:measure", job, ranks_per_node=ranks_per_node)
 
 
 def measured_cluster(found: list[dict[str, Any]], like: Cluster, *, name: str) -> Cluster:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -20,14 +18,16 @@ from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.inference.select import SELECTORS, Empirical
+from dcp.launch.ranks import run_ranks
 from lab import inference_paper as paper
-from lab.testbed import Testbed, open_testbed, why_not
+from lab.testbed import open_testbed, why_not
 
 SPEC = AttentionSpec(num_heads=16, num_kv_heads=1, head_dim=64, dtype="float32")
 MODEL = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2}
 MISS_PERCENT = (1, 2.5, 5, 7.5, 10, 15, 20, 30, 40, 50, 60, 80, 100)
 STRATEGIES = ("pass_kv", "pass_q", "planned")
 PAGE_SIZE = 256
+RANK = "lab.inference_rank:measure"
 LIMIT_SECONDS = 420  # of one run of the ranks
 
 
@@ -79,10 +79,10 @@ def turns(args: argparse.Namespace) -> dict[str, Any]:
     reason = why_not() if args.mbits else "asked for"
     if reason is None:
         with open_testbed(args.ranks, bandwidth=args.mbits * 1e6 / 8) as bed:
-            found = _on_testbed(bed, args.ranks, job | {"local_size": 1})
+            found = bed.run(RANK, job | {"local_size": 1}, timeout_seconds=LIMIT_SECONDS)[0]
         link = f"{args.mbits:g} Mbit/s"
     else:
-        found = _here(args.ranks, job | {"local_size": args.ranks})
+        found = run_ranks(RANK, job | {"local_size": args.ranks}, num_processes=args.ranks)[0]
         link = f"loopback ({reason})"
     cluster = Cluster(**found["cluster"])
     rows = []
@@ -126,7 +126,7 @@ def generation(args: argparse.Namespace) -> list[dict[str, Any]]:
     for count in sorted({1, args.ranks}):
         rows += [
             row | {"what": f"dcp, {count} rank{'s' * (count > 1)}"}
-            for row in _here(count, job)["rows"]
+            for row in run_ranks(RANK, job, num_processes=count)[0]["rows"]
         ]
     return rows
 
@@ -160,41 +160,6 @@ def alone(job: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(row)
     torch.set_num_threads(threads)
     return rows
-
-
-def _here(num_ranks: int, job: dict[str, Any]) -> dict[str, Any]:
-    """The job on local processes; what the first rank found."""
-    from dcp.train.launch import JobFailed, launch_module
-
-    with tempfile.TemporaryDirectory(prefix="dcp-inference-") as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job))
-        try:
-            launch_module(
-                "lab.inference_rank", folder, num_processes=num_ranks, logs=folder / "logs"
-            )
-        except JobFailed as error:
-            raise ValueError(str(error)) from None
-        return json.loads((folder / "rank-0.json").read_text())
-
-
-def _on_testbed(bed: Testbed, num_ranks: int, job: dict[str, Any]) -> dict[str, Any]:
-    """The job on one rank per node of the testbed; what the first rank found."""
-    with tempfile.TemporaryDirectory(prefix="dcp-inference-") as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(job))
-        code = "import pathlib, sys; from lab.inference_rank import measure; "
-        code += "measure(pathlib.Path(sys.argv[1]))"
-        processes = bed.start([sys.executable, "-c", code, name])
-        try:
-            for process in processes:
-                process.wait(LIMIT_SECONDS)
-        finally:
-            for process in processes:
-                process.kill()
-        if any(process.returncode for process in processes):
-            raise ValueError("ranks of the testbed failed; their messages are above")
-        return json.loads((folder / "rank-0.json").read_text())
 
 
 # --------------------------------------------------------------------------- output

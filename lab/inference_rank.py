@@ -1,13 +1,8 @@
-"""One rank of ``python -m lab inference``: times turns over a cache, and generation.
-
-Started with a folder that holds ``job.json``; every rank adds ``rank-R.json``.
-"""
+"""One rank of ``python -m lab inference``: times turns over a cache, and generation."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -24,28 +19,22 @@ from dcp.inference.cache import KVCache
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 from dcp.inference.turn import plan_turn
+from dcp.launch.group import joined_group
 from dcp.plan import Plan
-from dcp.train.process import joined_group, main
 from lab.testbed_rank import measure_rates
 
-RATES = "rates.json"
 
-
-def measure(folder: Path, listen_fd: int | None = None) -> None:
+def measure(job: dict[str, Any]) -> dict[str, Any]:
     """What the job asks for: rates of the machine and turns, or generation."""
-    job = json.loads((folder / "job.json").read_text())
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    with joined_group(torch.device("cpu"), listen_fd=listen_fd):
-        if "turns" in job:
-            found: Any = time_turns(folder, job)
-        else:
-            found = time_generation(job)
-        (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
+    with joined_group(torch.device("cpu")) as group:
+        found = time_turns(job, group.get_group_store()) if "turns" in job else time_generation(job)
         dist.barrier()
+        return found
 
 
-def time_turns(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+def time_turns(job: dict[str, Any], store: dist.Store) -> dict[str, Any]:
     """Median seconds of one layer's attention of every turn with every strategy.
 
     Each round times all of them once, so that slow drifts hit all alike; a time is that of the
@@ -54,11 +43,10 @@ def time_turns(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     spec, size = AttentionSpec(**job["spec"]), dist.get_world_size()
     mine = measure_rates(spec, job["local_size"])
     if dist.get_rank() == 0:  # all ranks plan by the first one's rates
-        (folder / RATES).write_text(json.dumps(mine))
-    dist.barrier()
-    nodes = size // job["local_size"]
-    shape = {"num_nodes": nodes, "devices_per_node": job["local_size"], "name": "measured"}
-    cluster = Cluster(**shape, **json.loads((folder / RATES).read_text()))
+        store.set("rates", json.dumps(mine))
+    shape = {"num_nodes": size // job["local_size"], "devices_per_node": job["local_size"]}
+    fields = json.loads(store.get("rates")) | shape | {"name": "measured"}
+    cluster = Cluster(**fields)
 
     cases: list[tuple[Plan, CachedAttention, Tensor, Tensor, list[float]]] = []
     for new, cached in job["turns"]:
@@ -87,7 +75,7 @@ def time_turns(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         }
         for plan, _, _, _, times in cases
     ]
-    return {"cluster": json.loads((folder / RATES).read_text()) | shape, "rows": rows}
+    return {"cluster": fields, "rows": rows}
 
 
 def plan_cache(spec: AttentionSpec, held: np.ndarray, new: int, page_size: int) -> KVCache:
@@ -126,7 +114,3 @@ def time_generation(job: dict[str, Any]) -> dict[str, Any]:
         row = {"prompt_tokens": length, "first_token_seconds": first}
         rows.append(row | {"token_seconds": median(rest)})
     return {"rows": rows}
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], measure))

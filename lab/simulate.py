@@ -24,7 +24,7 @@ from dcp.masks import named_mask
 from dcp.plan import Plan
 from dcp.planner import plan
 from dcp.simulate import simulate
-from lab.fleet import measured_cluster, run_ranks
+from lab.fleet import measured_cluster, run_plans
 from lab.testbed import open_testbed
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=4, head_dim=64, dtype="float32")
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     rows, clusters = [], {}
     for mbits in args.mbits:
         with open_testbed(args.nodes, bandwidth=mbits * 1e6 / 8) as bed:
-            found = run_ranks(
+            found = run_plans(
                 bed,
                 [made for _, made in cases],
                 SPEC,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from dcp.launch.ranks import run_ranks
 
 PREFIX = "dcpbed"
 CARD = "eth0"  # the name of a node's network card inside its namespace
@@ -28,58 +30,36 @@ class Testbed:
     """Namespaces that are up.
 
     Attributes:
-        namespaces, addresses: name and address of every node, node by node.
+        namespaces: name of every node, node by node.
+        host: this machine's address as the nodes see it.
     """
 
     namespaces: tuple[str, ...]
-    addresses: tuple[str, ...]
+    host: str
 
-    def start(
-        self, command: Sequence[str], *, ranks_per_node: int = 1, port: int = 29400
-    ) -> list[subprocess.Popen]:
-        """Start ``command`` once per rank, in its node, with the variables torchrun would set."""
-        size = len(self.namespaces) * ranks_per_node
-        home = str(Path(__file__).resolve().parents[1])
-        processes = []
-        for rank in range(size):
-            variables = {
-                "RANK": rank,
-                "LOCAL_RANK": rank % ranks_per_node,
-                "WORLD_SIZE": size,
-                "LOCAL_WORLD_SIZE": ranks_per_node,
-                "MASTER_ADDR": self.addresses[0],
-                "MASTER_PORT": port,
-                "GLOO_SOCKET_IFNAME": CARD,
-                "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
-            }
+    def run(
+        self,
+        work: str,
+        job: dict[str, Any],
+        *,
+        ranks_per_node: int = 1,
+        timeout_seconds: float = 600.0,
+    ) -> list[Any]:
+        """:func:`dcp.launch.ranks.run_ranks` on ranks that live in the nodes."""
+
+        def enter(rank: int) -> list[str]:
             node = self.namespaces[rank // ranks_per_node]
-            processes.append(
-                subprocess.Popen(
-                    ["ip", "netns", "exec", node, *command],
-                    env=os.environ | {name: str(value) for name, value in variables.items()},
-                )
-            )
-        return processes
+            return ["ip", "netns", "exec", node, "env", f"GLOO_SOCKET_IFNAME={CARD}"]
 
-    def run(self, command: Sequence[str], *, ranks_per_node: int = 1, limit: float = 600.0) -> None:
-        """:meth:`start` and wait until all ranks succeed; one that fails ends the others.
-
-        Raises ``ValueError`` that names the ranks that failed or outlasted ``limit`` seconds.
-        """
-        processes = self.start(command, ranks_per_node=ranks_per_node)
-        end = time.monotonic() + limit
-        try:
-            while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes) or time.monotonic() > end:
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        wrong = [rank for rank, process in enumerate(processes) if process.returncode]
-        if wrong:
-            raise ValueError(f"ranks {wrong} of the testbed failed; their messages are above")
+        return run_ranks(
+            work,
+            job,
+            num_processes=len(self.namespaces) * ranks_per_node,
+            ranks_per_node=ranks_per_node,
+            timeout_seconds=timeout_seconds,
+            enter=enter,
+            host=self.host,
+        )
 
 
 def sent_and_received() -> tuple[int, int]:
@@ -132,8 +112,10 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
     with ExitStack() as undo:
         _ip(f"link add {bridge} type bridge")
         undo.callback(_ip, f"link del {bridge}")
+        host = f"{subnet}.254"
+        _ip(f"addr add {host}/24 dev {bridge}")
         _ip(f"link set {bridge} up")
-        names, addresses = [], []
+        names = []
         for node in range(num_nodes):
             name, port, address = f"{tag}-{node}", f"{tag}p{node}", f"{subnet}.{node + 1}"
             _ip(f"netns add {name}")
@@ -149,8 +131,7 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
             _run(f"tc qdisc add dev {port} root {shape}")  # the way in
             _run(f"tc -n {name} qdisc add dev {CARD} root {shape}")  # the way out
             names.append(name)
-            addresses.append(address)
-        yield Testbed(tuple(names), tuple(addresses))
+        yield Testbed(tuple(names), host)
 
 
 def _remove(port: str) -> None:

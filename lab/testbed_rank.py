@@ -1,15 +1,8 @@
-"""One rank of a testbed: measures rates, runs plans, writes what it took.
-
-Started as ``python -m lab.testbed_rank FOLDER`` in a testbed. The folder holds ``job.json``
-and the plans ``0.plan``, ``1.plan``, …; the rank adds ``rank-R.json``.
-"""
+"""One rank of a testbed: measures rates, runs plans, returns what it took."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -19,6 +12,7 @@ import torch.distributed as dist
 
 from dcp import profile
 from dcp.batch import AttentionSpec
+from dcp.launch.group import joined_group
 from dcp.plan import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from lab.testbed import sent_and_received
@@ -26,26 +20,24 @@ from lab.testbed import sent_and_received
 LINK_BYTES = 2 << 20  # of a message that measures a slow link: about as long as a plan's
 
 
-def main(folder: Path) -> None:
-    """What ``job.json`` asks for (:func:`lab.fleet.run_ranks`)."""
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """What the job asks for (:func:`lab.fleet.run_plans`)."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group("gloo")
-    job = json.loads((folder / "job.json").read_text())
-    plans = [Plan.load(folder / f"{i}.plan") for i in range(job["num_plans"])]
-    spec = AttentionSpec(**job["spec"])
+    with joined_group(torch.device("cpu")):
+        plans = [Plan.load(path) for path in job["plans"]]
+        spec = AttentionSpec(**job["spec"])
 
-    def rates() -> list[dict[str, Any]]:
-        return [measure_rates(spec, job["local_size"])] if job["rates"] else []
+        def rates() -> list[dict[str, Any]]:
+            return [measure_rates(spec, job["local_size"])] if job["rates"] else []
 
-    before = rates()
-    found = time_plans(plans, spec, repeat=job["repeat"])
-    if job["local"]:
-        found["local"] = [time_local(plan, job["repeat"]) for plan in plans]
-    found["rates"] = before + (rates() if plans else [])
-    (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+        before = rates()
+        found = time_plans(plans, spec, repeat=job["repeat"])
+        if job["local"]:
+            found["local"] = [time_local(plan, job["repeat"]) for plan in plans]
+        found["rates"] = before + (rates() if plans else [])
+        dist.barrier()
+        return found
 
 
 def time_plans(plans: Sequence[Plan], spec: AttentionSpec, *, repeat: int) -> dict[str, Any]:
@@ -130,7 +122,3 @@ def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
     started = perf_counter()
     result = work()
     return perf_counter() - started, result
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

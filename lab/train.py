@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.train.config import TrainConfig
 from dcp.train.journal import METRICS
-from lab.fleet import measured_cluster, run_ranks
+from lab.fleet import measured_cluster, run_plans
 from lab.results import merge
 from lab.testbed import Testbed, open_testbed
 
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     ):
         folder = Path(name)
         like = Cluster.preset("laptop", num_nodes=args.nodes, devices_per_node=args.ranks_per_node)
-        found = run_ranks(bed, [], config.spec, ranks_per_node=args.ranks_per_node, rates=True)
+        found = run_plans(bed, [], config.spec, ranks_per_node=args.ranks_per_node, rates=True)
         cluster = measured_cluster(found, like, name=f"testbed, {args.mbits:g} Mbit/s")
         cluster.save(folder / "cluster.json")
         config = replace(config, cluster=str(folder / "cluster.json"))
@@ -82,10 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def train(bed: Testbed, config: TrainConfig, *, ranks_per_node: int) -> list[dict[str, Any]]:
     """One job on the testbed's ranks; the metrics of its steps."""
     output = Path(config.output)
-    output.mkdir()
-    config.save(output / "job.json")
-    command = [sys.executable, "-m", "dcp.cli", "train", str(output / "job.json")]
-    bed.run(command, ranks_per_node=ranks_per_node)
+    bed.run("dcp.train.rank:train", config.to_json(), ranks_per_node=ranks_per_node)
     return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
 
 

@@ -1,6 +1,9 @@
 """``dcp doctor``: what it checks, what it says, and the trace of a run over real ranks."""
 
 import json
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -21,6 +24,23 @@ def test_all_is_well_here_and_the_trace_holds_every_rank(tmp_path, capfd):
     ran = {(e["pid"], e["name"].split()[0], e["name"].split()[1]) for e in events if e["ph"] == "X"}
     assert {(rank, way, "attention") for rank in (0, 1) for way in ("forward:", "backward:")} <= ran
     assert min(e["ts"] for e in events if e["ph"] == "X") == 0
+
+
+def test_a_base_install_suffices(tmp_path):
+    """Neither the doctor, nor its ranks, nor the profile import what an extra brings."""
+    for name in ("transformers", "matplotlib", "datasets", "yaml", "tqdm", "safetensors", "ray"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('no {name} here')")
+    code = "from dcp import doctor, profile; print(doctor._group(2, None), profile.measure_links())"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("gloo, error ")
+    assert "intra_node_bandwidth" in done.stdout
 
 
 def test_a_wrong_result_is_found_and_told(monkeypatch, capsys):

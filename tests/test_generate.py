@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,15 @@ def test_the_command_says_what_one_process_says(capfd):
     assert found["turns"][1]["tokens"] == list(then.values())
     assert main(["generate", "--prompt", "x", "--model", "/nowhere"]) == 2
     assert "no folder" in capfd.readouterr().err
+
+
+def test_a_rank_that_generates_knows_no_training():
+    code = "import sys, dcp.inference.rank; print([m for m in sys.modules if m.startswith('dcp.')])"
+    words = [sys.executable, "-c", code]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "dcp.inference.engine" in shown
+    assert "dcp.train" not in shown
+    assert "dcp.datacentric" not in shown
 
 
 def test_the_ten_lines_of_the_documentation_run(capsys):

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
-from dcp.launch.local import joined_group, run_ranks
+from dcp.launch.group import choose_device, joined_group
+from dcp.launch.ranks import run_ranks
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
 from dcp.simulate import COMPUTE, TRANSFER, Span
@@ -52,27 +53,39 @@ class LocalSize:
 def measure_local(bench: Workbench, size: LocalSize) -> None:
     """Measure on local gloo processes, two of which make a node; rows go to the data folder.
 
-    Raises ``ValueError`` where a rank fails (its message is on the terminal).
+    Raises ``JobFailed`` where a rank fails.
     """
-    options = {name: value for name, value in asdict(size).items() if name != "processes"}
-    scales = map(str, options.pop("scales"))
-    named = ((f"--{name.replace('_', '-')}", str(value)) for name, value in options.items())
-    words = ["--scales", *scales, *(word for pair in named for word in pair)]
-    files = [] if bench.files is None else ["--files", str(bench.files)]
+    options = asdict(size)
+    processes = options.pop("processes")
+    scales = [str(scale) for scale in options.pop("scales")]
+    words = ["--out", str(bench.out), "--scales", *scales]
+    for name, value in options.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    if bench.files is not None:
+        words += ["--files", str(bench.files)]
     _ = bench.lengths  # counted once, before all ranks ask for them
-    words = ["--out", str(bench.out), *words, *files]
     run_ranks(
-        "lab.paper.attention", words, processes=size.processes, per_node=min(2, size.processes)
+        "lab.paper.attention:run_rank",
+        {"words": words},
+        num_processes=processes,
+        ranks_per_node=min(2, processes),
     )
 
 
 # --------------------------------------------------------------------------- one rank
 
 
-def main(words: list[str] | None = None) -> None:
+def run_rank(job: dict[str, Any]) -> None:
+    """One of the local processes: :func:`main` with the job's words."""
+    main(job["words"], device_name="cpu")
+
+
+def main(words: list[str] | None = None, *, device_name: str = "auto") -> None:
     """Measure every case; the first rank writes the rows."""
     args = _arguments(words)
-    with joined_group(args.store) as device:
+    torch.set_num_threads(1)
+    device = choose_device(device_name)
+    with joined_group(device, timeout_seconds=300):
         dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         spec = AttentionSpec(
             num_heads=args.heads, num_kv_heads=args.kv_heads, head_dim=args.head_dim, dtype=dtype
@@ -99,7 +112,6 @@ def _arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPE_BYTES, help="default: bfloat16 on GPUs")
     parser.add_argument("--files", type=Path, help="folder with local lengths or documents")
-    parser.add_argument("--store", help="file through which local processes meet")
     return parser.parse_args(words)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.cluster import PRESETS, Cluster
 from dcp.launch.ending import ending_on_sigterm
+from dcp.launch.failures import JobFailed
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
 from dcp.plan import Plan
@@ -41,6 +42,9 @@ def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except JobFailed as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
@@ -85,7 +89,7 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         import dcp.inference.command
 
         dcp.inference.command.add_arguments(generate)
-        generate.set_defaults(run=dcp.inference.command.run)
+        generate.set_defaults(run=ending_on_sigterm(dcp.inference.command.run))
 
     bench = commands.add_parser("bench", help="measure this machine's kernels")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
@@ -108,7 +112,7 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
         import dcp.profile
 
         dcp.profile.add_arguments(profile)
-        profile.set_defaults(run=dcp.profile.run)
+        profile.set_defaults(run=ending_on_sigterm(dcp.profile.run))
     return parser
 
 

@@ -6,24 +6,27 @@ import argparse
 import json
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.doctor_rank import PLAN, SPANS
-from dcp.launch.local import run_ranks
+from dcp.launch.group import joined_group
+from dcp.launch.ranks import run_ranks
 from dcp.placement import StrategyError, strategy_names
 from dcp.plan import Plan
 from dcp.planner import plan
 from dcp.report.trace import write_trace
-from dcp.runtime import LocalWorld
+from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import KERNELS
 from dcp.simulate import Span
 
@@ -145,19 +148,28 @@ def _strategy(name: str) -> str:
 
 def _worst_error(made: Plan, *, kernel: str, device: str) -> float:
     """Largest difference of outputs and gradients from dense attention, causal."""
+    (*inputs, grad), wanted = _case(device)
+    out = LocalWorld(made, kernel=kernel).attention(*inputs)
+    assert isinstance(out, torch.Tensor)
+    return _difference((out, *torch.autograd.grad(out, inputs, grad)), wanted)
+
+
+def _case(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """q, k, v and the output's gradient; the output of dense attention and their gradients."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((SPEC.num_heads,), (SPEC.num_kv_heads,), (SPEC.num_kv_heads,), (SPEC.num_heads,))
     q, k, v, grad = (
-        torch.randn(made.num_tokens, *heads, SPEC.head_dim, generator=generator).to(device)
-        for heads in shapes
+        torch.randn(sum(SEQLENS), heads, SPEC.head_dim, generator=generator).to(device)
+        for heads in (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
     )
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = LocalWorld(made, kernel=kernel).attention(q, k, v)
-    assert isinstance(out, torch.Tensor)
-    found = (out, *torch.autograd.grad(out, inputs, grad))
-    dense = _dense(*inputs)
-    wanted = (dense, *torch.autograd.grad(dense, inputs, grad))
-    error = max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
+    out = _dense(*inputs)
+    return [*inputs, grad], [out, *torch.autograd.grad(out, inputs, grad)]
+
+
+def _difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
+    """The largest of any element, raised where it is too large."""
+    pairs = [(a - b).detach() for a, b in zip(found, wanted, strict=True) if a.numel()]
+    error = max((float(each.abs().max()) for each in pairs), default=0.0)
     if not error < MOST_ERROR:
         raise AssertionError(f"differs from dense attention by {error:.1e}")
     return error
@@ -176,26 +188,46 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _group(num_processes: int, trace: Path | None) -> str:
-    if num_processes < 1:
-        raise ValueError(f"--num-processes must be 1 or more, got {num_processes}")
-    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as name:
-        folder = Path(name)
-        cluster = Cluster(devices_per_node=num_processes)
-        plan(SequenceBatch(SEQLENS), SPEC, cluster, strategy="zigzag").save(folder / PLAN)
-        rank = "dcp.doctor_rank"
-        run_ranks(rank, [name], processes=num_processes, per_node=num_processes)
-        found = [
-            json.loads((folder / SPANS.format(rank)).read_text()) for rank in range(num_processes)
-        ]
+    with tempfile.TemporaryDirectory(prefix="dcp-doctor-") as folder:
+        path, cluster = Path(folder) / "case.plan", Cluster(devices_per_node=max(num_processes, 1))
+        plan(SequenceBatch(SEQLENS), SPEC, cluster, strategy="zigzag").save(path)
+        job = {"plan": str(path)}
+        found = run_ranks("dcp.doctor:run_plan", job, num_processes=num_processes)
     worst = max(each["error"] for each in found)
-    if not worst < MOST_ERROR:
-        raise AssertionError(f"differs from one process by {worst:.1e}")
     spans = [Span(**span) for each in found for span in each["spans"]]
     if trace is not None:
         begin = min((span.start for span in spans), default=0.0)
         moved = [Span(s.rank, s.track, s.name, s.start - begin, s.end - begin) for s in spans]
         write_trace(moved, trace)
     return f"gloo, error {worst:.1e}, {len(spans)} instructions run"
+
+
+def run_plan(job: dict[str, Any]) -> dict[str, Any]:
+    """One rank of the group's check: runs the plan twice, the second time recorded.
+
+    Returns its spans, and how far its share of the result lies from dense attention.
+    """
+    torch.set_num_threads(1)
+    with joined_group(torch.device("cpu")):
+        made, executor = Plan.load(job["plan"]), AttentionExecutor()
+        executor.prepare(made)
+        _error_on_rank(made, executor)
+        executor.spans = []
+        error = _error_on_rank(made, executor)
+        return {"error": error, "spans": [asdict(span) for span in executor.spans]}
+
+
+def _error_on_rank(made: Plan, executor: AttentionExecutor) -> float:
+    def local(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        return [made.shard(executor.rank, each.detach()) for each in (q, torch.stack((k, v), 1))]
+
+    (*inputs, grad), (dense, *gradients) = _case("cpu")
+    q, kv = (tensor.requires_grad_() for tensor in local(*inputs))
+    share, grad = (made.shard(executor.rank, each.detach()) for each in (dense, grad))
+    dist.barrier()
+    out = executor.attention(q, kv)
+    found = (out, *torch.autograd.grad(out, (q, kv), grad))
+    return _difference(found, [share, *local(*gradients)])
 
 
 def _package(package: str, purpose: str) -> str:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.cost import FORWARD_FLOPS
+from dcp.launch.group import choose_device, joined_group
+from dcp.launch.ranks import run_ranks
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
@@ -194,36 +194,22 @@ def _seconds(work: Callable[[], object], device: torch.device, *, least: float =
 
 def measure_links() -> dict[str, Any]:
     """Latency (s) and bandwidth (bytes/s) between ranks of a node and between nodes."""
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
-        with _group() as local_size:
-            rank, size = dist.get_rank(), dist.get_world_size()
-            found = measure_link(rank, 1, "intra") if local_size > 1 else {}
-            if size > local_size:
-                found |= measure_link(rank, local_size, "inter")
-            return found
-    context = multiprocessing.get_context("spawn")
-    answer = context.SimpleQueue()
-    multiprocessing.spawn(_local_pair, args=(_free_port(), answer), nprocs=2)
-    return answer.get()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return measure_group({"device": "auto"})
+    return run_ranks("dcp.profile:measure_group", {"device": "cpu"}, num_processes=2)[0]
 
 
-def _local_pair(rank: int, port: int, answer: multiprocessing.SimpleQueue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = measure_link(rank, 1, "intra")
-    if rank == 0:
-        answer.put(found)
-    dist.destroy_process_group()
-
-
-@contextmanager
-def _group() -> Iterator[int]:
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if _on_gpu():  # NCCL connects a group at its first operation, which needs all ranks
-        dist.all_reduce(torch.zeros(1, device="cuda"))
-    try:
-        yield int(os.environ["LOCAL_WORLD_SIZE"])
-    finally:
-        dist.destroy_process_group()
+def measure_group(job: dict[str, Any]) -> dict[str, Any]:
+    """:func:`measure_links` on one of the ranks, which all take part; the first one's count."""
+    with joined_group(choose_device(job["device"])):
+        rank, size = dist.get_rank(), dist.get_world_size()
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        if _on_gpu():  # NCCL connects a group at its first operation, which needs all ranks
+            dist.all_reduce(torch.zeros(1, device="cuda"))
+        found = measure_link(rank, 1, "intra") if local_size > 1 else {}
+        if size > local_size:
+            found |= measure_link(rank, local_size, "inter")
+        return found
 
 
 def measure_link(rank: int, peer: int, where: str, *, large: int = LARGE_BYTES) -> dict[str, float]:
@@ -258,11 +244,3 @@ def measure_link(rank: int, peer: int, where: str, *, large: int = LARGE_BYTES) 
 
 def _on_gpu() -> bool:
     return dist.get_backend() == "nccl"
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

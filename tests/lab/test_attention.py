@@ -1,12 +1,12 @@
 """The benchmarks on shaped links: what they compare, count and keep."""
 
 import json
-import sys
 
 import pytest
 
 from dcp import Cluster
 from dcp.cost import linear_seconds
+from dcp.launch.failures import JobFailed
 from dcp.planner import plan
 from lab import attention as bench
 from lab import train
@@ -111,9 +111,8 @@ def test_speeds_leave_warm_up_out_and_losses_are_compared():
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_a_failing_rank_ends_the_others():
-    code = "import os, time; time.sleep(60) if os.environ['RANK'] == '0' else exit(3)"
-    with open_testbed(2, bandwidth=1e6) as bed, pytest.raises(ValueError, match=r"ranks \[0, 1\]"):
-        bed.run([sys.executable, "-c", code])
+    with open_testbed(2, bandwidth=1e6) as bed, pytest.raises(JobFailed, match=r"^rank 1 ended"):
+        bed.run("tests.works:wait_beside_a_failure", {})
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -121,7 +120,7 @@ def test_the_cards_carry_what_the_plans_say(case):
     """Real ranks, real counters: the tables' bytes and nothing else to speak of."""
     made = case.plans[case.index["zigzag"]]
     with open_testbed(2, bandwidth=100e6) as bed:
-        found = bench.run_ranks(bed, [made], bench.SPEC, ranks_per_node=1, repeat=1)
+        found = bench.run_plans(bed, [made], bench.SPEC, ranks_per_node=1, repeat=1)
     counted = [rank["wire"][0] for rank in found]
     for node, planned in enumerate(bench.planned_wire(made).tolist()):
         assert counted[node] == pytest.approx(planned, rel=0.05)

@@ -1,7 +1,6 @@
 """The comparison of simulated with measured seconds, and the testbed it runs in."""
 
 import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -105,19 +104,10 @@ def test_a_testbed_refuses_what_it_cannot_make():
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def test_nodes_reach_each_other_and_nothing_stays_behind():
     with open_testbed(2, bandwidth=1e6) as bed:
-        code = (
-            "import os, socket; a = (os.environ['MASTER_ADDR'], int(os.environ['MASTER_PORT']))\n"
-            "if os.environ['RANK'] == '0':\n"
-            "    s = socket.create_server(a); c, _ = s.accept()\n"
-            "    assert c.recv(9) == b'here'\n"
-            "else:\n"
-            "    import time\n"
-            "    for _ in range(100):\n"
-            "        try: c = socket.create_connection(a, 5); break\n"
-            "        except OSError: time.sleep(0.05)\n"
-            "    c.sendall(b'here')\n"
-        )
-        processes = bed.start([sys.executable, "-c", code])
-        assert [process.wait(20) for process in processes] == [0, 0]
+        found = bed.run("tests.works:meet", {}, ranks_per_node=2, timeout_seconds=120)
+    nodes = [int(each["node"]) for each in found]
+    assert nodes[0] == nodes[1] != nodes[2] == nodes[3]  # the namespaces' numbers
+    assert [each["heard"] for each in found] == [[0, 1, 2, 3]] * 4
+    assert [each["cards"] for each in found] == [["eth0", "lo"]] * 4
     listed = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True).stdout
     assert not set(bed.namespaces) & set(listed.split())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from dcp.batch import DTYPE_BYTES
@@ -44,9 +42,9 @@ def run(args: argparse.Namespace) -> int:
     """Generate; the exit status."""
     job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
-        from dcp.inference.process import converse_in_group
+        from dcp.inference.rank import generate
 
-        found = converse_in_group(job)
+        found = generate(job)
     else:
         found = _launched(job, args.num_processes)
     if found is not None:
@@ -56,21 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _launched(job: dict[str, Any], num_processes: int) -> dict[str, Any]:
     """The job on local processes; ``ValueError`` with the failing rank's line."""
-    from dcp.inference.process import RESULT
-    from dcp.train.launch import JobFailed, launch_module
+    from dcp.launch.failures import JobFailed
+    from dcp.launch.ranks import run_ranks
 
-    with tempfile.TemporaryDirectory(prefix="dcp-generate-") as folder:
-        (Path(folder) / "job.json").write_text(json.dumps(job))
-        try:
-            launch_module(
-                "dcp.inference.process",
-                Path(folder),
-                num_processes=num_processes,
-                logs=Path(folder) / "logs",
-            )
-        except JobFailed as error:
-            raise ValueError(str(error)) from None
-        return json.loads((Path(folder) / RESULT).read_text())
+    try:
+        return run_ranks("dcp.inference.rank:generate", job, num_processes=num_processes)[0]
+    except JobFailed as error:
+        raise ValueError(str(error)) from None
 
 
 def as_text(found: dict[str, Any], said: list[Any]) -> str:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
+from dcp.launch.failures import JobFailed, RankLost
 from dcp.train.config import TrainConfig, options
-from dcp.train.launch import JobFailed, launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     config = TrainConfig.load(args.config, {k: v for k, v in given.items() if v is not None})
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
         from dcp.data.planning import PlanningError
-        from dcp.train.heartbeat import RankLost
-        from dcp.train.process import run_rank
+        from dcp.train.rank import run_rank
 
         try:
             run_rank(config)
@@ -55,6 +55,17 @@ def run(args: argparse.Namespace) -> int:
         print(f"dcp train: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def launch(config: TrainConfig, *, num_processes: int) -> None:
+    """Train on ``num_processes`` local ranks and wait; raises as :func:`run_ranks` does.
+
+    The first rank keeps the terminal; the others write to ``logs/`` of the output folder.
+    """
+    from dcp.launch.ranks import run_ranks
+
+    logs = Path(config.output) / "logs"
+    run_ranks("dcp.train.rank:train", config.to_json(), num_processes=num_processes, logs=logs)
 
 
 def main(argv: list[str] | None = None) -> int:

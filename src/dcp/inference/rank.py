@@ -1,12 +1,8 @@
-"""One rank of ``dcp generate``: ``python -m dcp.inference.process FOLDER``, started by the
-launcher. The folder holds ``job.json``; the first rank adds ``result.json``."""
+"""One rank of ``dcp generate``, started by :func:`dcp.launch.ranks.run_ranks` or by torchrun."""
 
 from __future__ import annotations
 
-import json
-import sys
 from itertools import chain
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -17,25 +13,14 @@ import torch.distributed as dist
 from dcp.data.tokenizers import Tokenizer, open_tokenizer
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
-from dcp.train.process import choose_device, joined_group, main
-
-RESULT = "result.json"  # in the job's folder
+from dcp.launch.group import choose_device, joined_group
 
 
-def generate(folder: Path, listen_fd: int | None) -> None:
-    """Hold the conversations of the job."""
-    found = converse_in_group(json.loads((folder / "job.json").read_text()), listen_fd=listen_fd)
-    if found is not None:
-        (folder / RESULT).write_text(json.dumps(found))
-
-
-def converse_in_group(
-    job: dict[str, Any], *, listen_fd: int | None = None
-) -> dict[str, Any] | None:
+def generate(job: dict[str, Any]) -> dict[str, Any] | None:
     """:func:`converse` in the group that the environment describes; None but on the first rank."""
     torch.set_num_threads(1)
     device = choose_device(job["device"])
-    with joined_group(device, listen_fd=listen_fd) as group:
+    with joined_group(device) as group:
         found = converse(job, device, group)
         return found if dist.get_rank(group) == 0 else None
 
@@ -91,7 +76,3 @@ def said(
 
 def _texts(tokenizer: Tokenizer, replies: list[list[int]]) -> list[str]:
     return [tokenizer.decode(np.array(reply, dtype=np.int64)) for reply in replies]
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], generate))

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from dcp.launch.failures import RankLost
+
 INTERVAL_SECONDS = 0.5
 SILENCE_SECONDS = 3.0  # so long without a beat is death: six beats
-
-
-class RankLost(RuntimeError):
-    """A rank of the job died or cannot be reached any more."""
 
 
 class Heartbeat:

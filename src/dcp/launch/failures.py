@@ -1,0 +1,80 @@
+"""What a rank leaves behind when it fails, and which failure came first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dcp.data.planning import PlanningError
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+FAILURE_LOG = "failure.log"
+
+
+class JobFailed(RuntimeError):
+    """A rank failed; the message is one line that names it."""
+
+
+class RankLost(RuntimeError):
+    """A rank of the job died or cannot be reached any more."""
+
+
+def record(error: Exception) -> None:
+    """Leave the error to whoever started this rank (:func:`run_ranks` or torchrun), if anybody did.
+
+    The file is torch's own (:mod:`torch.distributed.elastic.multiprocessing.errors`) with a time
+    of more than whole seconds, and without a traceback where the user is to blame. A rank's first
+    error stands: later ones follow from it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or Path(path).exists():
+        return
+    message = " ".join(str(error).split())
+    more: dict[str, Any] = {"timestamp": time.time()}
+    if not isinstance(error, ValueError | OSError | PlanningError | RankLost):
+        message = f"{type(error).__name__}: {message[:500]}"
+        more["py_callstack"] = "".join(traceback.format_exception(error))
+    draft = Path(f"{path}.draft")
+    draft.write_text(json.dumps({"message": {"message": message, "extraInfo": more}}))
+    draft.rename(path)
+
+
+def first_failure(failures: Mapping[int, ProcessFailure], logs: Path | None) -> JobFailed:
+    """The earliest of all ranks' failures; a traceback goes to ``logs``, else to the terminal."""
+    rank = min(failures, key=lambda rank: _when(failures[rank]))
+    first = failures[rank]
+    if not isinstance(first.message, dict):  # it recorded nothing
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            hint = ", maybe for want of memory" if name == "SIGKILL" else ""
+            return JobFailed(f"rank {rank} was killed by {name}{hint}")
+        where = f"; see {logs}" if logs else ""
+        return JobFailed(f"rank {rank} ended with status {first.exitcode}{where}")
+    where = ""
+    if (trace := first.message["extraInfo"].get("py_callstack")) is not None:
+        if logs is None:
+            sys.stderr.write(trace)
+        else:
+            (logs / FAILURE_LOG).write_text(trace)
+            where = f" (traceback in {logs / FAILURE_LOG})"
+    return JobFailed(f"rank {rank} failed: {first.message['message']}{where}")
+
+
+def _when(failure: ProcessFailure) -> float:
+    """When it failed. Of a death without a record torch keeps the whole second: its end is meant.
+
+    Deaths in one second stay in the order in which they were seen, those that the launcher caused
+    in turn behind the first.
+    """
+    if isinstance(failure.message, dict):
+        return failure.message["extraInfo"]["timestamp"]
+    return failure.timestamp + 1.0
