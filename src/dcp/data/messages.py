@@ -19,6 +19,14 @@ class PlanningFailed(ValueError):
     """The planner refused a batch; the message is the planner's own."""
 
 
+class PlanningError(RuntimeError):
+    """A batch has no plan, and not through the batch's own fault."""
+
+
+class PoolLost(PlanningError):
+    """A pool has ended and plans nothing more; another one may."""
+
+
 def request_to_bytes(
     batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, options: dict[str, Any]
 ) -> bytes:

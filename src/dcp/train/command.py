@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key, *_ in options()}
     config = TrainConfig.load(args.config, {k: v for k, v in given.items() if v is not None})
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
-        from dcp.data.planning import PlanningError
+        from dcp.data.messages import PlanningError
         from dcp.train.heartbeat import RankLost
         from dcp.train.process import run_rank
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dcp.data.planning import PlanningError
+from dcp.data.messages import PlanningError
 from dcp.datacentric.trainer import DataCentricTrainer
 from dcp.train.config import TrainConfig
 from dcp.train.heartbeat import Heartbeat, RankLost
