@@ -137,9 +137,10 @@ class DCPDataLoader:
     ) -> tuple[int, ...]:
         """Those given, else those that have the cores to plan with."""
         num_ranks = self._exchange.num_ranks
-        if ranks is None:
-            one = pool == "ray"  # which has the cores of all nodes
-            ranks = [0] if one else _first_of_each_node(self.cluster, self._exchange.plan_ranks)
+        if ranks is None:  # the first of each node, or one for Ray, which has the cores of all
+            nodes = self.cluster.node_of_rank[np.array(self._exchange.plan_ranks)].tolist()
+            firsts = sorted(nodes.index(node) for node in set(nodes))
+            ranks = [0] if pool == "ray" else firsts
         if not ranks or not set(ranks) <= set(range(num_ranks)):
             raise ValueError(f"planning_ranks {ranks} are not ranks below {num_ranks}")
         return tuple(dict.fromkeys(ranks))
@@ -296,8 +297,3 @@ def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Clus
             f"the cluster has {cluster.num_ranks} devices and attention {num_ranks} ranks"
         )
     return cluster
-
-
-def _first_of_each_node(cluster: Cluster, plan_ranks: Sequence[int]) -> list[int]:
-    nodes = cluster.node_of_rank[np.array(plan_ranks)].tolist()
-    return sorted(nodes.index(node) for node in set(nodes))
