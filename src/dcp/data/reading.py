@@ -82,7 +82,7 @@ class DocumentReader:
         return self._read(share) if begun is None else begun.result()
 
     def close(self) -> None:
-        """End the thread, after the document batch that it is reading."""
+        """End the thread, once the batch that it is reading is read."""
         self.begin(())
         self._thread.shutdown()
 
