@@ -17,9 +17,8 @@ from tests.loading import worker_pids
 PARENT = """
 import sys, time
 from dcp.data import PlanningPool
-from tests.loading import worker_pids
 pool = PlanningPool(2)
-print(*worker_pids(pool), flush=True)
+print(*(worker.process.pid for worker in pool._jobs.workers), flush=True)
 time.sleep(float(sys.argv[1]))
 """
 
