@@ -38,13 +38,12 @@ def main() -> None:
     # The data: documents of any length, here the sources of Python's standard library.
     dataset = TokenDataset(open_documents("python", limit=400), ByteTokenizer())
     spec = dcp.AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
-    executor = dcp.AttentionExecutor(dist.group.WORLD)
+    executor = dcp.AttentionExecutor()  # of the default process group, as the loader's
 
     with dcp.DCPDataLoader(
         dataset,
         "causal",
         spec=spec,
-        group=dist.group.WORLD,
         tokens_per_batch=4096,
         over_long="split",
     ) as loader:

@@ -10,38 +10,10 @@ from dcp.program import RankPlan
 
 transformers = pytest.importorskip("transformers")
 
-from dcp.integrations.transformers import (  # noqa: E402
-    dcp_attention,
-    local_logits,
-    register_attention,
-)
+from dcp.integrations.transformers import dcp_attention, local_logits  # noqa: E402
+from tests.models import make_config, make_model, make_tokens  # noqa: E402
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
-
-
-def make_config(implementation, kind=transformers.LlamaConfig, **others):
-    register_attention()
-    return kind(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        use_cache=False,
-        attn_implementation=implementation,
-        **others,
-    )
-
-
-def make_model(config):
-    torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def make_tokens(seqlens):
-    return torch.randint(0, 50, (sum(seqlens),), generator=torch.Generator().manual_seed(1))
 
 
 def run_rank(message, seqlens):

@@ -12,12 +12,13 @@ import pytest
 from dcp.data import PlanningPool
 from lab import soak
 from lab.__main__ import main
+from tests.loading import worker_pids
 
 PARENT = """
 import sys, time
 from dcp.data import PlanningPool
 pool = PlanningPool(2)
-print(*pool.worker_pids, flush=True)
+print(*(worker.process.pid for worker in pool._jobs.workers), flush=True)
 time.sleep(float(sys.argv[1]))
 """
 
@@ -27,11 +28,11 @@ def test_the_workers_of_a_job_are_found_and_killed_and_nobody_elses():
     job = subprocess.Popen([sys.executable, "-c", PARENT, "2"], stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in job.stdout.readline().split()]
     assert sorted(soak.planning_workers(job.pid)) == sorted(pids)
-    assert set(soak.planning_workers(os.getpid())) == {*pids, *other.worker_pids}
+    assert set(soak.planning_workers(os.getpid())) == {*pids, *worker_pids(other)}
     killed = soak.disturb(job, 0.3, random.Random(0))
     assert sorted(killed) == sorted(pids)  # nobody replaced them: nobody asked for a plan
     assert job.wait() == 0
-    assert soak.planning_workers(os.getpid()) == other.worker_pids
+    assert soak.planning_workers(os.getpid()) == worker_pids(other)
     other.close()
     job.stdout.close()
 

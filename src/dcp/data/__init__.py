@@ -16,13 +16,13 @@ _HOMES = {
     "TokenDataset": "datasets",
     "as_dataset": "datasets",
     "TokenBudgetBatches": "batching",
-    "Pool": "planning",
-    "PlanningPool": "planning",
-    "PlanningError": "planning",
-    "PoolLost": "planning",
+    "Pool": "pool",
+    "PlanningPool": "pool",
+    "PlanningError": "messages",
+    "PoolLost": "messages",
     "ModalityMasks": "multimodal",
     "DCPDataLoader": "loader",
-    "LocalBatch": "loader",
+    "LocalBatch": "reading",
 }
 __all__ = list(_HOMES)
 

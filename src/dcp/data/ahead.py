@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
 
 from dcp.data.batching import PlacedBatch
 from dcp.data.exchange import ERROR_SECONDS, Exchange, Share, error_to_bytes
-from dcp.data.planning import PlanningError, Pool, PoolLost
+from dcp.data.messages import PlanningError, PoolLost
+from dcp.data.pool import Pool
 
 Prepare = Callable[[PlacedBatch], tuple[Share, bytes]]
 
@@ -93,9 +93,10 @@ class LookAhead:
         self.stop()
         self._starts += 1  # tells the shares of this run from stale ones
         self._iteration, self._horizon = 0, 0
-        self._source = None if places is None else _or_error(places)
-        self._places: dict[int, PlacedBatch | Exception] = {}
+        self._source = places
+        self._places: dict[int, PlacedBatch] = {}
         self._unread: dict[int, str] = {}  # own iterations that not all have read
+        self._early: dict[str, Share | Exception] = {}  # seen before their turn
 
     def take(self) -> Taken:
         """The next share; :class:`PlanningError` where no pool or no rank makes its plan."""
@@ -116,6 +117,17 @@ class LookAhead:
         self._places.pop(iteration, None)
         return Taken(share, time.perf_counter() - began, depth)
 
+    def upcoming(self, count: int) -> list[Share]:
+        """The next shares, ``count`` at most, that are there already; they stay to be taken."""
+        shares: list[Share] = []
+        with suppress(RuntimeError):  # the store is gone: whoever takes the next share will hear
+            for iteration in range(self._iteration, self._iteration + count):
+                share = self._glance(iteration)
+                if not isinstance(share, Share):
+                    break
+                shares.append(share)
+        return shares
+
     def stop(self) -> None:
         """Forget what is planned ahead."""
         for planned in self._pending.values():
@@ -124,10 +136,30 @@ class LookAhead:
 
     # ------------------------------------------------------------------ one iteration
 
+    def _glance(self, iteration: int) -> Share | Exception | None:
+        """The share, or the error in its place, if it is there and its planner well."""
+        planner, planned = self._deal.planner(iteration), self._pending.get(iteration)
+        key = self._key(iteration, planner)
+        if key not in self._early and planner is not None:
+            if planner == self._exchange.rank:
+                if planned is not None and planned.is_published:
+                    self._early[key] = planned.own_share(0.0)
+            elif self._exchange.num_published([key]):
+                try:
+                    self._early[key] = Share.from_bytes(self._exchange.fetch(key, planner))
+                except (ValueError, PlanningError) as error:  # for when its turn comes
+                    self._early[key] = error
+        return self._early.get(key)
+
     def _share_of(self, iteration: int, planner: int) -> Share:
+        key = self._key(iteration, planner)
+        early = self._early.pop(key, None)
+        if isinstance(early, Exception):
+            raise early
         if planner == self._exchange.rank:
+            planned = self._pending.pop(iteration)
             try:
-                return self._pending.pop(iteration).own_share(self._timeout)
+                return early or planned.own_share(self._timeout)
             except PlanningError:
                 raise
             except Exception:  # the store may go with this rank: the others shall read it first
@@ -135,7 +167,7 @@ class LookAhead:
                     self._exchange.was_read(self._unread[iteration], wait_seconds=ERROR_SECONDS)
                     del self._unread[iteration]
                 raise
-        return Share.from_bytes(self._exchange.fetch(self._key(iteration, planner), planner))
+        return early or Share.from_bytes(self._exchange.fetch(key, planner))
 
     def _pass_on(self, planner: int, error: PoolLost) -> None:
         """A pool is lost; the other planning ranks take its iterations over from here on."""
@@ -186,11 +218,9 @@ class LookAhead:
 
     def _plan(self, iteration: int) -> None:
         assert self._pool is not None
-        share, place = None, self._places[iteration]
+        share = None
         try:
-            if isinstance(place, Exception):
-                raise place
-            share, request = self._prepare(place)
+            share, request = self._prepare(self._places[iteration])
             future = self._pool.submit(request)
         except Exception as error:  # raised when its turn comes, here and on every rank
             future = Future()
@@ -206,12 +236,14 @@ class LookAhead:
         first, own = self._iteration, self._exchange.rank
         count = max(self._horizon - first, 0)
         planners = [self._deal.planner(first + n) for n in range(count)]
-        missing = (n for n in range(count) if planners[n] == own and not self._is_ready(first + n))
-        count = next(missing, count)
-        others = [n for n in range(count) if planners[n] != own]
-        keys = [self._key(first + n, planners[n]) for n in others]
-        there = self._exchange.num_published(keys) if keys else 0
-        return count if there == len(others) else others[there]
+        own_missing = (
+            n for n in range(count) if planners[n] == own and not self._is_ready(first + n)
+        )
+        count = next(own_missing, count)
+        keys = {self._key(first + n, planners[n]): n for n in range(count) if planners[n] != own}
+        missing = [key for key in keys if key not in self._early]
+        there = self._exchange.num_published(missing) if missing else 0
+        return count if there == len(missing) else keys[missing[there]]
 
     def _is_ready(self, iteration: int) -> bool:
         return iteration in self._pending and self._pending[iteration].future.done()
@@ -224,14 +256,6 @@ class LookAhead:
         return f"{self._starts}/{iteration}/{planner}"
 
 
-def _or_error(places: Iterator[PlacedBatch]) -> Iterator[PlacedBatch | Exception]:
-    """The places, and for ever the error that ends them: all ranks have to hear of it."""
-    try:
-        yield from places
-    except Exception as error:
-        yield from repeat(error)
-
-
 class _Planned:
     """A batch on its way: the other ranks get their shares as soon as its plan is finished."""
 
@@ -242,6 +266,12 @@ class _Planned:
         self._lock, self._published, self._withdrawn = threading.Lock(), threading.Event(), False
         self._failure: Exception | None = None
         future.add_done_callback(self._publish)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the batch is planned and the others have their shares, all without an error."""
+        there = self._published.is_set() and self._failure is None
+        return there and self.future.exception() is None
 
     def own_share(self, timeout: float) -> Share:
         """The planning rank's own share, once the others have theirs."""

@@ -160,34 +160,51 @@ def _num_tokens(batch: list[Piece]) -> int:
 
 @dataclass(frozen=True)
 class PlacedBatch:
-    """A batch and its place: ``pieces`` int64 ``[n, 3]``; ``last`` is true where an epoch ends."""
+    """A batch and its place.
+
+    Attributes:
+        pieces: (document, start, stop) of every sequence, int64 ``[n, 3]``.
+        last: the batch ends its epoch.
+        num_batches: batches of the epoch to which the next batch belongs.
+    """
 
     epoch: int
     position: int
     pieces: np.ndarray
     last: bool
+    num_batches: int
 
 
-def batches_from(
-    batches: TokenBudgetBatches, *, epoch: int, position: int
-) -> Iterator[PlacedBatch]:
-    """All batches from a place on, epoch after epoch, without end."""
-    while True:
-        count = 0
-        pieces: np.ndarray | None = None
-        for count, following in enumerate(batches.epoch(epoch)):
-            if count > position:
-                assert pieces is not None
-                yield PlacedBatch(epoch, count - 1, pieces, last=False)
-            pieces = following
-        if pieces is None:
+class BatchesFrom(Iterator[PlacedBatch]):
+    """All batches from a place on, epoch after epoch, without end.
+
+    ``num_batches`` counts those of the epoch to which the next one belongs.
+
+    Raises ``ValueError``, when it is made, where there is no such place.
+    """
+
+    def __init__(self, batches: TokenBudgetBatches, *, epoch: int, position: int) -> None:
+        self._batches = batches
+        self._begin(epoch)
+        if position >= self.num_batches:
+            raise ValueError(
+                f"cannot resume at batch {position} of epoch {epoch}: "
+                f"it has {self.num_batches} batches"
+            )
+        self._position = position
+
+    def __next__(self) -> PlacedBatch:
+        epoch, position, pieces = self._epoch, self._position, self._order[self._position]
+        self._position += 1
+        if last := self._position == self.num_batches:
+            self._begin(epoch + 1)
+        return PlacedBatch(epoch, position, pieces, last, self.num_batches)
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch, self._position, self._order = epoch, 0, list(self._batches.epoch(epoch))
+        self.num_batches: int = len(self._order)
+        if not self._order:
             raise ValueError(
                 f"no batch of epoch {epoch} is {ORDERED_FILL:.0%} full: lower tokens_per_batch="
-                f"{batches.tokens_per_batch} or use packing='first_fit'"
+                f"{self._batches.tokens_per_batch} or use packing='first_fit'"
             )
-        if position > count:
-            raise ValueError(
-                f"cannot resume at batch {position} of epoch {epoch}: it has {count + 1} batches"
-            )
-        yield PlacedBatch(epoch, count, pieces, last=True)
-        epoch, position = epoch + 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -46,39 +47,42 @@ class TokenDataset:
 class SampleDataset:
     """Any sequence of samples: token arrays, or mappings with ``input_ids`` and maybe ``labels``.
 
-    The lengths take one pass over the samples, unless the sequence has a ``lengths`` attribute.
+    One thread at a time reads from it. ``lengths`` and ``num_loss_tokens`` are those of the
+    sequence, where it has them; else they read the samples.
     """
 
-    def __init__(self, samples: Sequence[Any]) -> None:
-        self.samples = samples
+    def __init__(self, samples: Any) -> None:
+        self._samples, self._lock = samples, Lock()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self._samples)
 
     def __getitem__(self, index: int) -> Any:
-        return self.samples[index]
+        with self._lock:
+            return self._samples[index]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample: int64 ``[n]``."""
-        if (known := getattr(self.samples, "lengths", None)) is not None:
+        if (known := getattr(self._samples, "lengths", None)) is not None:
             return np.asarray(known, dtype=np.int64)
-        counts = [len(tokens_of(self.samples[i])) for i in range(len(self))]
-        return np.array(counts, dtype=np.int64)
+        return np.array([len(tokens_of(self[i])) for i in range(len(self))], dtype=np.int64)
 
     def num_loss_tokens(self, index: int, start: int, stop: int) -> int:
         """Tokens of a sample's piece whose shifted label counts."""
-        return int((shifted_labels(self.samples[index])[start:stop] != IGNORED).sum())
+        if hasattr(self._samples, "num_loss_tokens"):
+            with self._lock:
+                return self._samples.num_loss_tokens(index, start, stop)
+        return int((shifted_labels(self[index])[start:stop] != IGNORED).sum())
 
 
-def as_dataset(dataset: Any) -> TokenDataset | SampleDataset:
-    """The dataset itself where it has the interface of ours, else wrapped."""
+def as_dataset(dataset: Any) -> SampleDataset:
+    """The dataset's samples; ``ValueError`` where it has none."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(f"dataset of type {type(dataset).__name__} has no length or no index")
     if not len(dataset):
         raise ValueError("the dataset is empty: it has no documents")
-    known = hasattr(dataset, "num_loss_tokens") and hasattr(dataset, "lengths")
-    return dataset if known else SampleDataset(dataset)
+    return SampleDataset(dataset)
 
 
 def tokens_of(sample: Any) -> np.ndarray:

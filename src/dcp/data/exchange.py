@@ -6,22 +6,24 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from dcp import wire
-from dcp.data.planning import PlanningError, PoolLost
+from dcp.data.messages import PlanningError, PoolLost
 from dcp.program import RankPlan
+from dcp.runtime.group import resolve_group
 
 _KIND = "batch-share"
+_COUNTS = ("num_loss_tokens", "last", "num_batches")
 _ERRORS = {"lost": PoolLost, "value": ValueError, "planning": PlanningError}
 ERROR_SECONDS = 5.0  # an error's rank stays that long for the others to read it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # and so a key of dictionaries
 class Share:
     """What one rank gets of a planned batch.
 
@@ -29,16 +31,18 @@ class Share:
         pieces: (document, start, stop, the document's tokens) of every sequence, int64 ``[n, 4]``.
         num_loss_tokens: tokens with a label in the whole batch.
         last: the batch ends its epoch.
+        num_batches: batches of the epoch to which the next batch belongs.
         plan: the rank's ``RankPlan`` as bytes.
     """
 
     pieces: np.ndarray
     num_loss_tokens: int
     last: bool
+    num_batches: int
     plan: bytes
 
     def to_bytes(self) -> bytes:
-        meta = {"num_loss_tokens": self.num_loss_tokens, "last": self.last}
+        meta = {name: getattr(self, name) for name in _COUNTS}
         arrays = {"pieces": self.pieces, "plan": np.frombuffer(self.plan, np.uint8)}
         return wire.pack(_KIND, meta, arrays)
 
@@ -48,9 +52,8 @@ class Share:
         meta, arrays = wire.unpack(_KIND, message)
         if "error" in meta:
             raise _ERRORS[meta["as"]](meta["error"])
-        return cls(
-            arrays["pieces"], meta["num_loss_tokens"], meta["last"], arrays["plan"].tobytes()
-        )
+        counts = {name: meta[name] for name in _COUNTS}
+        return cls(pieces=arrays["pieces"], plan=arrays["plan"].tobytes(), **counts)
 
     def rank_plan(self) -> RankPlan:
         return RankPlan.from_bytes(self.plan)
@@ -64,83 +67,32 @@ def error_to_bytes(error: BaseException, *, rank: int) -> bytes:
     return wire.pack(_KIND, {"error": text, "as": kind or "planning"}, {})
 
 
-class Exchange(Protocol):
+class Exchange:
     """The ranks of a loader, and what passes between them under the key of a batch.
+
+    Shares lie in the store of the group, under a key per batch and rank of the plan. The last to
+    read a share deletes it; the last share to go marks the batch as read, for the flow control of
+    its planner. Constructing it is collective over ``group``.
+
+    Args:
+        group: all ranks; see :func:`resolve_group`. A process alone has nobody to tell.
+        attention_group: the group over which this rank's attention runs; None is ``group``. Ranks
+            with the same rank in theirs share a plan, which then is in the store once.
+        timeout_seconds: how long a share is waited for.
 
     Attributes:
         rank, num_ranks: of the loader's group.
         plan_ranks: the rank in the plan of each of them; some may share one.
     """
 
-    rank: int
-    num_ranks: int
-    plan_ranks: tuple[int, ...]
-
-    def agree(self, error: Exception | None) -> None:
-        """Collective: raises where any rank has an error: its own there, its like elsewhere."""
-
-    def publish(self, key: str, messages: Sequence[bytes]) -> None:
-        """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
-
-    def fetch(self, key: str, planner: int) -> bytes:
-        """Wait for this rank's share from another rank, and take it away."""
-
-    def num_published(self, keys: Sequence[str]) -> int:
-        """How many of these batches, up to the first that is not, this rank could fetch now."""
-
-    def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
-        """Whether all have fetched a batch that this rank published, now or in that time."""
-
-    def withdraw(self, key: str) -> None:
-        """Take back a published batch that nobody will fetch."""
-
-    def close(self) -> None:
-        """Publish nothing more: the store may be gone before the last plan is finished."""
-
-
-class SingleRank:
-    """The exchange of a world of one rank: nobody to tell."""
-
-    rank, num_ranks = 0, 1
-    plan_ranks: tuple[int, ...] = (0,)
-
-    def agree(self, error: Exception | None) -> None:
-        if error is not None:
-            raise error
-
-    def publish(self, key: str, messages: Sequence[bytes]) -> None:
-        pass
-
-    def fetch(self, key: str, planner: int) -> bytes:
-        raise AssertionError("a single rank plans everything itself")
-
-    def num_published(self, keys: Sequence[str]) -> int:
-        return 0
-
-    def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
-        return True
-
-    def withdraw(self, key: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-class StoreExchange:
-    """Shares in the store of a process group, under a key per batch and rank of the plan.
-
-    Constructing it is collective over ``group``. Ranks with the same rank in their
-    ``attention_group`` share a plan, which then is in the store once. The last to read a share
-    deletes it; the last share to go marks the batch as read, for the flow control of its planner.
-    """
-
     def __init__(self, group: Any, attention_group: Any, *, timeout_seconds: float) -> None:
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._group = group
-        seed = int(np.random.default_rng().integers(1 << 62))
-        mine = [seed, dist.get_rank(attention_group), dist.get_world_size(attention_group)]
-        seeds, plan_ranks, sizes = zip(*_gather(group, mine), strict=True)
+        self._group = group = resolve_group(group)
+        if group is None and attention_group is not None:
+            raise ValueError("attention_group needs group: the ranks that use the loader")
+        attention_group = group if attention_group is None else resolve_group(attention_group)
+        self.rank, self.num_ranks = _rank_and_size(group)
+        mine = [int(np.random.default_rng().integers(1 << 62)), *_rank_and_size(attention_group)]
+        numbers, plan_ranks, sizes = zip(*_gather(group, mine), strict=True)
         self.plan_ranks: tuple[int, ...] = plan_ranks
         if set(sizes) != {max(self.plan_ranks) + 1} or len(set(self.plan_ranks)) != sizes[0]:
             raise ValueError(
@@ -149,13 +101,10 @@ class StoreExchange:
             )
         self._timeout, self._closed = timedelta(seconds=timeout_seconds), False
         # A clone has its own connection: publishing threads never wait behind a blocking read.
-        self._store, self._outgoing = self._connect(group, seeds[0]), self._connect(group, seeds[0])
-
-    @staticmethod
-    def _connect(group: Any, number: int) -> Any:
-        return dist.PrefixStore(f"dcp-loader/{number}", group.get_group_store().clone())
+        self._store, self._outgoing = (_connect(group, numbers[0]) for _ in range(2))
 
     def agree(self, error: Exception | None) -> None:
+        """Collective: raises where any rank has an error: its own there, its like elsewhere."""
         message = b"" if error is None else error_to_bytes(error, rank=self.rank)
         sizes = [size for (size,) in _gather(self._group, [len(message)])]
         if not any(sizes):
@@ -166,12 +115,18 @@ class StoreExchange:
         first = next(rank for rank, size in enumerate(sizes) if size)
         Share.from_bytes(bytes(found[first][: sizes[first]]))  # which raises it
 
+    def largest(self, number: int) -> int:
+        """Collective: the largest of all ranks' numbers."""
+        return max(found for (found,) in _gather(self._group, [number]))
+
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
+        """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
         for plan_rank in self._published_by(self.rank):
             if not self._closed:
                 self._outgoing.set(f"{key}/{plan_rank}", messages[plan_rank])
 
     def fetch(self, key: str, planner: int) -> bytes:
+        """Wait for this rank's share from another rank, and take it away."""
         name = self._name(key)
         try:
             self._store.wait([name], self._timeout)
@@ -186,11 +141,13 @@ class StoreExchange:
         return message
 
     def num_published(self, keys: Sequence[str]) -> int:
+        """How many of these batches, up to the first that is not, this rank could fetch now."""
         names = [self._name(key) for key in keys]
         counts = range(1, len(names) + 1)  # "all of the first n are there" holds up to the answer
         return bisect_left(counts, True, key=lambda n: not self._store.check(names[:n]))
 
     def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
+        """Whether all have fetched a batch that this rank published, now or in that time."""
         if not self._published_by(self.rank):
             return True
         done = f"{key}/done"
@@ -209,10 +166,12 @@ class StoreExchange:
         return True
 
     def withdraw(self, key: str) -> None:
+        """Take back a published batch that nobody will fetch."""
         for plan_rank in self._published_by(self.rank):
             self._store.delete_key(f"{key}/{plan_rank}")
 
     def close(self) -> None:
+        """Publish nothing more: the store may be gone before the last plan is finished."""
         self._closed = True
 
     def _acknowledge(self, key: str, planner: int) -> None:
@@ -236,18 +195,22 @@ class StoreExchange:
         return f"{key}/{self.plan_ranks[self.rank]}"
 
 
-def make_exchange(group: Any, attention_group: Any, *, timeout_seconds: float) -> Exchange:
-    """The exchange of a process group; None is a world of one rank."""
+def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+
+
+def _connect(group: dist.ProcessGroup | None, number: int) -> Any:
+    """The store of a group, under a name that no other loader has."""
     if group is None:
-        if attention_group is not None:
-            raise ValueError("attention_group needs group: the ranks that use the loader")
-        return SingleRank()
-    attention_group = group if attention_group is None else attention_group
-    return StoreExchange(group, attention_group, timeout_seconds=timeout_seconds)
+        return None
+    store: Any = group.get_group_store()
+    return dist.PrefixStore(f"dcp-loader/{number}", store.clone())
 
 
-def _gather(group: Any, numbers: Sequence[int]) -> list[list[int]]:
+def _gather(group: dist.ProcessGroup | None, numbers: Sequence[int]) -> list[list[int]]:
     """Every rank's numbers, in the order of ranks."""
+    if group is None:
+        return [list(numbers)]
     on_gpu = "nccl" in dist.get_backend(group)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     own = torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,49 +16,18 @@ from dcp.data.batching import (
     DOCUMENT,
     START,
     STOP,
+    BatchesFrom,
     PlacedBatch,
     TokenBudgetBatches,
-    batches_from,
 )
-from dcp.data.datasets import Samples, as_dataset, shifted_labels, tokens_of
-from dcp.data.exchange import Share, make_exchange
+from dcp.data.datasets import Samples, as_dataset
+from dcp.data.exchange import Exchange, Share
 from dcp.data.messages import request_to_bytes
-from dcp.data.planning import Pool
-from dcp.data.pools import open_pool
+from dcp.data.pool import Pool, open_pool
+from dcp.data.reading import DocumentReader, LocalBatch, LocalTokens
 from dcp.program import RankPlan
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
-
-
-@dataclass(frozen=True)
-class LocalBatch:
-    """One rank's part of a batch.
-
-    Attributes:
-        tokens, labels, positions: int64 ``[local]``, possibly empty; the label of a token is the
-            next one of its document (-100: none), its position is that in its own sequence.
-        num_loss_tokens: labels that count, over all ranks: divide the summed loss by it.
-        seqlens: tokens of every sequence of the whole batch, int64 ``[num_sequences]``.
-        epoch, index: where the batch stands.
-        plan_wait_seconds: how long planning held this rank up: asking for plans and waiting.
-        planned_ahead: batches, this one included, whose plans were there when it was asked for;
-            None on ranks that do not plan.
-    """
-
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    num_loss_tokens: int
-    seqlens: np.ndarray
-    epoch: int
-    index: int
-    plan_wait_seconds: float
-    planned_ahead: int | None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the whole batch."""
-        return int(self.seqlens.sum())
 
 
 class DCPDataLoader:
@@ -80,7 +48,8 @@ class DCPDataLoader:
         cluster: the machine, with as many devices as attention has ranks; by default one node.
         tokens_per_batch: the budget of a batch, over all ranks.
         group: the ``torch.distributed`` group of all ranks that use the loader (constructing it is
-            then collective), or None for a world of one rank.
+            collective), or a mesh of one axis; None means the default group where
+            ``torch.distributed`` is initialised, else this process alone.
         attention_group: the group over which this rank's attention runs; None is ``group``. Ranks
             with the same rank in theirs, such as the members of a tensor- or pipeline-parallel
             group, share a plan and get the same tokens.
@@ -90,6 +59,9 @@ class DCPDataLoader:
         packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
         mask_weights: layers that use each mask, where ``mask_fn`` names several.
         look_ahead: batches that each planning rank plans before they are asked for.
+        prefetch: batches whose documents this rank reads in a thread, as soon as they are planned,
+            while those before are computed; 0 reads each in the caller's thread, in its turn.
+            The loader reads one document at a time in any case.
         num_workers: planning processes of a planning rank; 0 plans in this one, unhidden.
         planning_pool: where planning ranks plan: ``"processes"`` of theirs, ``"ray"``, or an own
             :class:`dcp.data.Pool`.
@@ -121,6 +93,7 @@ class DCPDataLoader:
         bucket_window: int = 0,
         mask_weights: Mapping[str, float] | None = None,
         look_ahead: int = 4,
+        prefetch: int = 1,
         num_workers: int = 1,
         planning_pool: str | Pool = "processes",
         planning_ranks: Sequence[int] | None = None,
@@ -130,8 +103,10 @@ class DCPDataLoader:
     ) -> None:
         if look_ahead < 1:
             raise ValueError(f"look_ahead must be 1 or more, got {look_ahead}")
+        if prefetch < 0:
+            raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         self.dataset, self.spec, self.device = as_dataset(dataset), spec, device
-        self._mask_fn, self._mask_weights = mask_fn, mask_weights
+        self._mask_fn, self._mask_weights, self._prefetch = mask_fn, mask_weights, prefetch
         self._order: dict[str, Any] = {
             "tokens_per_batch": tokens_per_batch,
             "max_seqlen": max_seqlen,
@@ -141,28 +116,11 @@ class DCPDataLoader:
             "bucket_window": bucket_window,
         }
         self._plan_options = dict(plan_options or {})
-        self._exchange = make_exchange(group, attention_group, timeout_seconds=timeout_seconds)
-        plan_ranks = self._exchange.plan_ranks
-        self.cluster = cluster or Cluster(num_nodes=1, devices_per_node=max(plan_ranks) + 1)
-        if self.cluster.num_ranks != max(plan_ranks) + 1:
-            raise ValueError(
-                f"the cluster has {self.cluster.num_ranks} devices and attention "
-                f"{max(plan_ranks) + 1} ranks"
-            )
-        if planning_ranks is None:
-            nodes = self.cluster.node_of_rank[np.array(plan_ranks)].tolist()
-            one = planning_pool == "ray"  # which has the cores of all nodes
-            planning_ranks = [0] if one else sorted(nodes.index(node) for node in set(nodes))
-        num_ranks = self._exchange.num_ranks
-        if not planning_ranks or not set(planning_ranks) <= set(range(num_ranks)):
-            raise ValueError(f"planning_ranks {planning_ranks} are not ranks below {num_ranks}")
-        self.planning_ranks = tuple(dict.fromkeys(planning_ranks))
-        self._batches: TokenBudgetBatches | None = None
-        self._pool: Pool | None = None
-        with self._together():
-            if self._exchange.rank in self.planning_ranks:
-                self._batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
-                self._pool = open_pool(planning_pool, num_workers=num_workers)
+        self._exchange = Exchange(group, attention_group, timeout_seconds=timeout_seconds)
+        self.cluster = _checked_cluster(cluster, self._exchange.plan_ranks)
+        self.planning_ranks = self._choose_planning_ranks(planning_ranks, planning_pool)
+        self._batches, self._pool = self._open(planning_pool, num_workers)
+        self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
             self.planning_ranks,
@@ -171,8 +129,31 @@ class DCPDataLoader:
             look_ahead=look_ahead,
             timeout_seconds=timeout_seconds,
         )
-        self._epoch, self._position = 0, 0
+        self._epoch = self._position = self._num_batches = 0
         self._start(epoch=0, position=0)
+
+    def _choose_planning_ranks(
+        self, ranks: Sequence[int] | None, pool: str | Pool
+    ) -> tuple[int, ...]:
+        """Those given, else those that have the cores to plan with."""
+        num_ranks = self._exchange.num_ranks
+        if ranks is None:  # the first of each node, or one for Ray, which has the cores of all
+            nodes = self.cluster.node_of_rank[np.array(self._exchange.plan_ranks)].tolist()
+            firsts = sorted(nodes.index(node) for node in set(nodes))
+            ranks = [0] if pool == "ray" else firsts
+        if not ranks or not set(ranks) <= set(range(num_ranks)):
+            raise ValueError(f"planning_ranks {ranks} are not ranks below {num_ranks}")
+        return tuple(dict.fromkeys(ranks))
+
+    def _open(
+        self, pool: str | Pool, num_workers: int
+    ) -> tuple[TokenBudgetBatches | None, Pool | None]:
+        """What a planning rank plans, and where; collective."""
+        with self._together():
+            if self._exchange.rank in self.planning_ranks:
+                batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
+                return batches, open_pool(pool, num_workers=num_workers)
+        return None, None
 
     @property
     def plans(self) -> bool:
@@ -185,13 +166,21 @@ class DCPDataLoader:
         last = False
         while not last:
             taken = self._ahead.take()
-            plan = taken.share.rank_plan()
-            batch = self._local_batch(taken, plan)
-            last = taken.share.last
+            local = self._reader.read(taken.share)
+            self._reader.begin(self._ahead.upcoming(self._prefetch))
+            batch = self._local_batch(taken, local)
+            last, self._num_batches = taken.share.last, taken.share.num_batches
             self._epoch, self._position = (
                 (self._epoch + 1, 0) if last else (self._epoch, self._position + 1)
             )
-            yield batch, plan
+            yield batch, local.plan
+
+    def __len__(self) -> int:
+        """All batches of the epoch to which the next batch belongs, known on every rank.
+
+        Epochs may differ by some batches, as documents fall into them in another order.
+        """
+        return self._num_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands, counting what was yielded; JSON-able, equal on all ranks."""
@@ -200,8 +189,8 @@ class DCPDataLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``, on all ranks together, on any number of ranks.
 
-        Raises ``ValueError`` where the dataset, budget or seed is another one: the order of
-        batches would be, too.
+        Raises ``ValueError`` where the dataset, budget or seed is another one (the order of
+        batches would be, too), or there is no such batch.
         """
         with self._together():
             for name, value in self._identity().items():
@@ -217,12 +206,13 @@ class DCPDataLoader:
         """Sequences and masks of one batch, on a planning rank: to plan or draw it again."""
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
-        place = next(batches_from(self._batches, epoch=epoch, position=position))
+        place = next(BatchesFrom(self._batches, epoch=epoch, position=position))
         return self._sequence_batch(place.pieces)
 
     def close(self) -> None:
-        """End the planning processes."""
+        """End the planning processes and the reading thread."""
         self._exchange.close()
+        self._reader.close()
         self._ahead.stop()
         if self._pool is not None:
             self._pool.close()
@@ -246,10 +236,14 @@ class DCPDataLoader:
         self._exchange.agree(failed)
 
     def _start(self, *, epoch: int, position: int) -> None:
-        self._epoch, self._position = epoch, position
+        """Go to a place; collective."""
         places = None
-        if self._batches is not None:
-            places = batches_from(self._batches, epoch=epoch, position=position)
+        with self._together():
+            if self._batches is not None:
+                places = BatchesFrom(self._batches, epoch=epoch, position=position)
+        self._epoch, self._position = epoch, position
+        self._num_batches = self._exchange.largest(places.num_batches if places else 0)
+        self._reader.begin(())
         self._ahead.start(places)
 
     def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
@@ -261,7 +255,7 @@ class DCPDataLoader:
         request = request_to_bytes(
             self._sequence_batch(pieces), self.spec, self.cluster, self._plan_options
         )
-        return Share(full, num_loss_tokens, place.last, b""), request
+        return Share(full, num_loss_tokens, place.last, place.num_batches, b""), request
 
     # ------------------------------------------------------------------ batches
 
@@ -279,28 +273,12 @@ class DCPDataLoader:
             masks = masks(seqlens, Samples(self.dataset, pieces))
         return SequenceBatch(seqlens, masks, weights=self._mask_weights)
 
-    def _local_batch(self, taken: Taken, plan: RankPlan) -> LocalBatch:
-        """Read the documents of which this rank owns tokens, and take those tokens."""
+    def _local_batch(self, taken: Taken, local: LocalTokens) -> LocalBatch:
         share = taken.share
-        sequence, position = plan.sequence_ids, plan.positions
-        tokens, labels = np.empty_like(position), np.empty_like(position)
-        order = np.argsort(sequence, kind="stable")
-        present, first = np.unique(sequence[order], return_index=True)
-        for number, mine in zip(present.tolist(), np.split(order, first[1:]), strict=False):
-            document, start, _, length = share.pieces[number].tolist()
-            sample = self.dataset[document]
-            ids = tokens_of(sample)
-            if len(ids) != length:
-                raise ValueError(
-                    f"document {document} has {len(ids)} tokens on rank {self._exchange.rank} and "
-                    f"{length} where it was planned: do all ranks read the same, unchanged data?"
-                )
-            tokens[mine] = ids[start + position[mine]]
-            labels[mine] = shifted_labels(sample)[start + position[mine]]
         return LocalBatch(
-            tokens=torch.from_numpy(tokens).to(self.device),
-            labels=torch.from_numpy(labels).to(self.device),
-            positions=torch.from_numpy(position).to(self.device),
+            tokens=torch.from_numpy(local.tokens).to(self.device),
+            labels=torch.from_numpy(local.labels).to(self.device),
+            positions=torch.from_numpy(local.plan.positions).to(self.device),
             num_loss_tokens=share.num_loss_tokens,
             seqlens=share.pieces[:, STOP] - share.pieces[:, START],
             epoch=self._epoch,
@@ -308,3 +286,14 @@ class DCPDataLoader:
             plan_wait_seconds=taken.waited_seconds,
             planned_ahead=taken.planned_ahead,
         )
+
+
+def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Cluster:
+    """A cluster with one device per rank of the plan."""
+    num_ranks = max(plan_ranks) + 1
+    cluster = cluster or Cluster(num_nodes=1, devices_per_node=num_ranks)
+    if cluster.num_ranks != num_ranks:
+        raise ValueError(
+            f"the cluster has {cluster.num_ranks} devices and attention {num_ranks} ranks"
+        )
+    return cluster

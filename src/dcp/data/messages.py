@@ -10,6 +10,7 @@ import numpy as np
 from dcp import wire
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
+from dcp.errors import DCPError
 from dcp.masks import AttnMask
 
 REQUEST, ANSWER = "plan-request", "plan-answer"
@@ -17,6 +18,14 @@ REQUEST, ANSWER = "plan-request", "plan-answer"
 
 class PlanningFailed(ValueError):
     """The planner refused a batch; the message is the planner's own."""
+
+
+class PlanningError(DCPError):
+    """A batch has no plan, and not through the batch's own fault."""
+
+
+class PoolLost(PlanningError):
+    """A pool has ended and plans nothing more; another one may."""
 
 
 def request_to_bytes(

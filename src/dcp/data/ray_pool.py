@@ -5,9 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 from typing import Any
 
-from dcp.data.messages import answer_from_bytes
-from dcp.data.planning import ATTEMPTS, PoolLost
-from dcp.data.worker import answer_or_refusal
+from dcp.data.messages import PoolLost, answer_from_bytes
+from dcp.data.worker import ATTEMPTS, answer_or_refusal
 
 
 class RayPool:
@@ -31,7 +30,7 @@ class RayPool:
         self._running: dict[Future, Any] = {}
 
     def submit(self, request: bytes) -> Future[list[bytes]]:
-        """See :class:`dcp.data.planning.Pool`."""
+        """See :class:`dcp.data.Pool`."""
         future: Future[list[bytes]] = Future()
         future.set_running_or_notify_cancel()
         reference = self._task.remote(request)

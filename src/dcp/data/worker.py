@@ -12,6 +12,8 @@ import traceback
 
 from dcp.data import messages
 
+ATTEMPTS = 3  # workers in a row that may die on one batch
+
 
 def answer(request: bytes) -> list[bytes]:
     """Plan the batch of one request message: every rank's plan as bytes."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dcp.data.planning import PlanningError
+from dcp.errors import DCPError
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 FAILURE_LOG = "failure.log"
 
 
-class JobFailed(RuntimeError):
+class JobFailed(DCPError):
     """A rank failed; the message is one line that names it."""
 
 
-class RankLost(RuntimeError):
+class RankLost(DCPError):
     """A rank of the job died or cannot be reached any more."""
 
 
@@ -40,7 +40,7 @@ def record(error: Exception) -> None:
         return
     message = " ".join(str(error).split())
     more: dict[str, Any] = {"timestamp": time.time()}
-    if not isinstance(error, ValueError | OSError | PlanningError | RankLost):
+    if not isinstance(error, ValueError | OSError | DCPError):
         message = f"{type(error).__name__}: {message[:500]}"
         more["py_callstack"] = "".join(traceback.format_exception(error))
     draft = Path(f"{path}.draft")

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from dcp.launch.environment import child_environment
 from dcp.launch.failures import FAILURE_LOG, first_failure
 from dcp.launch.rank import RESULT, TASK
 
@@ -109,7 +110,7 @@ class _Files(LogsSpecs):
         errors = {rank: f"{self.root_log_dir}/error-{rank}.json" for rank in envs}
         for rank, variables in envs.items():
             variables["TORCHELASTIC_ERROR_FILE"] = errors[rank]
-            variables["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            variables["PYTHONPATH"] = child_environment()["PYTHONPATH"]
         terminal = dict.fromkeys(envs, "")
         return LogsDest(stdouts=terminal, stderrs=terminal, error_files=errors)
 

@@ -8,7 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from dcp.launch.failures import JobFailed, RankLost
+from dcp.errors import DCPError
+from dcp.launch.failures import JobFailed
 from dcp.train.config import TrainConfig, options
 
 
@@ -40,12 +41,11 @@ def run(args: argparse.Namespace) -> int:
     given = {key: getattr(args, key) for key, *_ in options()}
     config = TrainConfig.load(args.config, {k: v for k, v in given.items() if v is not None})
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
-        from dcp.data.planning import PlanningError
         from dcp.train.rank import run_rank
 
         try:
             run_rank(config)
-        except (RankLost, PlanningError) as error:
+        except DCPError as error:
             print(f"dcp train: rank {os.environ['RANK']}: {error}", file=sys.stderr)
             return 1
         return 0

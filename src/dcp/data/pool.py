@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import subprocess
 import sys
@@ -10,22 +9,20 @@ import threading
 import warnings
 import weakref
 from concurrent.futures import Future
-from pathlib import Path
 from typing import BinaryIO, Protocol, cast
 
-from dcp.data.messages import answer_from_bytes, read_message, write_message
-from dcp.data.worker import answer_or_refusal
+from dcp.data.messages import (
+    PlanningError,
+    PoolLost,
+    answer_from_bytes,
+    read_message,
+    write_message,
+)
+from dcp.data.ray_pool import RayPool
+from dcp.data.worker import ATTEMPTS, answer_or_refusal
+from dcp.launch.environment import child_environment
 
 _COMMAND = [sys.executable, "-m", "dcp.data.worker"]
-ATTEMPTS = 3  # workers in a row that may die on one batch
-
-
-class PlanningError(RuntimeError):
-    """A batch has no plan, and not through the batch's own fault."""
-
-
-class PoolLost(PlanningError):
-    """A pool has ended and plans nothing more; another one may."""
 
 
 class Pool(Protocol):
@@ -39,6 +36,20 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End the pool; what is not planned by then fails."""
+
+
+def open_pool(backend: str | Pool, *, num_workers: int) -> Pool:
+    """A pool by the name of its backend, or the given pool itself."""
+    if backend == "processes":
+        return PlanningPool(num_workers)
+    if backend == "ray":
+        return RayPool()
+    if isinstance(backend, str) or not (hasattr(backend, "submit") and hasattr(backend, "close")):
+        raise ValueError(
+            f"planning_pool must be 'processes', 'ray' or an object with submit and close, "
+            f"got {backend!r}"
+        )
+    return backend
 
 
 class PlanningPool:
@@ -57,11 +68,6 @@ class PlanningPool:
         closed = PlanningError("the planning pool was closed")
         self._finalizer = weakref.finalize(self, self._jobs.end, closed)
         self._jobs.workers = [_Worker(self._jobs) for _ in range(num_workers)]
-
-    @property
-    def worker_pids(self) -> list[int]:
-        """Process ids of the living workers."""
-        return [worker.process.pid for worker in self._jobs.workers]
 
     def submit(self, request: bytes) -> Future[list[bytes]]:
         """See :class:`Pool`."""
@@ -188,12 +194,6 @@ def _warn(deaths: list[str]) -> None:
 
 
 def _start_process() -> subprocess.Popen:
-    """A worker that finds the same dcp as this process, wherever it was imported from."""
-    home = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        _COMMAND,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": path},
+        _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=child_environment()
     )
