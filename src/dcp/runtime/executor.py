@@ -8,12 +8,14 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dcp.plan import Plan
 from dcp.program import RankPlan
 from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost
 from dcp.runtime.compiled import sink_gradient
+from dcp.runtime.group import resolve_group
 from dcp.runtime.kernels import get_kernel
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call, Session
@@ -27,14 +29,15 @@ class AttentionExecutor:
     """Runs one rank's programs over a process group.
 
     Args:
-        group: a ``torch.distributed`` group (gloo or NCCL) with one process per rank of the plans;
-            None means the default group, or a single rank where none was initialised.
+        group: processes, one per rank of the plans: a ``torch.distributed`` group (gloo or NCCL)
+            or a mesh of one axis; None as :func:`dcp.runtime.group.resolve_group` reads it.
         kernel: ``"auto"`` or a name of :data:`dcp.runtime.kernels.KERNELS`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, kernel: str = "auto") -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+    def __init__(
+        self, group: dist.ProcessGroup | DeviceMesh | None = None, *, kernel: str = "auto"
+    ) -> None:
+        group = resolve_group(group)
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
         self.kernel = kernel
