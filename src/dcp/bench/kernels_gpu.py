@@ -26,8 +26,10 @@ from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import get_kernel
+from dcp.runtime.session import Call
 
 SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
+STRATEGY = "bisection"  # needs no partitioner: a GPU box may have torch, Triton and numba alone
 PICK_TOKENS = 16384  # FlexAttention's best settings are picked at this length
 SLEEP_CYCLES = 20_000_000  # about 10 ms
 Works = dict[str, Callable[[], Any]]
@@ -86,7 +88,7 @@ def error_ratio(dtype: str, head_dim: int, world: int) -> tuple[float, str]:
     masks = [AttnMask.streaming(n, sink=16, window=100) for n in seqlens[:3]]
     masks += map(AttnMask.causal, seqlens[3:])
     batch = SequenceBatch(seqlens, masks)
-    made = plan(batch, spec, Cluster(num_nodes=1, devices_per_node=world))
+    made = plan(batch, spec, Cluster(devices_per_node=world), strategy=STRATEGY)
     to, device = getattr(torch, dtype), torch.device("cuda")
     shapes = [(batch.num_tokens, heads, head_dim) for heads in (4, 2, 2, 4)]
     *tensors, grad = (torch.randn(shape, device=device, dtype=to) for shape in shapes)
@@ -245,7 +247,7 @@ def program_ratio(plans: list[RankPlan], repeat: int) -> tuple[float, str]:
     """Time of a rank's whole program over that of the same blocks in one launch, forward and
     backward, one rank at a time."""
     device, dtype = torch.device("cuda"), getattr(torch, SPEC.dtype)
-    kernel = get_kernel("auto", device, dtype)
+    kernel = get_kernel("auto", device, dtype, Call().options(SPEC.head_dim, needs_grad=True))
     on_device: list[float] = []
     on_host: list[float] = []
     for rank_plan in plans:
@@ -268,7 +270,7 @@ def _both_passes(alone: Alone) -> None:
 
 def one_rank(mask: str, seqlens: list[int]) -> RankPlan:
     batch = SequenceBatch(seqlens, [named_mask(mask, n) for n in seqlens])
-    return plan(batch, SPEC, Cluster(num_nodes=1, devices_per_node=1)).rank_plan(0)
+    return plan(batch, SPEC, Cluster(devices_per_node=1), strategy=STRATEGY).rank_plan(0)
 
 
 def packed(tokens: int, device: torch.device) -> list[Tensor]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from dcp.bench.kernels_gpu import SPEC, device_medians, one_rank
-from dcp.runtime.kernels import Options
 from dcp.runtime.kernels import triton as ours
 from dcp.runtime.kernels.triton import Shape, Shapes
+from dcp.runtime.session import Call
 
 TOKENS = 16384
 # "outer inner warps stages" for head_dim 64 and 128 in half precision: shapes whose loop over full
@@ -51,23 +51,21 @@ def launch_of(name: str, shape: Shape, device: torch.device) -> Callable[[], Any
         shapes = Shapes(shape, shape, shapes.key_gradient)
     dtype = getattr(torch, SPEC.dtype)
     program = one_rank("causal", [TOKENS]).mask_program()
-    [work] = ours.prepare(
-        program, device, head_dim=SPEC.head_dim, dtype=dtype, shapes=shapes
-    ).values()
+    [work] = ours.place_tables(program, device, shapes).values()
     heads, kv_heads, head_dim = SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim
     q, grad_out, out = (
         torch.randn(TOKENS, heads, head_dim, device=device, dtype=dtype) for _ in range(3)
     )
     kv = torch.randn(TOKENS, 2, kv_heads, head_dim, device=device, dtype=dtype)
     lse = torch.full((TOKENS, heads), -torch.inf, device=device)
-    options = Options(head_dim**-0.5)
+    options = Call().options(head_dim, needs_grad=True)
     if name == "forward":
 
         def forward() -> None:
             lse.fill_(-torch.inf)
-            ours.forward(work, q, kv, out, lse, options)
+            ours.launch(name, (q, kv, out, lse), work, kv, options)
 
         return forward
-    delta, grads = torch.zeros_like(lse), (torch.zeros_like(q), torch.zeros_like(kv))
-    lse.fill_(10.0)
-    return lambda: ours.run_gradient(name, work, (q, grad_out, lse, delta), kv, *grads, options)
+    grads = [torch.zeros_like(q), torch.zeros_like(kv)][: 1 + (name == "key_gradient")]
+    tensors = (q, grad_out, lse.fill_(10.0), torch.zeros_like(lse), kv, *grads)
+    return lambda: ours.launch(name, tensors, work, kv, options)
