@@ -22,7 +22,6 @@ import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench import kernels_gpu as gpu
-from dcp.bench import kernels_tune as tune
 from dcp.bench import rivals
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
@@ -121,10 +120,10 @@ def _gpu_parts(args: argparse.Namespace) -> Iterator[tuple[str, list[Row], Measu
         row = Row("error, ours / dense in the same dtype", case, "<= 2")
         yield "errors", [row], _one(partial(gpu.error_ratio, dtype, head_dim, world))
     if torch.cuda.is_available() and "tune" in args.only:
-        for name, shape in tune.candidates():
+        for name, shape in gpu.candidates():
             case = f"{shape.outer}x{shape.inner}, {shape.warps} warps, {shape.stages} stages"
             row = Row(f"tile of {name}: TFLOP/s", case, "")
-            yield "tune", [row], _one(partial(tune.shape_rate, name, shape, args.repeat))
+            yield "tune", [row], _one(partial(gpu.shape_rate, name, shape, args.repeat))
     settings: gpu.Settings = []  # FlexAttention's best, picked when first needed
 
     def picked() -> gpu.Settings:
@@ -234,7 +233,7 @@ def cpu_row(tokens: int, block_size: int, world: int, repeat: int) -> Row:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         torch.autograd.grad(out, (q, kv), grad.transpose(0, 1)[None])
 
-    seconds = gpu.host_medians({"ours": ours, "one_shot": one_shot}, repeat)
+    seconds = rivals.host_medians({"ours": ours, "one_shot": one_shot}, repeat)
     note = f"{seconds['ours']:.3f} s against {seconds['one_shot']:.3f} s, forward and backward"
     return replace(row, value=seconds["ours"] / seconds["one_shot"], note=note)
 
