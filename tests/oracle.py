@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcp import SequenceBatch
+from dcp import LocalWorld, SequenceBatch
 
 
 def batch_mask(batch: SequenceBatch, name: str | None = None) -> Tensor:
@@ -19,13 +19,27 @@ def batch_mask(batch: SequenceBatch, name: str | None = None) -> Tensor:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float | None = None,
+    *,
+    softcap: float | None = None,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention by the book: out ``[tokens, heads, d]``, lse ``[tokens, heads]``"""
+    """Attention by the book: out ``[tokens, heads, d]``, lse ``[tokens, heads]``. The sink is one
+    more key that every query sees, with a value of zeros."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     repeat = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = (torch.einsum("qhd,khd->hqk", q, k) * scale).masked_fill(~mask, -torch.inf)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        scores = torch.cat([scores, sink[:, None, None].expand(-1, len(q), 1)], dim=2)
+        v = torch.cat([v, torch.zeros_like(v[:1])])
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     return torch.einsum("hqk,khd->qhd", weights, v), lse.transpose(0, 1)
@@ -39,4 +53,23 @@ def random_qkv(tokens: int, spec, dtype: torch.dtype, seed: int = 0) -> list[Ten
         .to(dtype)
         .requires_grad_()
         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    ]
+
+
+def errors_against_dense(a_plan, masks, dtype, *, reference_dtype=torch.float64):
+    """Largest absolute error of out, lse, dq, dk, dv."""
+    batch = SequenceBatch(a_plan.seqlens.tolist(), masks)
+    q, k, v = random_qkv(a_plan.num_tokens, a_plan.spec, dtype)
+    out, lse = LocalWorld(a_plan).attention(q, k, v, return_lse=True)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = (out, lse, *torch.autograd.grad(out, (q, k, v), grad_out))
+
+    exact = [x.detach().to(reference_dtype).requires_grad_() for x in (q, k, v)]
+    want_out, want_lse = dense_attention(*exact, batch_mask(batch))
+    want = (want_out, want_lse, *torch.autograd.grad(want_out, exact, grad_out.to(reference_dtype)))
+    return [
+        torch.nan_to_num(a.double() - b.double(), posinf=0, neginf=0, nan=0).abs().max().item()
+        if torch.equal(torch.isinf(a), torch.isinf(b)) and not torch.isnan(a).any()
+        else float("inf")
+        for a, b in zip(found, want, strict=True)
     ]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from dcp import AttentionSpec, AttnMask, Cluster, LocalWorld, SequenceBatch, plan
 from dcp.program import RankPlan
@@ -78,6 +80,25 @@ def test_ranks_without_tokens_or_work(gloo_pool, seqlens):
     out = a_plan.unshard([torch.from_numpy(shard[0]) for shard in shards])
     q, k, v = (x.detach() for x in random_qkv(sum(seqlens), SPEC, torch.float64))
     assert torch.allclose(out, LocalWorld(a_plan).attention(q, k, v), rtol=0, atol=1e-12)
+
+
+def groups_of_executors():
+    """(rank, ranks) by each way to name this process group, and the refusal of two axes."""
+    mesh = init_device_mesh("cpu", (2,))
+    ways = (None, dist.group.WORLD, mesh, mesh.get_group())
+    found = [(executor.rank, executor.num_ranks) for executor in map(AttentionExecutor, ways)]
+    both = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "cp"))
+    one = AttentionExecutor(both["cp"])
+    with pytest.raises(ValueError) as refusal:
+        AttentionExecutor(both)
+    return found, (one.rank, one.num_ranks), str(refusal.value)
+
+
+def test_a_group_a_mesh_or_the_default_group(gloo_pool):
+    for rank, (found, one, refusal) in enumerate(gloo_pool(2).run(groups_of_executors)):
+        assert found == [(rank, 2)] * 4
+        assert one == (0, 1)
+        assert refusal.startswith("a mesh of 2 axes ('dp', 'cp') is not one group")
 
 
 def count_bytes(message, seqlens):

@@ -9,7 +9,7 @@ from dcp.program import RankPlan
 pytest.importorskip("transformers")
 
 from dcp.integrations.transformers import local_logits
-from tests.models import make_config, make_model, make_tokens
+from tests.model_cases import make_config, make_model, make_tokens
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
 SEQLENS = [40, 1, 17, 64]

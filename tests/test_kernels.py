@@ -3,101 +3,24 @@
 import argparse
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from dcp import AttentionSpec, Cluster, LocalWorld, SequenceBatch, plan
+from dcp import Cluster, LocalWorld, SequenceBatch, plan
 from dcp.bench import kernels
 from dcp.bench.alone import Alone, in_one_launch
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, DCPAttention, cells
 from dcp.runtime.division import attention_steps, merged_slices, row_slices
 from dcp.runtime.kernels import KERNELS, Options, get_kernel
-from tests.oracle import batch_mask
-from tests.test_runtime import MASKS
+from tests.kernel_cases import count_pairs, errors, is_close, make_plan, make_spec
+from tests.masks_cases import MASKS
 
-SEQLENS = [1, 0, 7, 70, 33]
-NAMES = ("out", "lse", "dq", "dk", "dv", "dsink")
 CPU = torch.device("cpu")
-
-
-def make_spec(heads=4, kv_heads=2, head_dim=16, dtype="float32"):
-    return AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
-
-
-def attention_by_the_book(q, k, v, mask, scale=None, softcap=None, sink=None):
-    """out and lse; the sink is one more key that every query sees, with a value of zeros."""
-    repeat = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    scores = torch.einsum("qhd,khd->hqk", q, k) * (scale or q.shape[-1] ** -0.5)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask, -torch.inf)
-    if sink is not None:
-        column = sink[:, None, None].expand(-1, len(q), 1)
-        scores = torch.cat([scores, column], dim=2)
-        v = torch.cat([v, torch.zeros_like(v[:1])])
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
-    return torch.einsum("hqk,khd->qhd", weights, v), lse.transpose(0, 1)
-
-
-def attend(attention, q, k, v, sink):
-    """out, lse and gradients for a fixed gradient of out."""
-    out, lse = attention(q, k, v, sink)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    inputs = [x for x in (q, k, v, sink) if x is not None]
-    grads = torch.autograd.grad(out, inputs, grad_out)
-    return [x.detach() for x in (out, lse, *grads)]
-
-
-def inputs_of(spec, tokens, dtype, with_sink):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(tokens, h, spec.head_dim) for h in (spec.num_heads, *[spec.num_kv_heads] * 2)]
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
-    sink = torch.randn(spec.num_heads, generator=generator, dtype=torch.float64).to(dtype)
-    return [x.requires_grad_() for x in tensors] + [sink.requires_grad_() if with_sink else None]
-
-
-def errors(
-    kernel, mask, world, heads=(4, 2), head_dim=16, dtype="float32", with_sink=False, **call
-):
-    """Largest error of each result of the kernel, and of dense attention in the same dtype."""
-    batch = SequenceBatch(SEQLENS, [MASKS[mask](n) for n in SEQLENS])
-    spec = make_spec(*heads, head_dim, dtype)
-    cluster = Cluster(num_nodes=1, devices_per_node=world)
-    a_plan = plan(batch, spec, cluster, strategy="hypergraph", block_size=24)
-    dense_mask, to = batch_mask(batch), getattr(torch, dtype)
-
-    def planned(q, k, v, sink):
-        world = LocalWorld(a_plan, kernel=kernel)
-        return world.attention(q, k, v, sink=sink, return_lse=True, **call)
-
-    def by_the_book(q, k, v, sink):
-        call_of = {name: call[name] for name in ("scale", "softcap") if name in call}
-        return attention_by_the_book(q, k, v, dense_mask, sink=sink, **call_of)
-
-    tensors = inputs_of(spec, batch.num_tokens, to, with_sink)
-    exact = [None if x is None else x.detach().double().requires_grad_() for x in tensors]
-    want = attend(by_the_book, *exact)
-    return [
-        [difference(a, b) for a, b in zip(attend(run, *tensors), want, strict=True)]
-        for run in (planned, by_the_book)
-    ]
-
-
-def difference(found, want):
-    """Largest absolute difference; infinite where NaN or infinities do not agree."""
-    if torch.isnan(found).any() or not torch.equal(torch.isinf(found), torch.isinf(want)):
-        return float("inf")
-    gap = found.double() - want
-    return torch.nan_to_num(gap, nan=0, posinf=0, neginf=0).abs().max().item()
-
-
-def is_close(found, tolerance=1e-5):
-    assert max(found[0]) <= tolerance, dict(zip(NAMES, found[0], strict=False))
 
 
 OPTIONS = [
@@ -145,13 +68,6 @@ def test_flex_serves_inference_and_refuses_gradients():
         LocalWorld(a_plan, kernel="flex").attention(q.requires_grad_(), k, v)
 
 
-def make_plan(mask, world):
-    batch = SequenceBatch(SEQLENS, [MASKS[mask](n) for n in SEQLENS])
-    cluster = Cluster(num_nodes=1, devices_per_node=world)
-    spec = make_spec()
-    return plan(batch, spec, cluster, strategy="hypergraph", block_size=24)
-
-
 def test_compiled_code_has_no_graph_break_and_keeps_its_plan():
     first, second = make_plan("causal", 1), make_plan("full", 1)
     executor = AttentionExecutor()
@@ -181,7 +97,7 @@ def test_a_plan_made_ready_ahead_of_time():
     want = LocalWorld(a_plan).attention(q, *kv.unbind(1))
     found = executor.attention(a_plan.shard(0, q), a_plan.shard(0, kv))
     torch.testing.assert_close(a_plan.unshard([found]), want)
-    with pytest.raises(ValueError, match="rank 0 of 2"):
+    with pytest.raises(ValueError, match="is for 2 ranks, the executor's group has 1"):
         executor.ready(make_plan("causal", 2).rank_plan(0), like)
 
 
@@ -206,13 +122,34 @@ def test_what_cannot_be_honoured_is_refused_by_name():
 def test_auto_picks_by_device_and_option_and_says_which(caplog):
     get_kernel.cache_clear()
     with caplog.at_level(logging.INFO, logger="dcp"):
-        assert get_kernel("auto", CPU, torch.float32).NAME == "torch_cpu"
+        assert get_kernel("auto", CPU, torch.float32, Options(16, 1.0)).name == "torch_cpu"
     assert "kernel torch_cpu for torch.float32 on cpu" in caplog.text
-    capped = Options(1.0, softcap=3.0)
-    assert get_kernel("auto", CPU, torch.float32, capped).NAME == "dense"
+    capped = Options(16, 1.0, softcap=3.0)
+    assert get_kernel("auto", CPU, torch.float32, capped).name == "dense"
     with pytest.raises(ValueError, match=r"no kernel for torch\.int32 on cpu") as refusal:
-        get_kernel("auto", CPU, torch.int32)
+        get_kernel("auto", CPU, torch.int32, capped)
     assert all(f"{name}:" in str(refusal.value) for name in KERNELS)
+
+
+def test_auto_falls_through_to_what_serves_wide_heads(monkeypatch):
+    """As on a GPU: the CPU's kernel refuses, and Triton's serves, but not so wide a head."""
+    from dcp.runtime.kernels import torch_cpu, triton
+
+    monkeypatch.setattr(torch_cpu.KERNEL, "refusal", lambda *_: "it runs on the CPU only")
+    monkeypatch.setattr(triton, "_interprets", lambda: True)
+    monkeypatch.setattr(triton.KERNEL, "by_name_on", ())
+    monkeypatch.setattr(triton, "find_spec", lambda name: name)
+    get_kernel.cache_clear()
+    try:
+        chosen = [
+            get_kernel("auto", CPU, torch.bfloat16, Options(head_dim, 1.0)).name
+            for head_dim in (256, 257)
+        ]
+        assert chosen == ["triton", "dense"]
+        with pytest.raises(ValueError, match="triton: it serves head_dim up to 256, not 512"):
+            get_kernel("triton", CPU, torch.bfloat16, Options(512, 1.0))
+    finally:
+        get_kernel.cache_clear()
 
 
 # --------------------------------------------------------------------------- the benchmark
@@ -226,7 +163,9 @@ def test_a_program_alone_and_its_blocks_in_one_launch():
         one = in_one_launch(rank_plan)
         pairs = [num_pairs(each.mask_program()) for each in (rank_plan, one)]
         assert pairs[0] == pairs[1] > 0
-        alone = Alone(one, get_kernel("auto", CPU, torch.float32), CPU, torch.float32)
+        alone = Alone(
+            one, get_kernel("auto", CPU, torch.float32, Options(16, 1.0)), CPU, torch.float32
+        )
         alone.backward(*alone.forward())
 
 
@@ -252,16 +191,26 @@ def test_benchmark_rows_without_a_gpu_are_empty_with_the_reason(capsys):
     }
 
 
+def test_the_benchmark_needs_no_more_than_torch_numba_and_numpy():
+    """In a fresh process that finds no partitioner and no transformers."""
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('mtkahypar', 'transformers', 'ray', 'scipy')))\n"
+        "import torch\n"
+        "from dcp.cli import main\n"
+        "from dcp.bench import kernels, kernels_gpu as gpu\n"
+        "assert len(kernels.rank_plans()) == 32\n"
+        "assert gpu.one_rank('streaming', [700, 20]).num_local_tokens == 720\n"
+        "main('bench kernels --only host --cpu-tokens 256 --repeat 1 --json'.split())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 5
+    assert all(row["value"] for row in rows)
+
+
 # --------------------------------------------------------------------------- slices, cells
-
-
-def count_pairs(bands, sizes):
-    """How many of the slices hold each pair."""
-    pairs = np.zeros(tuple(sizes), dtype=int)
-    for q0, q1, k0, k1, lo, hi, *_ in np.asarray(bands).tolist():
-        offset = np.arange(k0, k1)[None, :] - np.arange(q0, q1)[:, None]
-        pairs[q0:q1, k0:k1] += (offset >= lo) & (offset <= hi)
-    return pairs
 
 
 @pytest.mark.parametrize("strip", [16, 512])

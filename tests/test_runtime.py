@@ -1,35 +1,16 @@
 """Planned attention in one process against dense attention in float64."""
 
-import numpy as np
 import pytest
 import torch
 
 from dcp import AttentionSpec, AttnMask, Cluster, LocalWorld, SequenceBatch, plan
 from dcp.placement import strategy_names
 from dcp.runtime import AttentionExecutor, DCPAttention
-from tests.oracle import batch_mask, dense_attention, random_qkv
+from tests.masks_cases import MASKS
+from tests.oracle import batch_mask, dense_attention, errors_against_dense, random_qkv
 
 SEQLENS = [1, 0, 7, 129, 300, 33]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-MASKS = {
-    "full": AttnMask.full,
-    "causal": AttnMask.causal,
-    "sliding_window": lambda n: AttnMask.sliding_window(n, 20),
-    "streaming": lambda n: AttnMask.streaming(n, sink=3, window=21),
-    "causal_blockwise": lambda n: AttnMask.causal_blockwise(n, block=16, local_blocks=2),
-    "shared_question": AttnMask.shared_question,
-    "prefix_lm": lambda n: AttnMask.prefix_lm(n, 30),
-    "documents": lambda n: AttnMask.documents([n // 3, 0, n - n // 3]),
-    "modality": lambda n: AttnMask.modality([n // 4, n - n // 4 - n // 3], n // 3),
-    "modality_alone": lambda n: AttnMask.modality([n // 4, n - n // 4 - n // 3], n // 3, True),
-    "slices": lambda n: AttnMask.from_slices(
-        n, n, [(0, n // 2, 0, n // 2, "inv_causal"), (n // 2, n, 0, n, "bi_causal")]
-    ),
-    "ranges": lambda n: AttnMask.from_ranges(
-        np.sort(np.random.default_rng(n).integers(0, n + 1, (n, 3, 2)), axis=2)
-    ),
-}
 
 
 def make_plan(masks, world, *, heads=(4, 2), strategy="hypergraph", seqlens=SEQLENS, **options):
@@ -41,25 +22,6 @@ def make_plan(masks, world, *, heads=(4, 2), strategy="hypergraph", seqlens=SEQL
         strategy=strategy,
         **({"block_size": 48} | options),
     )
-
-
-def errors_against_dense(a_plan, masks, dtype, *, reference_dtype=torch.float64):
-    """Largest absolute error of out, lse, dq, dk, dv."""
-    batch = SequenceBatch(a_plan.seqlens.tolist(), masks)
-    q, k, v = random_qkv(a_plan.num_tokens, a_plan.spec, dtype)
-    out, lse = LocalWorld(a_plan).attention(q, k, v, return_lse=True)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = (out, lse, *torch.autograd.grad(out, (q, k, v), grad_out))
-
-    exact = [x.detach().to(reference_dtype).requires_grad_() for x in (q, k, v)]
-    want_out, want_lse = dense_attention(*exact, batch_mask(batch))
-    want = (want_out, want_lse, *torch.autograd.grad(want_out, exact, grad_out.to(reference_dtype)))
-    return [
-        torch.nan_to_num(a.double() - b.double(), posinf=0, neginf=0, nan=0).abs().max().item()
-        if torch.equal(torch.isinf(a), torch.isinf(b)) and not torch.isnan(a).any()
-        else float("inf")
-        for a, b in zip(found, want, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
@@ -160,13 +122,14 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"q has shape \(470, 3, 16\)"):
         DCPAttention.apply(executor, q[:, :3], kv)
     with pytest.raises(ValueError, match="no mask 'other'"):
-        DCPAttention.apply(executor, q, kv, "other")
+        DCPAttention.apply(executor, q, kv, mask="other")
     with pytest.raises(ValueError, match=r"no kernel for torch.int64 on cpu"):
         DCPAttention.apply(executor, q.long(), kv.long())
     with pytest.raises(ValueError, match="kernel 'fast' is not one of"):
         LocalWorld(a_plan, kernel="fast").attention(q, kv[:, 0], kv[:, 1])
-    with pytest.raises(ValueError, match="rank 0 of 2"):
-        executor.prepare(make_plan("causal", 2).rank_plan(0))
+    for other in (make_plan("causal", 2), make_plan("causal", 2).rank_plan(0)):
+        with pytest.raises(ValueError, match="is for 2 ranks, the executor's group has 1: plan"):
+            executor.prepare(other)
 
 
 def test_activation_checkpointing_and_a_new_plan_between_passes():

@@ -5,6 +5,7 @@ import json
 import torch
 
 from dcp import AttentionSpec, Cluster, LocalWorld, SequenceBatch, plan
+from dcp.program import Wait
 from dcp.report.trace import simulated_spans, write_trace
 from dcp.simulate import COMPUTE, TRANSFER
 
@@ -31,15 +32,25 @@ def test_a_trace_holds_every_division_and_transfer(tmp_path):
 
 
 def test_an_executed_run_records_its_instructions():
-    made = plan(SequenceBatch([300, 40]), SPEC, Cluster(num_nodes=1, devices_per_node=3))
+    cluster = Cluster(num_nodes=1, devices_per_node=3)
+    made = plan(SequenceBatch([300, 40]), SPEC, cluster, strategy="ring")
+    assert made.stats.intra_node_bytes > 0
     world = LocalWorld(made)
     world.spans = []
     q, k, v = (torch.randn(340, h, 16, requires_grad=True) for h in (4, 2, 2))
     world.attention(q, k, v).sum().backward()
     names = {span.name.split()[1] for span in world.spans}
-    assert {"attention", "copy"} <= names
+    assert names == {"attention", "copy", "reduce", "wait"}
     assert {span.name.split(":")[0] for span in world.spans} == {"forward", "backward"}
     assert {span.rank for span in world.spans} == {0, 1, 2}
     assert all(span.end >= span.start for span in world.spans)
-    if any(span.track == TRANSFER for span in world.spans):
-        assert "wait" in names
+    waits = [span for span in world.spans if span.track == TRANSFER]
+    programs = [made.rank_plan(rank).mask_program() for rank in range(3)]
+    planned = sum(
+        isinstance(each, Wait)
+        for program in programs
+        for backward in (False, True)
+        for each in program.instructions(backward=backward)
+    )
+    assert len(waits) == planned > 0
+    assert all("wait" in span.name for span in waits)

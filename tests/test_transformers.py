@@ -11,7 +11,7 @@ from dcp.program import RankPlan
 transformers = pytest.importorskip("transformers")
 
 from dcp.integrations.transformers import dcp_attention, local_logits  # noqa: E402
-from tests.models import make_config, make_model, make_tokens  # noqa: E402
+from tests.model_cases import make_config, make_model, make_tokens  # noqa: E402
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
 
@@ -28,10 +28,16 @@ def run_rank(message, seqlens):
     return logits.detach().numpy(), [p.grad.numpy() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("seqlens", [[40, 0, 1, 17, 64], [3]])
-def test_ranks_together_equal_one_model(gloo_pool, seqlens):
-    a_plan = plan(SequenceBatch(seqlens), SPEC, Cluster(devices_per_node=3), block_size=16)
-    assert a_plan.rank_tokens.min() == 0 or len(seqlens) > 1  # a rank without tokens, once
+@pytest.mark.parametrize(
+    ("strategy", "seqlens", "most_idle"),
+    [("zigzag", [40, 0, 1, 17, 64], 0), ("bisection", [3], 2)],
+)
+def test_ranks_together_equal_one_model(gloo_pool, strategy, seqlens, most_idle):
+    cluster = Cluster(devices_per_node=3)
+    a_plan = plan(SequenceBatch(seqlens), SPEC, cluster, strategy=strategy, block_size=16)
+    assert (a_plan.rank_tokens == 0).sum() == most_idle  # ranks without tokens
+    moved = a_plan.stats.intra_node_bytes
+    assert (moved > 0) == (most_idle == 0), "whole models on one rank would prove nothing"
     messages = [a_plan.rank_plan(rank).to_bytes() for rank in range(3)]
     results = gloo_pool(3).run(run_rank, messages, seqlens)
     logits = a_plan.unshard([torch.from_numpy(found) for found, _ in results])
@@ -63,9 +69,9 @@ def call(batch=1, keys=5, mask=None, dropout=0.0, executor=True, **others):
         ("one row of local tokens, got 2", {"batch": 2}),
         ("use_cache=False", {"keys": 9}),
         ("masks belong to the plan", {"mask": torch.zeros(1, 1, 5, 5)}),
-        ("dropout 0.1", {"dropout": 0.1}),
+        (r"dropout=0\.1", {"dropout": 0.1}),
         ("sliding_window=4", {"sliding_window": 4}),
-        ("a head mask", {"head_mask": torch.zeros(4)}),
+        (r"head_mask cannot be honoured", {"head_mask": torch.zeros(4)}),
         ("softcap must be positive", {"softcap": -1.0}),
         ("'other'", {"dcp_mask": "other"}),
     ],

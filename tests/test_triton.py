@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from dcp import AttnMask, Cluster, LocalWorld, SequenceBatch, plan
-from dcp.runtime.kernels import get_kernel
-from tests.oracle import batch_mask, dense_attention
-from tests.test_kernels import (
+from dcp.runtime.kernels import Options, get_kernel
+from tests.kernel_cases import (
     NAMES,
     SEQLENS,
     attend,
@@ -26,7 +25,8 @@ from tests.test_kernels import (
     is_close,
     make_spec,
 )
-from tests.test_runtime import MASKS
+from tests.masks_cases import MASKS
+from tests.oracle import batch_mask, dense_attention
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
@@ -213,6 +213,6 @@ def test_without_an_interpreter_or_gpu_the_reason_is_named():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match="triton: it runs on CUDA devices"):
-        get_kernel("triton", torch.device("cpu"), torch.float32)
+        get_kernel("triton", torch.device("cpu"), torch.float32, Options(64, 1.0))
     with pytest.raises(ValueError, match=r"triton: it has no torch.float64"):
-        get_kernel("triton", torch.device("cpu"), torch.float64)
+        get_kernel("triton", torch.device("cpu"), torch.float64, Options(64, 1.0))

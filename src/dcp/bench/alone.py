@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -12,9 +11,10 @@ from torch import Tensor
 
 from dcp.program import MaskProgram, RankPlan
 from dcp.runtime.communicator import Messages
-from dcp.runtime.kernels import Options
+from dcp.runtime.kernels import Kernel
 from dcp.runtime.passes import BackwardPass, ForwardPass
 from dcp.runtime.prepared import PreparedPlan
+from dcp.runtime.session import Call
 
 Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS = range(1, 7)  # items with their step in front
 
@@ -65,11 +65,11 @@ class Alone:
     """Forward and backward of one rank's plan on random tensors."""
 
     def __init__(
-        self, plan: RankPlan, kernel: ModuleType, device: torch.device, dtype: torch.dtype
+        self, plan: RankPlan, kernel: Kernel, device: torch.device, dtype: torch.dtype
     ) -> None:
         spec, tokens = plan.spec, plan.num_local_tokens
         self.prepared, self.kernel = PreparedPlan(plan), kernel
-        self.options = Options(spec.head_dim**-0.5)
+        self.options = Call().options(spec.head_dim, needs_grad=True)
         q_shape = (tokens, spec.num_heads, spec.head_dim)
         kv_shape = (tokens, 2, spec.num_kv_heads, spec.head_dim)
         self.q, self.kv, self.grad_out = (

@@ -22,14 +22,13 @@ import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench import kernels_gpu as gpu
-from dcp.bench import kernels_tune as tune
 from dcp.bench import rivals
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
-from dcp.runtime.kernels import triton as triton_kernel
+from dcp.runtime.kernels.triton import SHAPES, place_tables
 from dcp.runtime.prepared import PreparedPlan
 
 PARTS = ("errors", "tune", "dense", "masks", "program", "host")
@@ -121,10 +120,10 @@ def _gpu_parts(args: argparse.Namespace) -> Iterator[tuple[str, list[Row], Measu
         row = Row("error, ours / dense in the same dtype", case, "<= 2")
         yield "errors", [row], _one(partial(gpu.error_ratio, dtype, head_dim, world))
     if torch.cuda.is_available() and "tune" in args.only:
-        for name, shape in tune.candidates():
+        for name, shape in gpu.candidates():
             case = f"{shape.outer}x{shape.inner}, {shape.warps} warps, {shape.stages} stages"
             row = Row(f"tile of {name}: TFLOP/s", case, "")
-            yield "tune", [row], _one(partial(tune.shape_rate, name, shape, args.repeat))
+            yield "tune", [row], _one(partial(gpu.shape_rate, name, shape, args.repeat))
     settings: gpu.Settings = []  # FlexAttention's best, picked when first needed
 
     def picked() -> gpu.Settings:
@@ -195,20 +194,13 @@ def on_gpu(rows: list[Row], measure: Measure, end: float) -> list[Row]:
 
 def ready_row(plans: list[RankPlan]) -> Row:
     """Host time of all that a rank makes of its plan before the first launch."""
-    shapes = triton_kernel.SHAPES[128, 2]
     times = []
     for rank_plan in plans * 3:
         began = perf_counter()
         prepared = PreparedPlan(rank_plan)
         for backward in (False, True):
             prepared.instructions(None, torch.device("cpu"), backward=backward)
-        triton_kernel.prepare(
-            rank_plan.mask_program(),
-            torch.device("cpu"),
-            head_dim=gpu.SPEC.head_dim,
-            dtype=torch.bfloat16,
-            shapes=shapes,
-        )
+        place_tables(rank_plan.mask_program(), torch.device("cpu"), SHAPES[128, 2])
         times.append(perf_counter() - began)
     case = f"{PLAN_TOKENS} tokens, 32 ranks"
     note = "milliseconds on the host, without the copy; off the critical path with ready()"
@@ -222,7 +214,7 @@ def cpu_row(tokens: int, block_size: int, world: int, repeat: int) -> Row:
         f"{tokens} tokens, block {block_size}, {world} rank{'s' * (world > 1)}",
         "<= 1.15" if world == 1 else "",
     )
-    cluster = Cluster(num_nodes=1, devices_per_node=world)
+    cluster = Cluster(devices_per_node=world)
     made = plan(SequenceBatch([tokens]), CPU_SPEC, cluster, strategy="magi", block_size=block_size)
     heads, kv_heads = CPU_SPEC.num_heads, CPU_SPEC.num_kv_heads
     q = torch.randn(tokens, heads, CPU_SPEC.head_dim, requires_grad=True)
@@ -241,7 +233,7 @@ def cpu_row(tokens: int, block_size: int, world: int, repeat: int) -> Row:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         torch.autograd.grad(out, (q, kv), grad.transpose(0, 1)[None])
 
-    seconds = gpu.host_medians({"ours": ours, "one_shot": one_shot}, repeat)
+    seconds = rivals.host_medians({"ours": ours, "one_shot": one_shot}, repeat)
     note = f"{seconds['ours']:.3f} s against {seconds['one_shot']:.3f} s, forward and backward"
     return replace(row, value=seconds["ours"] / seconds["one_shot"], note=note)
 
@@ -257,5 +249,6 @@ def long_tailed(tokens: int, *, seed: int) -> list[int]:
 
 
 def rank_plans() -> list[RankPlan]:
-    made = plan(SequenceBatch(long_tailed(PLAN_TOKENS, seed=0)), gpu.SPEC, PLAN_CLUSTER)
+    batch = SequenceBatch(long_tailed(PLAN_TOKENS, seed=0))
+    made = plan(batch, gpu.SPEC, PLAN_CLUSTER, strategy=gpu.STRATEGY)
     return [made.rank_plan(rank) for rank in range(PLAN_CLUSTER.num_ranks)]

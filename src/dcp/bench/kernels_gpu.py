@@ -1,15 +1,12 @@
-"""The rows of ``dcp bench kernels`` that need a GPU: errors, speed beside torch's, whole programs.
-
-Device times are between events. Before each turn the device sleeps, so that the host has queued
-the whole turn when it begins: what it costs to launch is in none of them.
-"""
+"""The rows of ``dcp bench kernels`` that need a GPU: errors, speed beside torch's, whole programs,
+and tile shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from statistics import mean, median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,59 +17,20 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench import rivals
 from dcp.bench.alone import Alone, in_one_launch
+from dcp.bench.rivals import Works, device_medians, host_medians
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask, named_mask
 from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import get_kernel
+from dcp.runtime.kernels.triton import SHAPES, Shape, Shapes, launch, place_tables
+from dcp.runtime.session import Call
 
 SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
-PICK_TOKENS = 16384  # FlexAttention's best settings are picked at this length
-SLEEP_CYCLES = 20_000_000  # about 10 ms
-Works = dict[str, Callable[[], Any]]
+STRATEGY = "bisection"  # needs no partitioner: a GPU box may have torch, Triton and numba alone
+PICK_TOKENS = 16384  # at which FlexAttention's settings and our tile shapes are picked
 Settings = list[FlexKernelOptions]
-
-
-def device_medians(works: Works, repeat: int) -> dict[str, float]:
-    """Median seconds of each work on the device; they take turns. A work that cannot run, as a
-    rival with settings that the device refuses, is left out; ours must run."""
-    for name, work in list(works.items()):
-        try:
-            for _ in range(2):  # compiles, warms up
-                work()
-            torch.cuda.synchronize()
-        except Exception:
-            if name == "ours" or len(works) <= 2:
-                raise
-            works = {other: works[other] for other in works if other != name}
-    begun: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in works}
-    for _ in range(repeat):
-        torch.cuda._sleep(SLEEP_CYCLES)
-        for name, work in works.items():
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            work()
-            events[1].record()
-            begun[name].append(events)
-        torch.cuda.synchronize()
-    return {n: median(a.elapsed_time(b) for a, b in each) / 1e3 for n, each in begun.items()}
-
-
-def host_medians(works: Works, repeat: int) -> dict[str, float]:
-    """Median seconds of each work by the host's clock, launches included; they take turns, so that
-    a busy machine slows all alike."""
-    sync = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeat + 1):
-        for name, work in works.items():
-            sync()
-            began = perf_counter()
-            work()
-            sync()
-            if turn:  # the first compiles and warms up
-                times[name].append(perf_counter() - began)
-    return {name: median(each) for name, each in times.items()}
 
 
 # --------------------------------------------------------------------------- errors
@@ -86,7 +44,7 @@ def error_ratio(dtype: str, head_dim: int, world: int) -> tuple[float, str]:
     masks = [AttnMask.streaming(n, sink=16, window=100) for n in seqlens[:3]]
     masks += map(AttnMask.causal, seqlens[3:])
     batch = SequenceBatch(seqlens, masks)
-    made = plan(batch, spec, Cluster(num_nodes=1, devices_per_node=world))
+    made = plan(batch, spec, Cluster(devices_per_node=world), strategy=STRATEGY)
     to, device = getattr(torch, dtype), torch.device("cuda")
     shapes = [(batch.num_tokens, heads, head_dim) for heads in (4, 2, 2, 4)]
     *tensors, grad = (torch.randn(shape, device=device, dtype=to) for shape in shapes)
@@ -245,7 +203,7 @@ def program_ratio(plans: list[RankPlan], repeat: int) -> tuple[float, str]:
     """Time of a rank's whole program over that of the same blocks in one launch, forward and
     backward, one rank at a time."""
     device, dtype = torch.device("cuda"), getattr(torch, SPEC.dtype)
-    kernel = get_kernel("auto", device, dtype)
+    kernel = get_kernel("auto", device, dtype, Call().options(SPEC.head_dim, needs_grad=True))
     on_device: list[float] = []
     on_host: list[float] = []
     for rank_plan in plans:
@@ -263,12 +221,71 @@ def _both_passes(alone: Alone) -> None:
     alone.backward(*alone.forward())
 
 
+# --------------------------------------------------------------------------- tile shapes
+
+# "outer inner warps stages" for head_dim 64 and 128 in half precision: shapes whose loop over full
+# tiles compiles without spills, and those that FlexAttention takes.
+CANDIDATES = {
+    "forward": "128 64 8 3, 128 64 8 2, 128 64 8 4, 128 128 8 2, 128 32 8 4, 64 64 4 3, 64 64 4 2",
+    "query_gradient": "128 64 8 2, 128 64 8 3, 128 32 8 3, 128 32 8 2, 64 64 4 2, 64 32 4 3",
+    "key_gradient": "128 32 8 2, 128 32 8 3, 128 64 8 2, 128 64 8 1, 64 64 8 2, 64 64 4 2",
+}
+FLOPS = {"forward": 2, "query_gradient": 3, "key_gradient": 4}  # products a pair, times 2 head_dim
+
+
+def candidates() -> Iterator[tuple[str, Shape]]:
+    """(kernel, shape), the one in use first."""
+    used = SHAPES[SPEC.head_dim, 2]
+    for name, shapes in CANDIDATES.items():
+        now = getattr(used, name)
+        yield name, now
+        for text in shapes.split(", "):
+            shape = Shape(*map(int, text.split()))
+            if shape != now:
+                yield name, shape
+
+
+def shape_rate(name: str, shape: Shape, repeat: int) -> tuple[float, str]:
+    """TFLOP/s of one kernel with this tile on one causal sequence."""
+    seconds = device_medians({"ours": launch_of(name, shape, torch.device("cuda"))}, repeat)["ours"]
+    pairs = PICK_TOKENS**2 / 2 * SPEC.num_heads
+    note = "in use" if shape == getattr(SHAPES[SPEC.head_dim, 2], name) else ""
+    return FLOPS[name] * 2 * SPEC.head_dim * pairs / seconds / 1e12, note
+
+
+def launch_of(name: str, shape: Shape, device: torch.device) -> Callable[[], Any]:
+    """One launch of the kernel, on random tensors."""
+    shapes = replace(SHAPES[SPEC.head_dim, 2], **{name: shape})
+    if name == "query_gradient":  # it shares its table with the forward kernel
+        shapes = Shapes(shape, shape, shapes.key_gradient)
+    dtype = getattr(torch, SPEC.dtype)
+    program = one_rank("causal", [PICK_TOKENS]).mask_program()
+    [work] = place_tables(program, device, shapes).values()
+    heads, kv_heads, head_dim = SPEC.num_heads, SPEC.num_kv_heads, SPEC.head_dim
+    q, grad_out, out = (
+        torch.randn(PICK_TOKENS, heads, head_dim, device=device, dtype=dtype) for _ in range(3)
+    )
+    kv = torch.randn(PICK_TOKENS, 2, kv_heads, head_dim, device=device, dtype=dtype)
+    lse = torch.full((PICK_TOKENS, heads), -torch.inf, device=device)
+    options = Call().options(head_dim, needs_grad=True)
+    if name == "forward":
+
+        def forward() -> None:
+            lse.fill_(-torch.inf)
+            launch(name, (q, kv, out, lse), work, kv, options)
+
+        return forward
+    grads = [torch.zeros_like(q), torch.zeros_like(kv)][: 1 + (name == "key_gradient")]
+    tensors = (q, grad_out, lse.fill_(10.0), torch.zeros_like(lse), kv, *grads)
+    return lambda: launch(name, tensors, work, kv, options)
+
+
 # --------------------------------------------------------------------------- inputs
 
 
 def one_rank(mask: str, seqlens: list[int]) -> RankPlan:
     batch = SequenceBatch(seqlens, [named_mask(mask, n) for n in seqlens])
-    return plan(batch, SPEC, Cluster(num_nodes=1, devices_per_node=1)).rank_plan(0)
+    return plan(batch, SPEC, Cluster(devices_per_node=1), strategy=STRATEGY).rank_plan(0)
 
 
 def packed(tokens: int, device: torch.device) -> list[Tensor]:

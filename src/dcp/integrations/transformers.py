@@ -22,9 +22,11 @@ from transformers import AttentionInterface
 from dcp.runtime import AttentionExecutor
 
 NAME = "dcp"
-_REFUSED = {
-    "position_bias": "a position bias",
-    "head_mask": "a head mask",
+_REFUSED = {  # what a model may ask for and a plan cannot give, and what to do
+    "attention_mask": "masks belong to the plan",
+    "dropout": "set attention dropout to 0",
+    "position_bias": "use a model without a position bias",
+    "head_mask": "use a model without a head mask",
 }
 
 
@@ -91,24 +93,9 @@ def dcp_attention(
     """
     if dcp_executor is None:
         raise ValueError('attention "dcp" needs the model called with dcp_executor=executor')
-    if query.shape[0] != 1:
-        raise ValueError(f"dcp attention takes one row of local tokens, got {query.shape[0]} rows")
-    if key.shape[2] != query.shape[2]:
-        raise ValueError(f"{query.shape[2]} queries for {key.shape[2]} keys: set use_cache=False")
-    if attention_mask is not None:
-        raise ValueError("an attention_mask cannot be honoured: masks belong to the plan")
-    if dropout:
-        raise ValueError(f"attention dropout {dropout} cannot be honoured: set it to 0")
-    for name, meaning in _REFUSED.items():
-        if others.get(name) is not None:
-            raise ValueError(f"{meaning} ({name}) cannot be honoured by dcp attention")
-    if sliding_window is not None:
-        if dcp_sliding_mask is None:
-            raise ValueError(
-                f"sliding_window={sliding_window} cannot be honoured: plan a mask for it and name "
-                "it with dcp_sliding_mask"
-            )
-        dcp_mask = dcp_sliding_mask
+    _check_shapes(query, key)
+    _refuse(attention_mask=attention_mask, dropout=dropout or None, **others)
+    mask = dcp_mask if sliding_window is None else _sliding_mask(sliding_window, dcp_sliding_mask)
     # Under autocast the rotary embedding leaves queries and keys in fp32.
     q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
     stands_in = len(q) == 1 and dcp_executor.plan and not dcp_executor.plan.num_local_tokens
@@ -116,8 +103,33 @@ def dcp_attention(
         q, k, v = q[:0], k[:0], v[:0]
     kv = torch.stack([k, v], dim=1)
     out = dcp_executor.attention(
-        q.contiguous(), kv, mask=dcp_mask, scale=scaling, sink=s_aux, softcap=softcap
+        q.contiguous(), kv, mask=mask, scale=scaling, sink=s_aux, softcap=softcap
     )
     if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])
     return out[None], None
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor) -> None:
+    if query.shape[0] != 1:
+        raise ValueError(f"dcp attention takes one row of local tokens, got {query.shape[0]} rows")
+    if key.shape[2] != query.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries for {key.shape[2]} keys: set use_cache=False")
+
+
+def _refuse(**asked: Any) -> None:
+    for name, remedy in _REFUSED.items():
+        value = asked.get(name)
+        if value is not None:
+            what = f"{name}={value}" if isinstance(value, float) else name
+            raise ValueError(f"{what} cannot be honoured by dcp attention: {remedy}")
+
+
+def _sliding_mask(window: int, name: str | None) -> str:
+    """The plan's mask for a layer with a sliding window."""
+    if name is None:
+        raise ValueError(
+            f"sliding_window={window} cannot be honoured: plan a mask for it and name it with "
+            "dcp_sliding_mask"
+        )
+    return name

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dcp.plan import Plan
 from dcp.program import RankPlan
 from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost
 from dcp.runtime.compiled import sink_gradient
+from dcp.runtime.group import resolve_group
 from dcp.runtime.kernels import get_kernel
 from dcp.runtime.prepared import PreparedPlan
-from dcp.runtime.session import Call, Session
+from dcp.runtime.session import Call, CallOptions, Session
 from dcp.simulate import Span
 
 # Plans that an executor keeps for backward passes of compiled code, which cannot hold their plan.
@@ -27,14 +29,15 @@ class AttentionExecutor:
     """Runs one rank's programs over a process group.
 
     Args:
-        group: a ``torch.distributed`` group (gloo or NCCL) with one process per rank of the plans;
-            None means the default group, or a single rank where none was initialised.
+        group: processes, one per rank of the plans: a ``torch.distributed`` group (gloo or NCCL)
+            or a mesh of one axis; None as :func:`dcp.runtime.group.resolve_group` reads it.
         kernel: ``"auto"`` or a name of :data:`dcp.runtime.kernels.KERNELS`.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, kernel: str = "auto") -> None:
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+    def __init__(
+        self, group: dist.ProcessGroup | DeviceMesh | None = None, *, kernel: str = "auto"
+    ) -> None:
+        group = resolve_group(group)
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
         self.kernel = kernel
@@ -85,28 +88,29 @@ class AttentionExecutor:
         return prepared
 
     def _mine(self, plan: Plan | RankPlan) -> RankPlan:
-        rank_plan = plan.rank_plan(self.rank) if isinstance(plan, Plan) else plan
-        if (rank_plan.rank, rank_plan.num_ranks) != (self.rank, self.num_ranks):
+        if plan.num_ranks != self.num_ranks:
             raise ValueError(
-                f"the plan is for rank {rank_plan.rank} of {rank_plan.num_ranks}, "
-                f"this process is rank {self.rank} of {self.num_ranks}"
+                f"the plan is for {plan.num_ranks} ranks, the executor's group has "
+                f"{self.num_ranks}: plan for a cluster of {self.num_ranks} devices, or make the "
+                f"executor with a group of {plan.num_ranks}"
+            )
+        rank_plan = plan.rank_plan(self.rank) if isinstance(plan, Plan) else plan
+        if rank_plan.rank != self.rank:
+            raise ValueError(
+                f"the plan is rank {rank_plan.rank}'s, this process is rank {self.rank} of "
+                f"{self.num_ranks}: give it plan.rank_plan({self.rank})"
             )
         return rank_plan
 
     def attention(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        *,
-        mask: str | None = None,
-        scale: float | None = None,
-        sink: Tensor | None = None,
-        **options: Any,
+        self, q: Tensor, kv: Tensor, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
     ) -> Tensor:
         """:meth:`DCPAttention.apply` with this executor."""
-        return DCPAttention.apply(self, q, kv, mask, scale, sink=sink, **options)
+        return DCPAttention.apply(self, q, kv, sink=sink, **options)
 
-    def captured(self, q: Tensor, kv: Tensor, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    def captured(
+        self, q: Tensor, kv: Tensor, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         """:meth:`attention` under the plan in use as CUDA graphs, for a plan that repeats.
 
         Forward and backward are captured, one graph each, so that a call costs the host two
@@ -116,7 +120,7 @@ class AttentionExecutor:
         Args:
             q, kv: samples, of the shapes, dtype and device of the calls to come, requiring
                 gradients if those will.
-            options: as for :meth:`attention`.
+            sink, options: as for :meth:`attention`.
 
         Returns a function of ``(q, kv)``. It keeps the plan of the capture, whatever is prepared
         later. Raises ``ValueError`` for tensors that are not on a CUDA device.
@@ -125,7 +129,7 @@ class AttentionExecutor:
             raise ValueError(f"CUDA graphs capture tensors on a CUDA device, q is on {q.device}")
 
         def attend(q: Tensor, kv: Tensor) -> Tensor:
-            return self.attention(q, kv, **options)
+            return self.attention(q, kv, sink=sink, **options)
 
         graphs = cast(
             Callable[[Tensor, Tensor], Tensor],
@@ -161,7 +165,11 @@ class AttentionExecutor:
 
 
 class LocalWorld:
-    """All ranks of a plan in this process, on any device: for tests, notebooks and one GPU."""
+    """All ranks of a plan in this process, on any device: for tests, notebooks and one GPU.
+
+    It stands beside dense attention, and so takes q, k and v in the global layout. Real ranks take
+    the rows of ``kv`` as they travel, keys and values together: :class:`AttentionExecutor`.
+    """
 
     def __init__(self, plan: Plan, *, kernel: str = "auto") -> None:
         self.plan, self.kernel = plan, kernel
@@ -174,25 +182,20 @@ class LocalWorld:
         k: Tensor,
         v: Tensor,
         *,
-        mask: str | None = None,
-        scale: float | None = None,
         sink: Tensor | None = None,
         return_lse: bool = False,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Differentiable attention in the global layout.
 
         Args:
             q: ``[tokens, heads, head_dim]``; k, v: ``[keys, kv_heads, head_dim]``, where the keys
                 are the tokens' own and, before those of their sequence, the cached ones.
-            mask: a mask name of the batch; the first by default.
-            scale: of the scores; ``head_dim ** -0.5`` by default.
-            sink: ``[heads]``, see :meth:`DCPAttention.apply`.
+            sink, options: as for :meth:`DCPAttention.apply`.
             return_lse: also return the log-sum-exp ``[tokens, heads]`` (not differentiable).
-            options: the others of :class:`Call`.
         """
-        call = Call(mask, scale, **options)
-        out, lse = _attention(self, q, torch.stack([k, v], dim=1), sink, call)
+        kv = torch.stack([k, v], dim=1)
+        out, lse = _attention(self, q, kv, sink, Call(**options))
         return (out, lse) if return_lse else out
 
     def session(self, call: Call) -> Session:
@@ -252,11 +255,9 @@ class DCPAttention:
         executor: AttentionExecutor,
         q: Tensor,
         kv: Tensor,
-        mask: str | None = None,
-        scale: float | None = None,
         *,
         sink: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> Tensor:
         """Attention of the rank's own tokens under the executor's plan.
 
@@ -266,32 +267,28 @@ class DCPAttention:
             q: ``[local, heads, head_dim]``, rows in the order of ``plan.token_indices(rank)``.
             kv: ``[local keys, 2, kv_heads, head_dim]``, keys first; as many rows as ``q``, and
                 those of the rank's cached tokens, as ``plan.key_indices(rank)`` orders them.
-            mask: a mask name of the batch; the first by default.
-            scale: of the scores; ``head_dim ** -0.5`` by default.
             sink: ``[heads]``, a learned score that joins each row's sum of weights and carries no
                 value. The same on all ranks; its gradient is that of the rank's own tokens, to be
                 summed over ranks like every parameter's.
-            options: ``softcap``, ``deterministic``, ``dropout``: see :class:`Call`.
+            options: see :class:`dcp.runtime.session.CallOptions`.
 
         Returns ``[local, heads, head_dim]``. Raises ``ValueError`` for wrong shapes or dtypes, for
         a mask the plan does not have, and for what no kernel can honour.
         """
-        return _attend(executor, q, kv, sink, Call(mask, scale, **options))[0]
+        return _attend(executor, q, kv, sink, Call(**options))[0]
 
     @staticmethod
     def apply_with_lse(
         executor: AttentionExecutor,
         q: Tensor,
         kv: Tensor,
-        mask: str | None = None,
-        scale: float | None = None,
         *,
         sink: Tensor | None = None,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`apply`, with the natural log-sum-exp ``[local, heads]`` (no gradient), the sink
         counted in."""
-        return _attend(executor, q, kv, sink, Call(mask, scale, **options))
+        return _attend(executor, q, kv, sink, Call(**options))
 
 
 def _exhaust(programs: list[Iterator[None]]) -> None:

@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 from time import perf_counter
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dcp.program import Attention, Copy, Reduce, Wait
+from dcp.program import Attention, Copy, Instruction, Reduce, Wait
 from dcp.runtime.communicator import Communicator
-from dcp.runtime.kernels import Options
+from dcp.runtime.kernels import Kernel, Options
 from dcp.runtime.kernels.cellwise import merge
 from dcp.runtime.prepared import Exchange, Message, PreparedPlan
 from dcp.runtime.rows import Rows
@@ -38,7 +36,7 @@ class AttentionPass:
         self,
         prepared: PreparedPlan,
         mask: str | None,
-        kernel: ModuleType,
+        kernel: Kernel,
         like: Tensor,
         options: Options,
     ) -> None:
@@ -60,7 +58,7 @@ class AttentionPass:
         self.work = prepared.work(mask, kernel, like.device, like.dtype)
         kinds = [type(each) for each in self.instructions]
         # every result row is written once and stays here: it needs no wider dtype on the way
-        self.once = kernel.WRITES_ONCE and options.deterministic
+        self.once = kernel.writes_once and options.deterministic
         self.once &= kinds.count(Attention) <= 1 and Exchange not in kinds
         self.fields: dict[int, list[Field]] = {}
         self.spans: list[Span] | None = None  # set to record what takes how long
@@ -68,32 +66,36 @@ class AttentionPass:
     def run(self, communicator: Communicator) -> Iterator[None]:
         """Run the program; yields while a wait needs other ranks of this process to go on."""
         communicator.open(self.device)
-        in_flight: dict[int, Iterator[None]] = {}
-        launched: dict[int, float] = {}
+        in_flight: dict[int, tuple[float, Iterator[None]]] = {}  # since when
         for instruction in self.instructions:
             began = perf_counter()
             match instruction:
-                case Copy(direction="load"):
-                    self.load()
-                case Exchange():
-                    launched[instruction.step] = began
-                    in_flight[instruction.step] = self._launch(instruction, communicator)
-                case Attention():
-                    self._clear(instruction.resets)
-                    self.attend(self.work[instruction.step])
-                case Wait():
-                    yield from in_flight.pop(instruction.step)
-                case Reduce():
-                    for buffer, source, target, rows in instruction.rows.tolist():
-                        self.reduce(buffer, _run(source, rows), _run(target, rows))
-                case Copy(direction="store"):
-                    self.store()
-            if isinstance(instruction, Wait):
-                self._record(TRANSFER, instruction, launched[instruction.step])
-            elif not isinstance(instruction, Exchange):
-                self._record(COMPUTE, instruction, began)
+                case Exchange(step):
+                    in_flight[step] = began, self._launch(instruction, communicator)
+                case Wait(step):
+                    began, transfer = in_flight.pop(step)
+                    yield from transfer
+                    self._record(TRANSFER, instruction, began)
+                case _:
+                    self._compute(instruction)
+                    self._record(COMPUTE, instruction, began)
 
-    def _record(self, track: str, instruction: Any, began: float) -> None:
+    def _compute(self, instruction: Instruction) -> None:
+        """What the rank does by itself."""
+        match instruction:
+            case Copy(direction="load"):
+                self.load()
+            case Attention(step, _, resets):
+                for buffer, row, rows in resets.tolist():
+                    self.clear(buffer, _run(row, rows))
+                self.attend(self.work[step])
+            case Reduce(_, moves):
+                for buffer, source, target, rows in moves.tolist():
+                    self.reduce(buffer, _run(source, rows), _run(target, rows))
+            case Copy(direction="store"):
+                self.store()
+
+    def _record(self, track: str, instruction: Instruction, began: float) -> None:
         if self.spans is not None:
             step = getattr(instruction, "step", "")
             pass_name = "backward" if self.backward else "forward"
@@ -152,10 +154,6 @@ class AttentionPass:
         shares = taken.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
         # a view would keep the rows of all that came from elsewhere
         return taken.clone() if shares and taken.numel() < rows.numel() else taken
-
-    def _clear(self, resets: np.ndarray) -> None:
-        for buffer, row, rows in resets.tolist():
-            self.clear(buffer, _run(row, rows))
 
     def clear(self, buffer: int, rows: slice) -> None:
         """Make partial results empty."""

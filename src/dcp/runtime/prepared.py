@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
 from dcp.program import Instruction, Launch, RankPlan
+from dcp.runtime.kernels import Kernel
 from dcp.runtime.rows import Rows, place_rows
 
 # To or from a peer: its rows of each buffer, in the order of buffers.
@@ -50,10 +50,10 @@ class PreparedPlan:
         return self._instructions[key]
 
     def work(
-        self, mask: str | None, kernel: ModuleType, device: torch.device, dtype: torch.dtype
+        self, mask: str | None, kernel: Kernel, device: torch.device, dtype: torch.dtype
     ) -> dict[int, Any]:
         """What ``kernel`` needs for each division, by step."""
-        key = mask or next(iter(self.plan.masks)), kernel.NAME, device, dtype
+        key = mask or next(iter(self.plan.masks)), kernel.name, device, dtype
         if key not in self._work:
             program, head_dim = self.plan.mask_program(mask), self.plan.spec.head_dim
             self._work[key] = kernel.prepare(program, device, head_dim=head_dim, dtype=dtype)

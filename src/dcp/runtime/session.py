@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -16,17 +16,27 @@ from dcp.runtime.prepared import PreparedPlan
 from dcp.simulate import Span
 
 
-@dataclass(frozen=True)
-class Call:
-    """What one call of attention asks for, beside its tensors.
+class CallOptions(TypedDict, total=False):
+    """What one call of attention may ask for, beside its tensors: the keywords of every call.
 
-    Attributes:
+    Keys:
         mask: a mask name of the batch; the first by default.
         scale: of the scores; ``head_dim ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(scores / softcap)``; none by default.
         deterministic: equal bits in every run; False lets the kernel add gradients in any order.
         dropout: of attention weights; refused, it would differ from that of one rank.
     """
+
+    mask: str | None
+    scale: float | None
+    softcap: float | None
+    deterministic: bool
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """:class:`CallOptions`, checked and complete."""
 
     mask: str | None = None
     scale: float | None = None
@@ -45,7 +55,7 @@ class Call:
     def options(self, head_dim: int, *, needs_grad: bool) -> Options:
         """The same for a kernel."""
         scale = head_dim**-0.5 if self.scale is None else self.scale
-        return Options(float(scale), self.softcap, self.deterministic, needs_grad)
+        return Options(head_dim, float(scale), self.softcap, self.deterministic, needs_grad)
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,25 @@
-"""Attention kernels and the registry of them.
-
-A kernel is a module that runs the attention of one division, in place on a rank's buffers:
-
-- ``NAME``, and ``supports(device, dtype, options) -> str | None``: the reason why it cannot serve;
-- ``WRITES_ONCE``: a division writes a result row at most once, so that the results of a program's
-  only division may be of the tensors' dtype;
-- ``input_dtype(dtype)`` and ``compute_dtype(dtype)``: what buffers of inputs and of results hold;
-- ``prepare(program, device, head_dim=, dtype=)``: the work of each division by step, made once;
-- ``delta(grad_out, out)``: sum(grad_out * out) of each row ``[rows, heads]``, in compute dtype;
-- ``forward(work, q, kv, out, lse, options)``: folds the division's attention into the partial
-  ``out [rows, heads, head_dim]`` and natural log-sum-exp ``lse [rows, heads]``;
-- ``backward(work, q_side, kv, grad_q, grad_kv, options)``: adds the division's gradients;
-  ``q_side`` is ``(q, grad_out, lse, delta)`` with the *global* lse and delta = sum(grad_out * out).
-
-Rows are of one head group; ``kv`` and ``grad_kv`` are ``[rows, 2, kv_heads, head_dim]``.
-"""
+"""What an attention kernel is, and the registry of them."""
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-# In the order in which "auto" asks; the first two each serve one kind of device.
+from dcp.program import MaskProgram
+
+# Modules of this folder, each with its ``KERNEL``, in the order in which "auto" asks them; the
+# first two each serve one kind of device.
 KERNELS = ("torch_cpu", "triton", "flex", "dense")
+
+QSide = Sequence[Tensor]  # q, grad_out, lse, delta
 
 
 @dataclass(frozen=True)
@@ -35,22 +27,81 @@ class Options:
     """What one call of attention asks of a kernel.
 
     Attributes:
+        head_dim: numbers of a head.
         scale: of the scores.
         softcap: ``s -> softcap * tanh(s / softcap)`` on scaled scores; None for none.
         deterministic: two runs give equal bits; False lets a kernel add gradients in any order.
         needs_grad: the backward pass will be asked for.
     """
 
+    head_dim: int
     scale: float
     softcap: float | None = None
     deterministic: bool = True
     needs_grad: bool = True
 
 
+class Kernel(ABC):
+    """Runs the attention of one division, in place on a rank's buffers.
+
+    Rows are of one head group: q-like ``[rows, heads, head_dim]``, kv-like ``[rows, 2, kv_heads,
+    head_dim]``, log-sum-exps and deltas ``[rows, heads]``.
+
+    Attributes:
+        name: in :data:`KERNELS`.
+        writes_once: a division writes a result row at most once, so that the results of a
+            program's only division may be of the tensors' dtype.
+        by_name_on: types of devices on which ``"auto"`` leaves the kernel to those who name it.
+    """
+
+    name: str
+    writes_once = False
+    by_name_on: tuple[str, ...] = ()
+
+    @abstractmethod
+    def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
+        """None, or why this kernel cannot serve."""
+
+    def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What buffers of inputs hold: the tensors' own dtype."""
+        return dtype
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What buffers of results hold: float32 for half precision, else the dtype itself."""
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    @abstractmethod
+    def prepare(
+        self, program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
+    ) -> dict[int, Any]:
+        """The work of each division by step, made once for all calls."""
+
+    def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
+        """sum(grad_out * out) of each row ``[rows, heads]``, in compute dtype."""
+        dtype = self.compute_dtype(out.dtype)
+        return (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
+
+    @abstractmethod
+    def forward(
+        self, work: Any, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
+    ) -> None:
+        """Fold the division's attention into the partial ``out`` and natural ``lse``."""
+
+    @abstractmethod
+    def backward(
+        self,
+        work: Any,
+        q_side: QSide,
+        kv: Tensor,
+        grad_q: Tensor,
+        grad_kv: Tensor,
+        options: Options,
+    ) -> None:
+        """Add the division's gradients; ``q_side`` has the *global* log-sum-exp and delta."""
+
+
 @lru_cache(maxsize=256)
-def get_kernel(
-    name: str, device: torch.device, dtype: torch.dtype, options: Options = Options(1.0)
-) -> ModuleType:
+def get_kernel(name: str, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel:
     """The kernel called ``name``, or with ``"auto"`` the first that serves; logged by name.
 
     Raises ``ValueError`` if there is none, with each one's reason.
@@ -59,10 +110,10 @@ def get_kernel(
         raise ValueError(f"kernel {name!r} is not one of auto, {', '.join(KERNELS)}")
     reasons = []
     for candidate in KERNELS if name == "auto" else (name,):
-        kernel = import_module(f"dcp.runtime.kernels.{candidate}")
-        reason = kernel.supports(device, dtype, options)
-        if reason is None and name == "auto" and candidate == "triton" and device.type == "cpu":
-            reason = "its interpreter is taken by name only"
+        kernel: Kernel = import_module(f"dcp.runtime.kernels.{candidate}").KERNEL
+        reason = kernel.refusal(device, dtype, options)
+        if reason is None and name == "auto" and device.type in kernel.by_name_on:
+            reason = f"on {device.type} it is taken by name only"
         if reason is None:
             logging.getLogger("dcp").info("kernel %s for %s on %s", candidate, dtype, device)
             return kernel

@@ -2,81 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
 
 from dcp.program import MaskProgram
 from dcp.runtime.cells import Cell, program_cells
-from dcp.runtime.kernels import Options
+from dcp.runtime.kernels import Kernel, Options, QSide
 
 Work = list[Cell]
-# (q, k, v, cell, options) -> out, lse; (grad_out, q, k, v, lse, delta, cell, options) -> dq, dk, dv
-CellForward = Callable[..., tuple[Tensor, Tensor]]
-CellBackward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-WRITES_ONCE = False  # cells of one division meet in their rows
+class CellKernel(Kernel):
+    """A kernel that computes one cell at a time; cells of one division meet in their rows."""
 
+    @abstractmethod
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse of one cell."""
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What products run in: float32 for half precision, else the dtype itself."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    @abstractmethod
+    def gradients(
+        self, q_side: QSide, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv of one cell."""
 
+    def prepare(
+        self, program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
+    ) -> dict[int, Work]:
+        cells = program_cells(program)
+        return {step: [cell.to(device) for cell in work] for step, work in cells.items()}
 
-def prepare(
-    program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
-) -> dict[int, Work]:
-    """Every division's cells, their masks on the device."""
-    if device.type == "cpu":
-        return program_cells(program)
-    cells = program_cells(program)
-    return {step: [cell.to(device) for cell in work] for step, work in cells.items()}
+    def forward(
+        self, work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
+    ) -> None:
+        for cell in work:
+            k, v = kv[cell.k].unbind(1)
+            part_out, part_lse = self.attend(q[cell.q], k, v, cell, options)
+            if cell.first:
+                out[cell.out], lse[cell.out] = part_out, part_lse
+            else:
+                merge(out[cell.out], lse[cell.out], part_out, part_lse)
 
-
-def run_forward(
-    attend: CellForward,
-    work: Work,
-    q: Tensor,
-    kv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    options: Options,
-) -> None:
-    """Fold each cell's partial result into ``out`` and ``lse``."""
-    for cell in work:
-        k, v = kv[cell.k].unbind(1)
-        part_out, part_lse = attend(q[cell.q], k, v, cell, options)
-        if cell.first:
-            out[cell.out], lse[cell.out] = part_out, part_lse
-        else:
-            merge(out[cell.out], lse[cell.out], part_out, part_lse)
-
-
-def run_backward(
-    attend: CellBackward,
-    work: Work,
-    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv: Tensor,
-    grad_q: Tensor,
-    grad_kv: Tensor,
-    options: Options,
-) -> None:
-    """Add each cell's gradients."""
-    for cell in work:
-        k, v = kv[cell.k].unbind(1)
-        q, grad_out, lse, delta = (side[cell.q] for side in q_side)
-        dq, dk, dv = attend(grad_out, q, k, v, lse, delta, cell, options)
-        grad_q[cell.out] += dq
-        grad_kv[cell.dkv, 0] += dk
-        grad_kv[cell.dkv, 1] += dv
-
-
-def delta(grad_out: Tensor, out: Tensor) -> Tensor:
-    """See :mod:`dcp.runtime.kernels`."""
-    dtype = compute_dtype(out.dtype)
-    return (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
+    def backward(
+        self,
+        work: Work,
+        q_side: QSide,
+        kv: Tensor,
+        grad_q: Tensor,
+        grad_kv: Tensor,
+        options: Options,
+    ) -> None:
+        for cell in work:
+            k, v = kv[cell.k].unbind(1)
+            sides = [side[cell.q] for side in q_side]
+            dq, dk, dv = self.gradients(sides, k, v, cell, options)
+            grad_q[cell.out] += dq
+            grad_kv[cell.dkv, 0] += dk
+            grad_kv[cell.dkv, 1] += dv
 
 
 def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:

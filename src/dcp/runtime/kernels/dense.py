@@ -6,78 +6,39 @@ import torch
 from torch import Tensor
 
 from dcp.runtime.cells import Cell
-from dcp.runtime.kernels import Options, cellwise
-from dcp.runtime.kernels.cellwise import WRITES_ONCE, compute_dtype, delta, finite, prepare
-
-__all__ = [
-    "NAME",
-    "WRITES_ONCE",
-    "backward",
-    "compute_dtype",
-    "delta",
-    "forward",
-    "input_dtype",
-    "prepare",
-    "supports",
-]
-
-NAME = "dense"
-input_dtype = compute_dtype
+from dcp.runtime.kernels import Options, QSide
+from dcp.runtime.kernels.cellwise import CellKernel, finite
 
 
-def supports(device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
-    """None, or why this kernel cannot serve."""
-    return None if dtype.is_floating_point else f"{dtype} is not a floating-point dtype"
+class DenseKernel(CellKernel):
+    name = "dense"
+    input_dtype = CellKernel.compute_dtype
 
+    def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
+        return None if dtype.is_floating_point else f"{dtype} is not a floating-point dtype"
 
-def forward(
-    work: cellwise.Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
-) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    cellwise.run_forward(_forward, work, q, kv, out, lse, options)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        scores, _ = _scores(q, k, cell, options)
+        lse = scores.logsumexp(dim=-1)
+        weights = torch.exp(scores - finite(lse)[..., None])
+        return torch.einsum("hqk,khd->qhd", weights, _repeat(v, q)), lse.transpose(0, 1)
 
-
-def backward(
-    work: cellwise.Work,
-    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv: Tensor,
-    grad_q: Tensor,
-    grad_kv: Tensor,
-    options: Options,
-) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    cellwise.run_backward(_backward, work, q_side, kv, grad_q, grad_kv, options)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
-) -> tuple[Tensor, Tensor]:
-    scores, _ = _scores(q, k, cell, options)
-    lse = scores.logsumexp(dim=-1)
-    weights = torch.exp(scores - finite(lse)[..., None])
-    return torch.einsum("hqk,khd->qhd", weights, _repeat(v, q)), lse.transpose(0, 1)
-
-
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    cell: Cell,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    scores, slope = _scores(q, k, cell, options)
-    weights = torch.exp(scores - finite(lse).transpose(0, 1)[..., None])
-    grad_v = torch.einsum("hqk,qhd->khd", weights, grad_out)
-    grad_weights = torch.einsum("qhd,khd->hqk", grad_out, _repeat(v, q))
-    grad_scores = weights * (grad_weights - delta.transpose(0, 1)[..., None]) * options.scale
-    if slope is not None:
-        grad_scores *= slope
-    grad_q = torch.einsum("hqk,khd->qhd", grad_scores, _repeat(k, q))
-    grad_k = torch.einsum("hqk,qhd->khd", grad_scores, q)
-    return grad_q, _fold(grad_k, k), _fold(grad_v, k)
+    def gradients(
+        self, q_side: QSide, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, grad_out, lse, delta = q_side
+        scores, slope = _scores(q, k, cell, options)
+        weights = torch.exp(scores - finite(lse).transpose(0, 1)[..., None])
+        grad_v = torch.einsum("hqk,qhd->khd", weights, grad_out)
+        grad_weights = torch.einsum("qhd,khd->hqk", grad_out, _repeat(v, q))
+        grad_scores = weights * (grad_weights - delta.transpose(0, 1)[..., None]) * options.scale
+        if slope is not None:
+            grad_scores *= slope
+        grad_q = torch.einsum("hqk,khd->qhd", grad_scores, _repeat(k, q))
+        grad_k = torch.einsum("hqk,qhd->khd", grad_scores, q)
+        return grad_q, _fold(grad_k, k), _fold(grad_v, k)
 
 
 def _scores(q: Tensor, k: Tensor, cell: Cell, options: Options) -> tuple[Tensor, Tensor | None]:
@@ -97,3 +58,6 @@ def _repeat(k: Tensor, q: Tensor) -> Tensor:
 def _fold(grad: Tensor, k: Tensor) -> Tensor:
     """Sum the gradients of the query heads that share a KV head."""
     return grad.unflatten(1, (k.shape[1], -1)).sum(dim=2)
+
+
+KERNEL = DenseKernel()

@@ -87,23 +87,10 @@ def build_table(
     """
     tile_division, row, rows, result_row = _cut_runs(runs, outer)
     tile, band = _overlaps(division, bands, tile_division, row, rows)
-    a0, a1, b0, b1, lo, hi = bands[band].T
-    top, bottom = np.maximum(a0, row[tile]), np.minimum(a1, row[tile] + rows[tile])
-    b0, b1 = np.maximum(b0, top + lo), np.minimum(b1, bottom + hi)
-    full0, full1 = np.maximum(b0, bottom - 1 + lo), np.minimum(b1, top + hi + 1)
-    keep = b0 < b1
-    whole = (bottom - top == rows[tile]) & (full0 < full1)
-    tile, band, b0, b1, full0, full1, whole = (
-        x[keep] for x in (tile, band, b0, b1, full0, full1, whole)
-    )
-
+    tile, band, *ranges = _inner_rows(tile, bands, band, row, rows)
     origin = np.full(len(row), FAR)
-    np.minimum.at(origin, tile, b0)
-    first, end = (b0 - origin[tile]) // inner, -((origin[tile] - b1) // inner)
-    full_first = np.where(whole, -((origin[tile] - full0) // inner), end)
-    full_end = np.where(whole, (full1 - origin[tile]) // inner, end)
-    none = full_first >= full_end
-    full_first, full_end = np.where(none, end, full_first), np.where(none, end, full_end)
+    np.minimum.at(origin, tile, ranges[0])
+    first, end, full_first, full_end = _inner_tiles(origin[tile], *ranges, inner=inner)
 
     is_full = np.flatnonzero(full_first < full_end)
     full = _entries(
@@ -120,6 +107,39 @@ def build_table(
     return _order(
         entries, band_table, tile_division, row, rows, result_row, origin, inner, len(runs)
     )
+
+
+def _inner_rows(
+    tile: np.ndarray, bands: np.ndarray, band: np.ndarray, row: np.ndarray, rows: np.ndarray
+) -> list[np.ndarray]:
+    """Where a band has inner rows in a tile: (tile, band, their range, the range that all of the
+    tile's rows see, whether there is one)."""
+    a0, a1, b0, b1, lo, hi = bands[band].T
+    top, bottom = np.maximum(a0, row[tile]), np.minimum(a1, row[tile] + rows[tile])
+    b0, b1 = np.maximum(b0, top + lo), np.minimum(b1, bottom + hi)
+    full0, full1 = np.maximum(b0, bottom - 1 + lo), np.minimum(b1, top + hi + 1)
+    keep = b0 < b1
+    whole = (bottom - top == rows[tile]) & (full0 < full1)
+    return [x[keep] for x in (tile, band, b0, b1, full0, full1, whole)]
+
+
+def _inner_tiles(
+    origin: np.ndarray,
+    b0: np.ndarray,
+    b1: np.ndarray,
+    full0: np.ndarray,
+    full1: np.ndarray,
+    whole: np.ndarray,
+    *,
+    inner: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Inner tiles, counted from ``origin``, that rows meet and that they fill: (first, end) of
+    both; no full ones are an empty range at the end."""
+    first, end = (b0 - origin) // inner, -((origin - b1) // inner)
+    full_first = np.where(whole, -((origin - full0) // inner), end)
+    full_end = np.where(whole, (full1 - origin) // inner, end)
+    none = full_first >= full_end
+    return first, end, np.where(none, end, full_first), np.where(none, end, full_end)
 
 
 def _cut_runs(runs: list, outer: int) -> tuple[np.ndarray, ...]:

@@ -11,92 +11,53 @@ import torch
 from torch import Tensor
 
 from dcp.runtime.cells import Cell
-from dcp.runtime.kernels import Options, cellwise
-from dcp.runtime.kernels.cellwise import WRITES_ONCE, compute_dtype, delta, finite, prepare
-
-__all__ = [
-    "NAME",
-    "WRITES_ONCE",
-    "backward",
-    "compute_dtype",
-    "delta",
-    "forward",
-    "input_dtype",
-    "prepare",
-    "supports",
-]
-
-NAME = "torch_cpu"
-input_dtype = compute_dtype
+from dcp.runtime.kernels import Options, QSide
+from dcp.runtime.kernels.cellwise import CellKernel, finite
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def supports(device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
-    """None, or why this kernel cannot serve."""
-    if device.type != "cpu":
-        return "it runs on the CPU only"
-    if options.softcap is not None:
-        return "it has no soft-cap"
-    known = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    return None if dtype in known else f"it has no {dtype}"
+class TorchCpuKernel(CellKernel):
+    name = "torch_cpu"
+    input_dtype = CellKernel.compute_dtype
 
+    def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
+        if device.type != "cpu":
+            return "it runs on the CPU only"
+        if options.softcap is not None:
+            return "it has no soft-cap"
+        known = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        return None if dtype in known else f"it has no {dtype}"
 
-def forward(
-    work: cellwise.Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
-) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    cellwise.run_forward(_forward, work, q, kv, out, lse, options)
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor]:
+        bias, scale = _additive(cell, q), options.scale
+        out, lse = _flash(*_heads_first(q, k, v), 0.0, cell.causal, attn_mask=bias, scale=scale)
+        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        if cell.mask is not None:
+            lse = lse.masked_fill(~cell.mask.any(dim=1)[:, None], -torch.inf)
+        return out, lse
 
-
-def backward(
-    work: cellwise.Work,
-    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv: Tensor,
-    grad_q: Tensor,
-    grad_kv: Tensor,
-    options: Options,
-) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    cellwise.run_backward(_backward, work, q_side, kv, grad_q, grad_kv, options)
-
-
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
-) -> tuple[Tensor, Tensor]:
-    bias = _additive(cell, q)
-    out, lse = _flash(*_heads_first(q, k, v), 0.0, cell.causal, attn_mask=bias, scale=options.scale)
-    out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
-    if cell.mask is not None:
-        lse = lse.masked_fill(~cell.mask.any(dim=1)[:, None], -torch.inf)
-    return out, lse
-
-
-def _backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    cell: Cell,
-    options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused kernel derives delta from an output; it is handed the one along ``grad_out`` that
-    has this delta, so that outputs need not travel."""
-    norm = grad_out.square().sum(dim=-1)
-    out = grad_out * torch.where(norm > 0, delta / norm, 0.0)[..., None]
-    grads = _flash_backward(
-        *_heads_first(grad_out, q, k, v, out),
-        finite(lse).transpose(0, 1)[None].contiguous(),
-        0.0,
-        cell.causal,
-        attn_mask=_additive(cell, q),
-        scale=options.scale,
-    )
-    grad_q, grad_k, grad_v = (grad[0].transpose(0, 1) for grad in grads)
-    return grad_q, grad_k, grad_v
+    def gradients(
+        self, q_side: QSide, k: Tensor, v: Tensor, cell: Cell, options: Options
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The fused kernel derives delta from an output; it is handed the one along ``grad_out``
+        that has this delta, so that outputs need not travel."""
+        q, grad_out, lse, delta = q_side
+        norm = grad_out.square().sum(dim=-1)
+        out = grad_out * torch.where(norm > 0, delta / norm, 0.0)[..., None]
+        grads = _flash_backward(
+            *_heads_first(grad_out, q, k, v, out),
+            finite(lse).transpose(0, 1)[None].contiguous(),
+            0.0,
+            cell.causal,
+            attn_mask=_additive(cell, q),
+            scale=options.scale,
+        )
+        grad_q, grad_k, grad_v = (grad[0].transpose(0, 1) for grad in grads)
+        return grad_q, grad_k, grad_v
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -109,3 +70,6 @@ def _additive(cell: Cell, like: Tensor) -> Tensor | None:
         return None
     bias = torch.zeros(cell.mask.shape, dtype=like.dtype)
     return bias.masked_fill_(~cell.mask, -torch.inf)
+
+
+KERNEL = TorchCpuKernel()

@@ -28,12 +28,10 @@ from dcp.runtime.division import (
     merged_slices,
     row_runs,
 )
-from dcp.runtime.kernels import Options
+from dcp.runtime.kernels import Kernel, Options, QSide
 from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_query
 from dcp.runtime.rows import copy_to_device
 
-NAME = "triton"
-WRITES_ONCE = True
 MAX_HEAD_DIM = 256
 DELTA_ROWS, DELTA_WARPS = 32, 4  # rows of one program that sums products of rows
 
@@ -72,27 +70,6 @@ SHAPES = {
 INTERPRETER = Shapes(Shape(64, 32, 4, 1), Shape(64, 32, 4, 1), Shape(32, 64, 4, 1))
 
 
-def supports(device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
-    """None, or why this kernel cannot serve."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it has no {dtype}"
-    if device.type == "cuda" or (device.type == "cpu" and _interprets()):
-        return None
-    return "it runs on CUDA devices, and on the CPU in Triton's interpreter only"
-
-
-def input_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Inputs stay as they are."""
-    return dtype
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Results are summed in float32."""
-    return torch.float32
-
-
 @dataclass(frozen=True)
 class Work:
     """One division: where its tables lie in the program's ``table`` (int32, on the device)."""
@@ -103,16 +80,63 @@ class Work:
     shapes: Shapes
 
 
-def prepare(
-    program: MaskProgram,
-    device: torch.device,
-    *,
-    head_dim: int,
-    dtype: torch.dtype,
-    shapes: Shapes | None = None,
-) -> dict[int, Work]:
-    """Tables of all divisions, forward and backward, in one copy to the device."""
-    shapes = shapes or choose_shapes(device, head_dim, dtype)
+class TritonKernel(Kernel):
+    name = "triton"
+    writes_once = True
+    by_name_on = ("cpu",)  # the interpreter
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
+        if find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it has no {dtype}"
+        if options.head_dim > MAX_HEAD_DIM:
+            return f"it serves head_dim up to {MAX_HEAD_DIM}, not {options.head_dim}"
+        if device.type == "cuda" or (device.type == "cpu" and _interprets()):
+            return None
+        return "it runs on CUDA devices, and on the CPU in Triton's interpreter only"
+
+    def prepare(
+        self, program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
+    ) -> dict[int, Work]:
+        return place_tables(program, device, choose_shapes(device, head_dim, dtype))
+
+    def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
+        """In one pass over memory."""
+        count, head_dim = grad_out.shape[:-1].numel(), grad_out.shape[-1]
+        sums = torch.empty(grad_out.shape[:-1], dtype=torch.float32, device=grad_out.device)
+        _start(
+            "delta_kernel",
+            -(-count // DELTA_ROWS),
+            (grad_out.contiguous(), out.contiguous(), sums, count),
+            HEAD_DIM=head_dim,
+            D=_padded(head_dim),
+            ROWS=DELTA_ROWS,
+            num_warps=DELTA_WARPS,
+        )
+        return sums
+
+    def forward(
+        self, work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
+    ) -> None:
+        launch("forward", (q, kv, out, lse), work, kv, options)
+
+    def backward(
+        self,
+        work: Work,
+        q_side: QSide,
+        kv: Tensor,
+        grad_q: Tensor,
+        grad_kv: Tensor,
+        options: Options,
+    ) -> None:
+        if options.deterministic:
+            launch("query_gradient", (*q_side, kv, grad_q), work, kv, options)
+        launch("key_gradient", (*q_side, kv, grad_q, grad_kv), work, kv, options)
+
+
+def place_tables(program: MaskProgram, device: torch.device, shapes: Shapes) -> dict[int, Work]:
+    """Tables of all divisions by step, forward and backward, in one copy to the device."""
     steps = attention_steps(program)
     tables = division_tables([step.items for step in steps], program.slices, shapes)
     parts = [part for table in tables for part in (table.tiles, table.entries, table.bands)]
@@ -154,84 +178,24 @@ def division_tables(
 
 def choose_shapes(device: torch.device, head_dim: int, dtype: torch.dtype) -> Shapes:
     """The tiles for a device, head dimension and dtype."""
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim={head_dim}: the triton kernel serves up to {MAX_HEAD_DIM}")
     if device.type == "cpu":
         return INTERPRETER
     return SHAPES[max(64, _padded(head_dim)), dtype.itemsize]
 
 
-def delta(grad_out: Tensor, out: Tensor) -> Tensor:
-    """See :mod:`dcp.runtime.kernels`; in one pass over memory."""
-    count, head_dim = grad_out.shape[:-1].numel(), grad_out.shape[-1]
-    sums = torch.empty(grad_out.shape[:-1], dtype=torch.float32, device=grad_out.device)
-    _start(
-        "delta_kernel",
-        -(-count // DELTA_ROWS),
-        (grad_out.contiguous(), out.contiguous(), sums, count),
-        HEAD_DIM=head_dim,
-        D=_padded(head_dim),
-        ROWS=DELTA_ROWS,
-        num_warps=DELTA_WARPS,
-    )
-    return sums
-
-
-def forward(work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    shape = work.shapes.forward
-    _launch("forward_kernel", (q, kv, out, lse), work, work.queries, shape, q, kv, options)
-
-
-def backward(
-    work: Work,
-    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv: Tensor,
-    grad_q: Tensor,
-    grad_kv: Tensor,
-    options: Options,
+def launch(
+    name: str, tensors: tuple[Tensor, ...], work: Work, kv: Tensor, options: Options
 ) -> None:
-    """See :mod:`dcp.runtime.kernels`."""
-    for name in ("query_gradient", "key_gradient") if options.deterministic else ("key_gradient",):
-        run_gradient(name, work, q_side, kv, grad_q, grad_kv, options)
-
-
-def run_gradient(
-    name: str,
-    work: Work,
-    q_side: tuple[Tensor, Tensor, Tensor, Tensor],
-    kv: Tensor,
-    grad_q: Tensor,
-    grad_kv: Tensor,
-    options: Options,
-) -> None:
-    """One of the two launches of :func:`backward`."""
-    q, shape = q_side[0], getattr(work.shapes, name)
-    if name == "query_gradient":
-        tensors: tuple[Tensor, ...] = (*q_side, kv, grad_q)
-        _launch(f"{name}_kernel", tensors, work, work.queries, shape, q, kv, options)
-        return
-    tensors, atomic = (*q_side, kv, grad_q, grad_kv), not options.deterministic
-    _launch(f"{name}_kernel", tensors, work, work.keys, shape, q, kv, options, ATOMIC=atomic)
-
-
-def _launch(
-    name: str,
-    tensors: tuple[Tensor, ...],
-    work: Work,
-    place: tuple[int, int, int, int, int],
-    shape: Shape,
-    q: Tensor,
-    kv: Tensor,
-    options: Options,
-    **constants: Any,
-) -> None:
-    heads, kv_heads, head_dim = q.shape[1], kv.shape[2], q.shape[2]
-    first_tile, num_tiles, *offsets = place
+    """One of the three kernels on a division: ``tensors``, queries first, in its code's order."""
+    shape: Shape = getattr(work.shapes, name)
+    keys_outside = name == "key_gradient"
+    first_tile, num_tiles, *offsets = work.keys if keys_outside else work.queries
+    q, kv_heads = tensors[0], kv.shape[2]
+    _, heads, head_dim = q.shape
     numbers = options.scale, options.softcap or 1.0
     _start(
-        name,
-        num_tiles * (kv_heads if name == "key_gradient_kernel" else heads),
+        f"{name}_kernel",
+        num_tiles * (kv_heads if keys_outside else heads),
         (*tensors, work.table, first_tile, *offsets, heads, kv_heads, *numbers),
         HEAD_DIM=head_dim,
         D=max(16, _padded(head_dim)),
@@ -241,7 +205,7 @@ def _launch(
         UPCAST=q.device.type == "cpu" and q.dtype != torch.float32,
         num_warps=shape.warps,
         num_stages=shape.stages,
-        **constants,
+        **({"ATOMIC": not options.deterministic} if keys_outside else {}),
     )
 
 
@@ -262,3 +226,6 @@ def _interprets() -> bool:
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
+
+
+KERNEL = TritonKernel()

@@ -11,6 +11,9 @@ HEAD_DIM]``, lse-like ``[rows, heads]``. ``D`` is HEAD_DIM padded to a power of 
 computes products of half-precision inputs in float32, for Triton's interpreter.
 """
 
+# Types would say nothing here: the compiler gives arguments theirs.
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+
 import triton
 import triton.language as tl
 
@@ -39,9 +42,14 @@ def _load(
     base, start, count: tl.constexpr, head, num_heads, keep,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head, ``[count, D]``; zero where not kept."""
+    """Rows of one head, ``[count, D]``; zero where not kept. ``keep`` None: all are kept."""
     at = _rows(base, start, count, head, num_heads, HEAD_DIM, D)
-    if D == HEAD_DIM:
+    if keep is None:
+        if D == HEAD_DIM:
+            x = tl.load(at)
+        else:
+            x = tl.load(at, mask=(tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
+    elif D == HEAD_DIM:
         x = tl.load(at, mask=keep[:, None], other=0.0)
     else:
         x = tl.load(at, mask=keep[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
@@ -51,26 +59,21 @@ def _load(
 
 
 @triton.jit
-def _load_all(
-    base, start, count: tl.constexpr, head, num_heads,
+def _load_pair(
+    kv, start, count: tl.constexpr, kv_head, kv_heads, keep,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As ``_load`` where all rows are kept."""
-    at = _rows(base, start, count, head, num_heads, HEAD_DIM, D)
-    if D == HEAD_DIM:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=(tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
-    if UPCAST:
-        x = x.to(tl.float32)
-    return x
+    """Keys and values of one head."""
+    k = _load(kv, start, count, kv_head, 2 * kv_heads, keep, HEAD_DIM, D, UPCAST)
+    v = _load(kv, start, count, kv_heads + kv_head, 2 * kv_heads, keep, HEAD_DIM, D, UPCAST)
+    return k, v
 
 
 @triton.jit
 def _load_numbers(base, start, count: tl.constexpr, head, num_heads, keep, other):
     """One number a row: log-sum-exps, deltas."""
-    first = base + start.to(tl.int64) * num_heads + head
-    return tl.load(first + tl.arange(0, count) * num_heads, mask=keep, other=other)
+    at = base + start.to(tl.int64) * num_heads + head + tl.arange(0, count) * num_heads
+    return tl.load(at) if keep is None else tl.load(at, mask=keep, other=other)
 
 
 @triton.jit
@@ -82,6 +85,15 @@ def _add(
     at = _rows(base, start, count, head, num_heads, HEAD_DIM, D)
     mask = keep[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0) + x, mask=mask)
+
+
+@triton.jit
+def _outer_tile(table, tiles_at, number, OUTER: tl.constexpr):
+    """A tile's place in the table, its first row, which of its rows are used, its first result."""
+    tile = table + tiles_at + number * WIDTH
+    start = tl.load(tile)
+    used = tl.arange(0, OUTER) < tl.load(tile + 1)
+    return tile, start, used, tl.load(tile + 2)
 
 
 @triton.jit
@@ -98,6 +110,15 @@ def _in_bands(bands, first, count, outer, inner, shift):
         keep = keep | (inside & in_outer[:, None] & in_inner[None, :])
         shifts = tl.where(in_inner, tl.load(at + 6), shifts)
     return keep, shifts
+
+
+@triton.jit
+def _masked_tile(bands, at, row, INNER: tl.constexpr):
+    """Of one masked entry: first inner row, pairs that count, inner rows in any, and shifts."""
+    first = tl.load(at)
+    inner = first + tl.arange(0, INNER)
+    keep, shifts = _in_bands(bands, tl.load(at + 2), tl.load(at + 3), row, inner, tl.load(at + 4))
+    return first, keep, tl.max(keep.to(tl.int32), 0) > 0, shifts
 
 
 @triton.jit
@@ -138,16 +159,12 @@ def forward_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
-    steps = tl.arange(0, INNER)
+    entries, bands = table + entries_at, table + bands_at
     work = tl.program_id(0)
-    tile = tiles + (first_tile + work // heads) * WIDTH
     head = work % heads
     kv_head = head // (heads // kv_heads)
-    start = tl.load(tile)
+    tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // heads, OUTER)
     row = start + tl.arange(0, OUTER)
-    used = tl.arange(0, OUTER) < tl.load(tile + 1)
-    result = tl.load(tile + 2)
     q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
 
     # go on from what earlier divisions left, where they left anything: an output is a sum with
@@ -160,19 +177,13 @@ def forward_kernel(
         at = entries + entry * WIDTH
         first = tl.load(at)
         for visit in range(tl.load(at + 1)):  # noqa: B007
-            k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
-            v = _load_all(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, UPCAST)
             s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
             acc, top, total = _fold(acc, top, total, s, v)
             first += INNER
     for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
-        at = entries + entry * WIDTH
-        first = tl.load(at)
-        num_bands = tl.load(at + 3)
-        keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
-        seen = tl.max(keep.to(tl.int32), 0) > 0
-        k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
-        v = _load(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        first, keep, seen, _shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
+        k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, UPCAST)
         s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
         acc, top, total = _fold(acc, top, total, tl.where(keep, s, float("-inf")), v)
 
@@ -186,9 +197,17 @@ def forward_kernel(
 
 
 @triton.jit
-def _log2_norm(lse):
-    """Log-sum-exps in powers of two; infinite for rows that see nothing, whose weights are 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def _query_side(
+    q, grad_out, lse, delta, start, count: tl.constexpr, head, heads, keep,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Queries and output gradients; log-sum-exps in powers of two, infinite for rows that see
+    nothing, whose weights are 0; deltas."""
+    q_tile = _load(q, start, count, head, heads, keep, HEAD_DIM, D, UPCAST)
+    go = _load(grad_out, start, count, head, heads, keep, HEAD_DIM, D, UPCAST)
+    norm = _load_numbers(lse, start, count, head, heads, keep, float("-inf"))
+    norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
+    return q_tile, go, norm, _load_numbers(delta, start, count, head, heads, keep, 0.0)
 
 
 @triton.jit
@@ -211,40 +230,29 @@ def query_gradient_kernel(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
-    steps = tl.arange(0, INNER)
+    entries, bands = table + entries_at, table + bands_at
     work = tl.program_id(0)
-    tile = tiles + (first_tile + work // heads) * WIDTH
     head = work % heads
     kv_head = head // (heads // kv_heads)
-    start = tl.load(tile)
+    tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // heads, OUTER)
     row = start + tl.arange(0, OUTER)
-    used = tl.arange(0, OUTER) < tl.load(tile + 1)
-    result = tl.load(tile + 2)
-    q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
-    go = _load(grad_out, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
-    norm = _load_numbers(lse, start, OUTER, head, heads, used, float("-inf"))
-    norm = _log2_norm(norm)[:, None]
-    drop = _load_numbers(delta, start, OUTER, head, heads, used, 0.0)[:, None]
+    q_tile, go, norm, drop = _query_side(
+        q, grad_out, lse, delta, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST
+    )
+    norm, drop = norm[:, None], drop[:, None]
     acc = tl.zeros([OUTER, D], dtype=tl.float32)
 
     for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
         at = entries + entry * WIDTH
         first = tl.load(at)
         for visit in range(tl.load(at + 1)):  # noqa: B007
-            k = _load_all(kv, first, INNER, kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
-            v = _load_all(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, HEAD_DIM, D, UPCAST)
+            k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, UPCAST)
             _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             first += INNER
     for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
-        at = entries + entry * WIDTH
-        first = tl.load(at)
-        num_bands = tl.load(at + 3)
-        keep, _shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, 0)
-        seen = tl.max(keep.to(tl.int32), 0) > 0
-        k = _load(kv, first, INNER, kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
-        v = _load(kv, first, INNER, kv_heads + kv_head, 2 * kv_heads, seen, HEAD_DIM, D, UPCAST)
+        first, keep, seen, _shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
+        k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, UPCAST)
         _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
         ds = tl.where(keep, ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -255,7 +263,32 @@ def query_gradient_kernel(
 def _add_atomically(base, row, head, num_heads, keep, x, HEAD_DIM: tl.constexpr, D: tl.constexpr):
     d = tl.arange(0, D)
     at = base + (row.to(tl.int64) * num_heads + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.atomic_add(at, x, mask=keep[:, None] & (d < HEAD_DIM)[None, :], sem="relaxed")
+    mask = (d < HEAD_DIM)[None, :] if keep is None else keep[:, None] & (d < HEAD_DIM)[None, :]
+    tl.atomic_add(at, x, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def _key_step(
+    acc_k, acc_v, k, v, shift, keep, seen,
+    q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr,
+    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """One inner tile of queries, all its pairs where ``keep`` is None."""
+    q_tile, go, norm, drop = _query_side(
+        q, grad_out, lse, delta, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST
+    )
+    p, ds = _weights(k, q_tile, v, go, norm[None, :], drop[None, :], scale, softcap, SOFTCAP)
+    if keep is not None:
+        p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
+    acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
+    ds = ds.to(q_tile.dtype)
+    acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
+    if ATOMIC:
+        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+        rows = first + tl.arange(0, INNER) + shift
+        _add_atomically(grad_q, rows, head, heads, seen, dq, HEAD_DIM, D)
+    return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -268,18 +301,13 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """Keys and values outside. The query heads of a KV head are summed in one program; ATOMIC adds
     the query gradients too, in no fixed order, and saves a second look at every tile."""
-    tiles, entries, bands = table + tiles_at, table + entries_at, table + bands_at
-    steps = tl.arange(0, INNER)
+    entries, bands = table + entries_at, table + bands_at
     ratio = heads // kv_heads
     work = tl.program_id(0)
-    tile = tiles + (first_tile + work // kv_heads) * WIDTH
     kv_head = work % kv_heads
-    start = tl.load(tile)
+    tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // kv_heads, OUTER)
     row = start + tl.arange(0, OUTER)
-    used = tl.arange(0, OUTER) < tl.load(tile + 1)
-    result = tl.load(tile + 2)
-    k = _load(kv, start, OUTER, kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
-    v = _load(kv, start, OUTER, kv_heads + kv_head, 2 * kv_heads, used, HEAD_DIM, D, UPCAST)
+    k, v = _load_pair(kv, start, OUTER, kv_head, kv_heads, used, HEAD_DIM, D, UPCAST)
     acc_k = tl.zeros([OUTER, D], dtype=tl.float32)
     acc_v = tl.zeros([OUTER, D], dtype=tl.float32)
 
@@ -289,42 +317,19 @@ def key_gradient_kernel(
             first = tl.load(at)
             shift = tl.load(at + 4)
             for visit in range(tl.load(at + 1)):  # noqa: B007
-                q_tile = _load_all(q, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
-                go = _load_all(grad_out, first, INNER, head, heads, HEAD_DIM, D, UPCAST)
-                every = steps >= 0
-                norm = _load_numbers(lse, first, INNER, head, heads, every, 0.0)
-                norm = _log2_norm(norm)[None, :]
-                drop = _load_numbers(delta, first, INNER, head, heads, every, 0.0)[None, :]
-                p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
-                acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
-                ds = ds.to(q_tile.dtype)
-                acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
-                if ATOMIC:
-                    dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-                    _add_atomically(
-                        grad_q, first + steps + shift, head, heads, every, dq, HEAD_DIM, D
-                    )
+                acc_k, acc_v = _key_step(
+                    acc_k, acc_v, k, v, shift, None, None,
+                    q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
+                    HEAD_DIM, D, INNER, SOFTCAP, UPCAST, ATOMIC,
+                )  # fmt: skip
                 first += INNER
         for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
-            at = entries + entry * WIDTH
-            first = tl.load(at)
-            num_bands = tl.load(at + 3)
-            shift = tl.load(at + 4)
-            keep, shifts = _in_bands(bands, tl.load(at + 2), num_bands, row, first + steps, shift)
-            seen = tl.max(keep.to(tl.int32), 0) > 0
-            q_tile = _load(q, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
-            go = _load(grad_out, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST)
-            norm = _load_numbers(lse, first, INNER, head, heads, seen, float("-inf"))
-            norm = _log2_norm(norm)[None, :]
-            drop = _load_numbers(delta, first, INNER, head, heads, seen, 0.0)[None, :]
-            p, ds = _weights(k, q_tile, v, go, norm, drop, scale, softcap, SOFTCAP)
-            p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
-            acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
-            ds = ds.to(q_tile.dtype)
-            acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
-            if ATOMIC:
-                dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
-                _add_atomically(grad_q, first + steps + shifts, head, heads, seen, dq, HEAD_DIM, D)
+            first, keep, seen, shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
+            acc_k, acc_v = _key_step(
+                acc_k, acc_v, k, v, shifts, keep, seen,
+                q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
+                HEAD_DIM, D, INNER, SOFTCAP, UPCAST, ATOMIC,
+            )  # fmt: skip
     _add(grad_kv, result, OUTER, kv_head, 2 * kv_heads, used, acc_k * scale, HEAD_DIM, D)
     _add(grad_kv, result, OUTER, kv_heads + kv_head, 2 * kv_heads, used, acc_v, HEAD_DIM, D)
 

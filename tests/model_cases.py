@@ -1,4 +1,4 @@
-"""Small transformers models, the same on every rank; needs transformers."""
+"""A small Hugging Face model, the same in every process, and tokens for it."""
 
 import torch
 import transformers
