@@ -24,7 +24,7 @@ from dcp.inference.cache import KVCache
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 from dcp.inference.turn import plan_turn
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.train.process import joined_group, main
 from lab.testbed_rank import measure_rates
 

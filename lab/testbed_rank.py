@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dcp import profile
 from dcp.batch import AttentionSpec
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from lab.testbed import sent_and_received
 

@@ -349,7 +349,7 @@ def test_waiting_and_depth_are_measured():
         second, plan_of_second = next(iterator)
     assert second.planned_ahead == 2
     assert 0 < second.plan_wait_seconds < first.plan_wait_seconds  # the worker had to start
-    assert plan_of_second.stats["planning_seconds"] > 0
+    assert plan_of_second.stats.planning_seconds > 0
 
 
 class Counting:

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.blocks import build_blocks, cut_evenly, expand
+from dcp.blocks import build_blocks, cut_evenly
 from dcp.masks import AttnMask
+from dcp.ragged import expand
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16)
 

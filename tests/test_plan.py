@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from dcp import AttentionSpec, AttnMask, Cluster, Plan, SequenceBatch, plan
 from dcp.placement import StrategyError, strategy_names
+from dcp.tables import Item, Move
 from dcp.wire import WireError
 from tests.oracle import batch_mask
 from tests.symbolic import check_plan
@@ -68,7 +69,7 @@ def test_stats_agree_with_a_count_by_hand():
     received = np.zeros(4)
     for rank in range(4):
         program = a_plan.rank_plan(rank).mask_program()
-        for _, peer, buffer, _, rows in program.sends.tolist():
+        for peer, buffer, rows in program.sends[:, [Move.PEER, Move.BUFFER, Move.ROWS]].tolist():
             volume = rows * row_bytes[buffer]
             received[peer] += volume
             inter, intra = (
@@ -138,9 +139,11 @@ def test_no_division_is_a_dump():
     tables = a_plan.masks["default"]
     assert tables.num_divisions == 4
     for rank in range(8):
-        items = tables.items[tables.items[:, 0] == rank]
-        area = np.bincount(items[:, 1], weights=tables.tile_area[items[:, 9]], minlength=4)
-        local = (items[:, 2] < a_plan.rank_tokens[rank]) & (items[:, 3] < a_plan.rank_tokens[rank])
+        items = tables.items[tables.items[:, Item.RANK] == rank]
+        area_of_tile = tables.tile_area[items[:, Item.TILE]]
+        area = np.bincount(items[:, Item.STEP], weights=area_of_tile, minlength=4)
+        own = items[:, [Item.Q_ROW, Item.KV_ROW]] < a_plan.rank_tokens[rank]
+        local = own.all(axis=1)
         if local.any() and (~local).any():
             assert area[1:].max() <= 1.5 * area.sum() / 4
 

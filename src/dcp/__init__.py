@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
-from dcp.plan import Plan, RankPlan
 from dcp.planner import plan
+from dcp.plans import Plan, RankPlan
 
 if TYPE_CHECKING:
     from dcp.data import DCPDataLoader

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.ragged import expand, starts
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComputeBlocks:
     """Compute blocks of one mask: tiles (query block x key block), each times every head group.
 
@@ -36,7 +37,7 @@ class ComputeBlocks:
         return len(self.q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockTable:
     """Data blocks and compute blocks of a batch.
 
@@ -74,12 +75,14 @@ class BlockTable:
     @property
     def position(self) -> np.ndarray:
         """Position of each data block's first token in its sequence, int64 ``[num_blocks]``."""
-        return self.offset - self.batch.offsets[self.sequence]
+        position: np.ndarray = self.offset - self.batch.offsets[self.sequence]
+        return position
 
     @property
     def is_cached(self) -> np.ndarray:
         """Data blocks that have keys and values only, bool ``[num_blocks]``."""
-        return self.position < self.batch.num_cached[self.sequence]
+        cached: np.ndarray = self.position < self.batch.num_cached[self.sequence]
+        return cached
 
 
 def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> list[np.ndarray]:
@@ -129,19 +132,13 @@ def build_blocks(
     length = np.concatenate([*block_lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     assert [int(np.sum(x)) for x in block_lengths] == batch.seqlens.tolist(), "blocks miss tokens"
     assert (length > 0).all(), "empty data block"
-    offset = np.cumsum(length) - length
+    offset = starts(length)
     tiles = {name: _tiles(batch.global_bands(name), offset, length) for name in batch.mask_names}
-    sequence = np.repeat(np.arange(len(counts)), counts)
+    sequence, _ = expand(counts)
     table = BlockTable(batch, spec, groups, sequence, offset, length, tiles)
     cached = length[table.is_cached].sum()
     assert cached == batch.cached.sum(), "a block is cached in part"
     return table
-
-
-def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For runs of ``counts`` items: which run each item is of, and its index inside the run."""
-    run = np.repeat(np.arange(len(counts)), counts)
-    return run, np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> ComputeBlocks:

@@ -15,8 +15,8 @@ from dcp.cluster import PRESETS, Cluster
 from dcp.launch.ending import ending_on_sigterm
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 
 
 class CommandParser(argparse.ArgumentParser):

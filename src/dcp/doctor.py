@@ -20,8 +20,8 @@ from dcp.cluster import Cluster
 from dcp.doctor_rank import PLAN, SPANS
 from dcp.launch.local import run_ranks
 from dcp.placement import StrategyError, strategy_names
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 from dcp.report.trace import write_trace
 from dcp.runtime import LocalWorld
 from dcp.runtime.kernels import KERNELS

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dcp.launch.local import joined_group
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
 
 PLAN, SPANS = "case.plan", "rank-{}.json"

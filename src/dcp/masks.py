@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp.ragged import starts
 from dcp.slices import (
     KINDS,
     check_disjoint,
@@ -131,10 +132,10 @@ class AttnMask:
         """Documents packed one after another, causal inside each."""
         for length in lengths:
             _length(length, "document length")
-        ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        starts = ends - np.asarray(lengths, dtype=np.int64)
-        bands = np.stack([starts, ends, starts, ends, starts - ends, 0 * starts], axis=1)
-        total = int(ends[-1]) if len(ends) else 0
+        length = np.asarray(lengths, dtype=np.int64)
+        start, total = starts(length), int(length.sum())
+        end = start + length
+        bands = np.stack([start, end, start, end, -length, 0 * start], axis=1)
         return cls(total, total, bands)
 
     @classmethod

@@ -15,7 +15,7 @@ from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.placement import Placement, StrategyError, floor_seconds, get_strategy
 from dcp.placement.improve import TOLERANCE
-from dcp.plan import Plan
+from dcp.plans import Plan
 
 # What "auto" tries. The planned ones in order of cost; the static ones only where their floor (a
 # time they cannot beat) leaves them a chance, so that auto is never worse than any of them.

@@ -20,11 +20,11 @@ import numpy as np
 from dcp.blocks import ComputeBlocks
 from dcp.cluster import Cluster
 from dcp.placement import Placement, Route
+from dcp.ragged import starts
 
 # The four buffers of a rank. Q: queries (backward: also dO, lse, delta); OUT: outputs with lse
 # (backward: dQ); DKV is used by the backward pass alone.
 Q, KV, OUT, DKV = range(4)
-BUFFER_NAMES = ("q", "kv", "out", "dkv")
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ def _travelling(buffer: int, uses: Uses, lane: np.ndarray) -> Transfers:
     """
     of = np.flatnonzero(uses.remote)
     size = np.bincount(lane)
-    place = np.argsort(np.argsort(lane, kind="stable")) - (np.cumsum(size) - size)[lane]
+    place = np.argsort(np.argsort(lane, kind="stable")) - starts(size)[lane]
     turn = (place[uses.rank] + uses.piece) % size[lane[uses.rank]]
     chain = uses.piece * len(size) + lane[uses.rank]
     of = of[np.lexsort((turn[of], uses.first[of], chain[of]))]

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost
