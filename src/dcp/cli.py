@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dcp import __version__
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.cluster import PRESETS, Cluster
 from dcp.launch.ending import ending_on_sigterm
@@ -50,6 +51,7 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
     """All commands; those that import torch or more fill in their options only when asked for."""
     command = words[0] if words else ""
     parser = CommandParser(prog="dcp", description="Planned context parallelism for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"dcp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("plan", help="plan attention for a batch and show what it costs")

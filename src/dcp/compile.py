@@ -202,8 +202,9 @@ class _Layout:
         """First row of each piece on its owner."""
         side = buffer % 2
         block, group = np.divmod(piece, self.groups[side])
-        row: np.ndarray = group * self.tokens[side, self.owner[block]]
-        return row + self.local_offset[side, block]
+        tokens = self.tokens[side, self.owner[block]]
+        row: np.ndarray = group * tokens + self.local_offset[side, block]
+        return row
 
     def row(self, buffer: int, rank: np.ndarray, piece: np.ndarray) -> np.ndarray:
         """First row of each piece on ``rank``, which owns or holds it."""

@@ -11,6 +11,7 @@ import numpy as np
 from dcp.ragged import starts
 from dcp.slices import (
     KINDS,
+    SliceRow,
     check_disjoint,
     dense_to_ranges,
     first_true,
@@ -132,10 +133,10 @@ class AttnMask:
         """Documents packed one after another, causal inside each."""
         for length in lengths:
             _length(length, "document length")
-        length = np.asarray(lengths, dtype=np.int64)
-        start, total = starts(length), int(length.sum())
-        end = start + length
-        bands = np.stack([start, end, start, end, -length, 0 * start], axis=1)
+        sizes = np.asarray(lengths, dtype=np.int64)
+        start, total = starts(sizes), int(sizes.sum())
+        end = start + sizes
+        bands = np.stack([start, end, start, end, -sizes, 0 * start], axis=1)
         return cls(total, total, bands)
 
     @classmethod
@@ -152,7 +153,7 @@ class AttnMask:
         token sees all before its image and the whole image, or the image alone.
         """
         _length(image_size, "image_size")
-        slices: list[tuple] = []
+        slices: list[SliceRow] = []
         start = 0
         for index, length in enumerate(text_lengths):
             if index:
@@ -341,7 +342,7 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-def _of(seqlen: int, rows: Sequence[tuple]) -> AttnMask:
+def _of(seqlen: int, rows: Sequence[SliceRow]) -> AttnMask:
     bands = restrict_slices(make_slices(rows), 0, seqlen, 0, seqlen)
     return AttnMask(seqlen, seqlen, bands)
 

@@ -323,7 +323,8 @@ def _rank_program(tables: MaskTables, rank: int) -> MaskProgram:
     """One rank's rows of the tables, with the slices of its tiles alone."""
 
     def mine(name: str) -> np.ndarray:
-        column, of_all = COLUMNS[name].RANK, getattr(tables, name)
+        of_all: np.ndarray = getattr(tables, name)
+        column = COLUMNS[name].RANK
         start, stop = np.searchsorted(of_all[:, column], [rank, rank + 1])
         return of_all[start:stop]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -179,9 +180,10 @@ class RankPlan:
     def from_bytes(cls, message: bytes) -> RankPlan:
         """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("rank-plan", message)
+        values: dict[str, Any] = {name: meta[name] for name in _COUNTS}
+        values |= {name: arrays[name] for name in _BLOCKS}
         return cls(
-            **{name: meta[name] for name in _COUNTS},
-            **{name: arrays[name] for name in _BLOCKS},
+            **values,
             spec=AttentionSpec(**meta["spec"]),
             masks=from_parts(MaskProgram, meta["masks"], arrays),
             stats=Stats(**meta["stats"]),

@@ -88,7 +88,8 @@ def freeze(holder: object) -> None:
 
 def to_parts(masks: Mapping[str, Tables]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The counts of each mask's tables by name, and their arrays: what :mod:`dcp.wire` packs."""
-    counts, arrays = {}, {}
+    counts: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
     for index, (name, tables) in enumerate(masks.items()):
         values = vars(tables)
         arrays |= {f"{index}.{k}": v for k, v in values.items() if isinstance(v, np.ndarray)}
@@ -101,7 +102,8 @@ def from_parts(
 ) -> dict[str, AnyTables]:
     """Inverse of :func:`to_parts`."""
     names = [each.name for each in fields(kind)]
-    return {
-        name: kind(**of, **{k: arrays[f"{index}.{k}"] for k in names if k not in of})
-        for index, (name, of) in enumerate(counts.items())
-    }
+    masks = {}
+    for index, (name, of) in enumerate(counts.items()):
+        values: dict[str, Any] = {k: arrays[f"{index}.{k}"] for k in names if k not in of}
+        masks[name] = kind(**of, **values)
+    return masks
