@@ -158,7 +158,7 @@ def test_head_groups(groups):
         (lambda: SequenceBatch([3, -1]), "-1"),
         (lambda: SequenceBatch([3, 4], [AttnMask.causal(3)]), "1 masks for 2 sequences"),
         (lambda: SequenceBatch([3], [AttnMask.causal(4)]), "4 x 4, the sequence has 3 tokens"),
-        (lambda: SequenceBatch([3], AttnMask.causal(3)), "1 masks|one per sequence"),
+        (lambda: SequenceBatch([3, 3], AttnMask.causal(3)), "1 masks for 2 sequences"),
         (lambda: SequenceBatch([3], {}), "empty"),
         (lambda: SequenceBatch([3], weights={"local": 1}), "local"),
         (lambda: SequenceBatch([3], "casual"), "casual"),
