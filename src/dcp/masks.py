@@ -20,7 +20,6 @@ from dcp.slices import (
     merge_ranges,
     ranges_to_slices,
     restrict_slices,
-    shift_slices,
     slice_area,
     tighten,
 )
@@ -244,16 +243,6 @@ class AttnMask:
     def slices(self) -> list[tuple[int, int, int, int, str]]:
         """The mask as disjoint ``(q0, q1, k0, k1, kind)`` slices."""
         return [piece for band in self.bands.tolist() for piece in kinds_of_slice(*band)]
-
-    def restrict(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
-        """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, renumbered from 0."""
-        if not (0 <= q0 <= q1 <= self.q_len and 0 <= k0 <= k1 <= self.k_len):
-            raise ValueError(
-                f"rectangle ({q0}, {q1}, {k0}, {k1}) lies outside "
-                f"{self.q_len} queries x {self.k_len} keys"
-            )
-        cut = tighten(restrict_slices(self.bands, q0, q1, k0, k1))
-        return AttnMask(q1 - q0, k1 - k0, shift_slices(cut, -q0, -k0))
 
     def to_dense(self) -> np.ndarray:
         """Boolean ``[q_len, k_len]``, true where the query sees the key."""
