@@ -11,8 +11,9 @@ from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
 from dcp.batch import LSE_BYTES
 from dcp.inference import CachedAttention, KVCache, plan_turn
 from dcp.inference.attention import new_tokens
-from dcp.plans import Plan, balance
+from dcp.plans import Plan
 from dcp.schedule import KV, OUT, Q
+from dcp.stats import balance
 from dcp.tables import Item, Move
 from tests.oracle import dense_attention
 from tests.symbolic import check_plan

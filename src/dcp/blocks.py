@@ -144,10 +144,7 @@ def build_blocks(
 def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> ComputeBlocks:
     """Cut slices (global coordinates) at block edges: first at query blocks, then at key blocks."""
     end = offset + length
-    first = np.searchsorted(end, bands[:, Q0], side="right")
-    last = np.searchsorted(offset, bands[:, Q1], side="left")
-    run, index = expand(last - first)
-    q = first[run] + index
+    run, q = _met(bands[:, Q0], bands[:, Q1], offset, end)
     rows = restrict_slices(bands[run], offset[q], end[q], bands[run, K0], bands[run, K1])
     # the keys that this strip of the band reaches
     rows[:, K0] = np.maximum(rows[:, K0], rows[:, Q0] + rows[:, LO])
@@ -155,10 +152,8 @@ def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> Compute
     keep = rows[:, K0] < rows[:, K1]
     q, rows = q[keep], rows[keep]
 
-    first = np.searchsorted(end, rows[:, K0], side="right")
-    last = np.searchsorted(offset, rows[:, K1], side="left")
-    run, index = expand(last - first)
-    k, q = first[run] + index, q[run]
+    run, k = _met(rows[:, K0], rows[:, K1], offset, end)
+    q = q[run]
     slices = restrict_slices(rows[run], offset[q], end[q], offset[k], end[k])
     area = slice_area(slices)
     keep = area > 0
@@ -175,3 +170,12 @@ def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> Compute
         slice_tile=tile_of_slice.astype(np.int64),
         slices=slices[order],
     )
+
+
+def _met(
+    start: np.ndarray, stop: np.ndarray, offset: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks that each range of tokens meets: range and block of every meeting."""
+    first = np.searchsorted(end, start, side="right")
+    run, index = expand(np.searchsorted(offset, stop, side="left") - first)
+    return run, first[run] + index
