@@ -26,6 +26,7 @@ from dcp.masks import named_mask
 from dcp.placement import StrategyError
 from dcp.planner import plan
 from dcp.plans import Plan
+from dcp.stats import Stats
 from dcp.tables import Move
 from lab.fleet import measured_cluster, run_ranks
 from lab.peers import MEGATRON, plan_megatron
@@ -176,7 +177,7 @@ def _identity(made: Plan) -> bytes:
     """The same for plans whose ranks do the same, whatever they are called."""
     digest = hashlib.sha256()
     for rank in range(made.num_ranks):
-        digest.update(replace(made.rank_plan(rank), stats={}).to_bytes())
+        digest.update(replace(made.rank_plan(rank), stats=Stats()).to_bytes())
     return digest.digest()
 
 
