@@ -62,7 +62,7 @@ def main() -> None:
 
             dist.all_reduce(total := loss.detach())
             if executor.rank == 0:
-                balance = plan.stats["compute_balance"]
+                balance = plan.stats.compute_balance
                 print(f"step {step}: loss {total:.3f}, compute balance {balance:.3f}", flush=True)
 
     dist.destroy_process_group()

@@ -24,8 +24,10 @@ from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.masks import named_mask
 from dcp.placement import StrategyError
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
+from dcp.stats import Stats
+from dcp.tables import Move
 from lab.fleet import measured_cluster, run_plans
 from lab.peers import MEGATRON, plan_megatron
 from lab.planner import MASKS, load
@@ -175,7 +177,7 @@ def _identity(made: Plan) -> bytes:
     """The same for plans whose ranks do the same, whatever they are called."""
     digest = hashlib.sha256()
     for rank in range(made.num_ranks):
-        digest.update(replace(made.rank_plan(rank), stats={}).to_bytes())
+        digest.update(replace(made.rank_plan(rank), stats=Stats()).to_bytes())
     return digest.digest()
 
 
@@ -256,7 +258,7 @@ def planned_wire(made: Plan) -> np.ndarray:
     node = made.cluster.node_of_rank
     total = np.zeros((made.cluster.num_nodes, 2), dtype=np.int64)
     for name, tables in made.masks.items():
-        source, target = node[tables.sends[:, 0]], node[tables.sends[:, 2]]
+        source, target = node[tables.sends[:, Move.RANK]], node[tables.sends[:, Move.PEER]]
         for backward in (False, True):
             volume = made.moved_bytes(name, backward=backward) * (source != target)
             np.add.at(total, (source, 0), volume)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
-from dcp.plan import Plan
+from dcp.plans import Plan
 from lab.testbed import Testbed
 
 

@@ -20,7 +20,7 @@ from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 from dcp.inference.turn import plan_turn
 from dcp.launch.group import joined_group
-from dcp.plan import Plan
+from dcp.plans import Plan
 from lab.testbed_rank import measure_rates
 
 

@@ -13,7 +13,7 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Placement, StrategyError
 from dcp.placement.grids import Grid, place_on_grids
-from dcp.plan import Plan
+from dcp.plans import Plan
 
 MEGATRON = "Megatron hybrid CP"
 

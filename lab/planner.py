@@ -23,8 +23,8 @@ from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.cost import bound_seconds
 from dcp.masks import named_mask
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")
 MASKS = ("causal", "streaming", "shared_question", "causal_blockwise")

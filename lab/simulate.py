@@ -21,8 +21,8 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.masks import named_mask
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 from dcp.simulate import simulate
 from lab.fleet import measured_cluster, run_plans
 from lab.testbed import open_testbed

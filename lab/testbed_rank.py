@@ -13,7 +13,7 @@ import torch.distributed as dist
 from dcp import profile
 from dcp.batch import AttentionSpec
 from dcp.launch.group import joined_group
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from lab.testbed import sent_and_received
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from dcp.program import Attention, Copy, Launch, RankPlan, Reduce, Wait
 from dcp.schedule import DKV, KV, OUT, Q
+from dcp.tables import Move
 
 EMPTY = -1
 
@@ -47,7 +48,7 @@ class SymbolicRank:
         if not self.todo or not isinstance(self.todo[-1], Wait):
             return bool(self.todo)
         launch = self.in_flight[self.todo[-1].step]
-        peers = set(launch.receives[:, 0].tolist())
+        peers = set(launch.receives[:, Move.PEER].tolist())
         return all(self.world.boxes[peer, self.rank] for peer in peers)
 
     def go(self) -> None:

@@ -343,7 +343,7 @@ def test_waiting_and_depth_are_measured(monkeypatch):
         second, plan_of_second = next(batches)
     assert (first.planned_ahead, first.plan_wait_seconds) == (0, 9)  # this batch and two ahead
     assert (second.planned_ahead, second.plan_wait_seconds) == (2, 3)  # the third ahead
-    assert "planning_seconds" in plan_of_second.stats
+    assert plan_of_second.stats.planning_seconds >= 0
 
 
 class Counting:

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.blocks import build_blocks, cut_evenly, expand
+from dcp.blocks import build_blocks, cut_evenly
 from dcp.masks import AttnMask
+from dcp.ragged import expand
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16)
 
@@ -157,7 +158,7 @@ def test_head_groups(groups):
         (lambda: SequenceBatch([3, -1]), "-1"),
         (lambda: SequenceBatch([3, 4], [AttnMask.causal(3)]), "1 masks for 2 sequences"),
         (lambda: SequenceBatch([3], [AttnMask.causal(4)]), "4 x 4, the sequence has 3 tokens"),
-        (lambda: SequenceBatch([3], AttnMask.causal(3)), "1 masks|one per sequence"),
+        (lambda: SequenceBatch([3, 3], AttnMask.causal(3)), "1 masks for 2 sequences"),
         (lambda: SequenceBatch([3], {}), "empty"),
         (lambda: SequenceBatch([3], weights={"local": 1}), "local"),
         (lambda: SequenceBatch([3], "casual"), "casual"),

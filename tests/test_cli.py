@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from dcp import Plan
+import dcp
+from dcp import AttentionSpec, Cluster, Plan, SequenceBatch, plan
 from dcp.cli import main
 from dcp.masks import named_mask, parse_mask
 from dcp.placement import strategy_names
@@ -28,6 +29,12 @@ FIELDS = {
     "simulated": dict,
 }
 SIMULATED = ("forward_seconds", "backward_seconds", "exposed_comm_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """The first planning ever says that it compiles; here nothing else may be said."""
+    plan(SequenceBatch([1]), AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8), Cluster())
 
 
 def run(capsys, *arguments):
@@ -169,6 +176,13 @@ def test_planning_never_imports_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"dcp {dcp.__version__}\n"
 
 
 @pytest.mark.parametrize("command", [[], ["plan"], ["compare"]])

@@ -11,8 +11,10 @@ from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
 from dcp.batch import LSE_BYTES
 from dcp.inference import CachedAttention, KVCache, plan_turn
 from dcp.inference.attention import new_tokens
-from dcp.plan import Plan, balance
+from dcp.plans import Plan
 from dcp.schedule import KV, OUT, Q
+from dcp.stats import balance
+from dcp.tables import Item, Move
 from tests.oracle import dense_attention
 from tests.symbolic import check_plan
 
@@ -141,7 +143,7 @@ def test_every_pair_once_and_programs_sound(turn, strategy, seed):
 
 def moved(a_plan: Plan, buffer: int) -> int:
     sends = a_plan.masks["default"].sends
-    return int(a_plan.moved_bytes("default")[sends[:, 3] == buffer].sum())
+    return int(a_plan.moved_bytes("default")[sends[:, Move.BUFFER] == buffer].sum())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
@@ -164,13 +166,14 @@ def test_bytes_are_those_of_the_formulas(num_ranks):
 def test_a_ring_has_one_transfer_in_flight_and_outputs_come_home_together(strategy):
     a_plan = plan_turn([40, 9], np.full((2, 4), 6), SPEC, cluster_of(4), strategy=strategy)
     sends = a_plan.masks["default"].sends
-    ring, home = sends[sends[:, 3] < OUT], sends[sends[:, 3] == OUT]
+    ring, home = sends[sends[:, Move.BUFFER] < OUT], sends[sends[:, Move.BUFFER] == OUT]
     assert set(map(tuple, ring[:, :2])) == {(rank, step) for rank in range(4) for step in (1, 2, 3)}
-    assert (ring[:, 2] == (ring[:, 0] + 1) % 4).all()
-    assert len(set(home[:, 1])) == (1 if strategy == "pass_q" else 0)
+    assert (ring[:, Move.PEER] == (ring[:, Move.RANK] + 1) % 4).all()
+    assert len(set(home[:, Move.STEP])) == (1 if strategy == "pass_q" else 0)
     tables = a_plan.masks["default"]
     area = np.zeros((4, 4))
-    np.add.at(area, (tables.items[:, 0], tables.items[:, 1]), tables.tile_area[tables.items[:, 9]])
+    rank, step, tile = tables.items[:, [Item.RANK, Item.STEP, Item.TILE]].T
+    np.add.at(area, (rank, step), tables.tile_area[tile])
     assert balance(area.sum(axis=1)) < 1.2
 
 

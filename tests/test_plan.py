@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
-from dcp import AttentionSpec, AttnMask, Cluster, Plan, SequenceBatch, plan
+from dcp import AttentionSpec, AttnMask, Cluster, Plan, RankPlan, SequenceBatch, plan, wire
 from dcp.placement import StrategyError, strategy_names
-from dcp.wire import WireError
+from dcp.tables import Item, Move
+from dcp.wire import WireError, pack, unpack
 from tests.oracle import batch_mask
 from tests.symbolic import check_plan
 
@@ -68,7 +69,7 @@ def test_stats_agree_with_a_count_by_hand():
     received = np.zeros(4)
     for rank in range(4):
         program = a_plan.rank_plan(rank).mask_program()
-        for _, peer, buffer, _, rows in program.sends.tolist():
+        for peer, buffer, rows in program.sends[:, [Move.PEER, Move.BUFFER, Move.ROWS]].tolist():
             volume = rows * row_bytes[buffer]
             received[peer] += volume
             inter, intra = (
@@ -111,6 +112,8 @@ def test_plans_survive_a_file_and_nothing_else_is_read(tmp_path):
     a_plan.save(path)
     back = Plan.load(path)
     assert back.stats == a_plan.stats
+    assert back == a_plan
+    assert RankPlan.from_bytes(a_plan.rank_plan(2).to_bytes()) == a_plan.rank_plan(2)
     assert back.rank_plan(2).to_bytes() == a_plan.rank_plan(2).to_bytes()
     whole = path.read_bytes()
     for damaged in (whole[:-1], whole[:30] + b"x" + whole[31:], b"PK" + whole[2:], b"", whole[:20]):
@@ -118,6 +121,48 @@ def test_plans_survive_a_file_and_nothing_else_is_read(tmp_path):
             Plan.from_bytes(damaged)
     with pytest.raises(WireError, match="expected a dcp plan, got a rank-plan"):
         Plan.from_bytes(a_plan.rank_plan(0).to_bytes())
+
+
+def test_plans_are_values():
+    one, again, other = small_plan(seed=0), small_plan(seed=0), small_plan(strategy="zigzag")
+    assert one == again, "planned in another time"
+    assert one != other
+    assert one.rank_plan(1) == again.rank_plan(1)
+    assert one.rank_plan(1) != other.rank_plan(1)
+    assert one.rank_plan(1) != one.rank_plan(0)
+    assert one.stats == one.rank_plan(3).stats
+    assert one != "a plan"
+
+
+def test_the_arrays_of_plans_are_read_only():
+    a_plan = small_plan()
+    rank_plan = RankPlan.from_bytes(a_plan.rank_plan(0).to_bytes())
+    for array in (
+        a_plan.owner, a_plan.seqlens, a_plan.masks["default"].items,
+        rank_plan.block_offset, rank_plan.mask_program().slices,
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="read-only"):
+            array[:] = 0
+
+
+def test_a_message_is_not_unpacked_beyond_what_it_announces(monkeypatch):
+    message = pack("thing", {"a": 1}, {"x": np.arange(10), "y": np.zeros(3)})
+    meta, arrays = unpack("thing", message)
+    assert meta == {"a": 1}
+    assert arrays["x"].tolist() == list(range(10))
+    monkeypatch.setattr(wire, "MOST_BYTES", 10 + 3 * 8 - 1)
+    with pytest.raises(WireError, match="thing of 34 bytes: more than 33 are not read"):
+        unpack("thing", message)
+    with pytest.raises(ValueError, match="34 bytes is beyond 33"):
+        pack("thing", {}, arrays)
+    monkeypatch.undo()
+    bomb, announced = wire.zlib.compress(bytes(1 << 24)), [["x", "|i1", [100]]]
+    monkeypatch.setattr(wire.zlib, "compress", lambda *_, **__: bomb)
+    monkeypatch.setattr(
+        wire.json, "dumps", lambda *_, **__: f'{{"meta":0,"arrays":{announced}}}'.replace("'", '"')
+    )
+    with pytest.raises(WireError, match="not the 100 bytes announced"):
+        unpack("thing", pack("thing", {}, {}))
 
 
 def test_a_rank_program_is_kilobytes():
@@ -138,9 +183,11 @@ def test_no_division_is_a_dump():
     tables = a_plan.masks["default"]
     assert tables.num_divisions == 4
     for rank in range(8):
-        items = tables.items[tables.items[:, 0] == rank]
-        area = np.bincount(items[:, 1], weights=tables.tile_area[items[:, 9]], minlength=4)
-        local = (items[:, 2] < a_plan.rank_tokens[rank]) & (items[:, 3] < a_plan.rank_tokens[rank])
+        items = tables.items[tables.items[:, Item.RANK] == rank]
+        area_of_tile = tables.tile_area[items[:, Item.TILE]]
+        area = np.bincount(items[:, Item.STEP], weights=area_of_tile, minlength=4)
+        own = items[:, [Item.Q_ROW, Item.KV_ROW]] < a_plan.rank_tokens[rank]
+        local = own.all(axis=1)
         if local.any() and (~local).any():
             assert area[1:].max() <= 1.5 * area.sum() / 4
 
@@ -169,3 +216,23 @@ def test_wrong_batches_and_specs_are_named():
         AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, dtype="int8")
     with pytest.raises(ValueError, match="mask 'wavy' is not one of"):
         SequenceBatch([5], "wavy")
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8)
+    with pytest.raises(ValueError, match=r"the batch is a list: give a dcp\.SequenceBatch"):
+        plan([100], spec, Cluster())
+
+
+def test_a_spec_takes_what_torch_calls_a_dtype():
+    class Dtype:
+        def __str__(self):
+            return "torch.float16"
+
+    spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8, dtype=Dtype())
+    assert spec.dtype == "float16"
+    assert spec == AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8, dtype="float16")
+    assert spec.dtype_bytes == 2
+
+
+def test_one_sequence_takes_its_mask_without_a_list():
+    mask = AttnMask.sliding_window(50, 7)
+    assert SequenceBatch([50], mask).masks == {"default": [mask]}
+    assert SequenceBatch([50], {"a": mask, "b": "full"}).masks["a"] == [mask]

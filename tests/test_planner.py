@@ -1,10 +1,12 @@
 """Choosing a plan: never worse than what it could have chosen, the same for the same batch."""
 
+import time
+
 import numpy as np
 import pytest
 
-from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
-from dcp.placement import StrategyError, strategy_names
+from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan, planner
+from dcp.placement import StrategyError, get_strategy, strategy_names
 from dcp.planner import PLANNED, Planner
 from lab.planner import SPEC, load, long_tailed, make_batch, summarise
 from tests.oracle import batch_mask
@@ -55,6 +57,46 @@ def test_the_cache_forgets_the_oldest():
     plans = [planner.plan(SequenceBatch([n])) for n in (10, 20, 30)]
     assert planner.plan(SequenceBatch([30])).masks is plans[2].masks
     assert planner.plan(SequenceBatch([10])).masks is not plans[0].masks
+
+
+def test_a_remembered_plan_is_not_the_callers_to_change():
+    of_cluster = Planner(SPEC, CLUSTER)
+    batch = SequenceBatch([900, 300])
+    first = of_cluster.plan(batch)
+    notes = dict(first.stats.notes)
+    first.stats.notes["candidates"].clear()
+    first.stats.notes["mine"] = 1
+    first.stats.simulated.clear()
+    again = of_cluster.plan(batch)
+    assert again.stats.notes.keys() == notes.keys()
+    assert again.stats.notes["candidates"]
+    assert again.stats.simulated
+
+
+def test_auto_does_without_a_strategy_that_cannot_run_here(monkeypatch):
+    def without_partitioner(name):
+        if name == "hypergraph":
+            raise StrategyError("no partitioner is installed")
+        return get_strategy(name)
+
+    monkeypatch.setattr(planner, "get_strategy", without_partitioner)
+    made = plan(SequenceBatch([3000, 900, 200]), SPEC, CLUSTER)
+    assert made.stats.notes["candidates"]["hypergraph"] == "no partitioner is installed"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_first_planning_says_that_it_compiles(monkeypatch, capsys, tmp_path, compiled):
+    class Compiled:
+        class stats:
+            cache_path = str(tmp_path)
+
+    if compiled:
+        (tmp_path / "events.play-47.py312.nbi").touch()
+    monkeypatch.setattr(planner, "play", Compiled)
+    monkeypatch.setattr(planner, "COMPILING", (0.05, "compiling"))
+    monkeypatch.setattr(planner, "_plan_a_little", lambda: time.sleep(0.5))
+    planner._load_compiled.__wrapped__()
+    assert capsys.readouterr().err == ("" if compiled else "compiling\n")
 
 
 def test_balance_and_volume_on_reference_batches():

@@ -13,6 +13,7 @@ from dcp.placement import StrategyError, floor_seconds, get_strategy, strategy_n
 from dcp.placement.grid import double_ring, usp
 from dcp.planner import layer_seconds
 from dcp.schedule import KV
+from dcp.tables import Item, Move
 from tests.oracle import batch_mask
 from tests.symbolic import check_plan
 from tests.test_plan import cases
@@ -49,16 +50,16 @@ def received(a_plan: Plan, buffer: int | None = None) -> np.ndarray:
     """Bytes of the forward pass that every rank receives."""
     sends = a_plan.masks["default"].sends
     volume = a_plan.moved_bytes("default")
-    keep = np.full(len(sends), True) if buffer is None else sends[:, 3] == buffer
-    return np.bincount(sends[keep, 2], weights=volume[keep], minlength=a_plan.num_ranks)
+    keep = np.full(len(sends), True) if buffer is None else sends[:, Move.BUFFER] == buffer
+    return np.bincount(sends[keep, Move.PEER], weights=volume[keep], minlength=a_plan.num_ranks)
 
 
 def areas(a_plan: Plan) -> np.ndarray:
     """Pairs, all heads, of every (rank, division)."""
     tables = a_plan.masks["default"]
     found = np.zeros((a_plan.num_ranks, tables.num_divisions))
-    area = tables.tile_area[tables.items[:, 9]] / a_plan.num_head_groups
-    np.add.at(found, (tables.items[:, 0], tables.items[:, 1]), area)
+    area = tables.tile_area[tables.items[:, Item.TILE]] / a_plan.num_head_groups
+    np.add.at(found, (tables.items[:, Item.RANK], tables.items[:, Item.STEP]), area)
     return found
 
 

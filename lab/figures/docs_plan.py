@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from dcp import AttentionSpec, Cluster, Plan, SequenceBatch, plan
+from dcp.tables import Item
 
 SEQLENS = [38252, 17516, 14645, 14012, 11398, 9954, 9678, 7178, 6654, 1785]
 NODE_COLORS = ("#2b6cb0", "#2f855a", "#c05621", "#6b46c1")
@@ -29,7 +30,7 @@ def draw_matrix(axes: Axes, made: Plan, title: str) -> None:
     """Tiles of the whole batch, sequences along the diagonal, an ownership strip on the left."""
     tables, start, length = made.masks["default"], made.block_offset, made.block_length
     strip = made.num_tokens * 0.03
-    for rank, tile in tables.items[:, [0, 9]].tolist():
+    for rank, tile in tables.items[:, [Item.RANK, Item.TILE]].tolist():
         q, k = tables.tile_q[tile], tables.tile_k[tile]
         color = rank_color(made, rank)
         axes.add_patch(Rectangle((start[k], start[q]), length[k], length[q], color=color, lw=0))

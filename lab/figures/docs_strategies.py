@@ -14,6 +14,7 @@ import numpy as np
 
 from dcp import AttentionSpec, Cluster, Plan, SequenceBatch
 from dcp.placement import get_strategy
+from dcp.tables import Item
 
 SEQLENS = [22528, 8192, 7168, 6144, 5120]
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=128)
@@ -65,9 +66,9 @@ def matrix(plan: Plan, x: float, group: int, title: str) -> list[str]:
     """Queries downwards, keys to the right, tiles of one head group, the owners' strip below."""
     scale, top = SIDE / plan.num_tokens, 20
     tables = plan.masks["default"]
-    items = tables.items[tables.items[:, 8] == group]
+    items = tables.items[tables.items[:, Item.GROUP] == group]
     parts = [f'<text x="{x}" y="13">{title}</text>', rect(x, top, SIDE, SIDE)]
-    for rank, tile in items[:, [0, 9]].tolist():
+    for rank, tile in items[:, [Item.RANK, Item.TILE]].tolist():
         q, k = tables.tile_q[tile], tables.tile_k[tile]
         left, above = x + plan.block_offset[k] * scale, top + plan.block_offset[q] * scale
         width, height = plan.block_length[k] * scale, plan.block_length[q] * scale
@@ -87,8 +88,8 @@ def divisions(plan: Plan, x: float) -> list[str]:
     """A row for every rank, a column for every division; a bar's height is its work."""
     tables, top = plan.masks["default"], 20
     work = np.zeros((plan.num_ranks, tables.num_divisions))
-    area = tables.tile_area[tables.items[:, 9]]
-    np.add.at(work, (tables.items[:, 0], tables.items[:, 1]), area)
+    area = tables.tile_area[tables.items[:, Item.TILE]]
+    np.add.at(work, (tables.items[:, Item.RANK], tables.items[:, Item.STEP]), area)
     row, column = SIDE / plan.num_ranks, min(30.0, 210 / tables.num_divisions)
     parts = [f'<text x="{x}" y="13">work of rank (down) and division (across)</text>']
     for rank, of_rank in enumerate(work):

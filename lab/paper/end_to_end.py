@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
-from dcp.plan import Plan
+from dcp.plans import Plan
 
 TENSOR_BYTES = 2  # activations and parameters in bfloat16
 GRADIENT_BYTES = 4  # gradients are summed in float32

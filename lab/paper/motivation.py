@@ -9,9 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from dcp.cluster import Cluster
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 from dcp.simulate import PassTimeline
+from dcp.tables import Item
 from lab.paper.end_to_end import GPT_8B, predict_iteration, sliced_cluster
 from lab.paper.training import STATIC, TENSOR_PARALLEL
 from lab.paper.workbench import MASKS, Workbench
@@ -118,7 +119,7 @@ def waste(case: Row, seqlens: list[int]) -> Row:
     [tables] = made.masks.values()
     needed = np.zeros((made.num_ranks, made.num_blocks), dtype=bool)
     items = tables.items
-    needed[items[:, 0], tables.tile_k[items[:, 9]]] = True
+    needed[items[:, Item.RANK], tables.tile_k[items[:, Item.TILE]]] = True
     foreign = made.owner[None, :] != np.arange(made.num_ranks)[:, None]
     received = (foreign * made.block_length).sum()
     useful = (needed & foreign) * made.block_length

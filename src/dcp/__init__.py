@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
-from dcp.plan import Plan, RankPlan
-from dcp.planner import plan
+from dcp.placement import StrategyError
+from dcp.planner import Planner, plan
+from dcp.plans import Plan
+from dcp.program import RankPlan
 
 if TYPE_CHECKING:
-    from dcp.data import DCPDataLoader
+    from dcp.data import DCPDataLoader, PlanningError
     from dcp.runtime import AttentionExecutor, DCPAttention, LocalWorld
 
 __version__ = "0.1.0"
@@ -27,8 +29,11 @@ __all__ = [
     "DCPDataLoader",
     "LocalWorld",
     "Plan",
+    "Planner",
+    "PlanningError",
     "RankPlan",
     "SequenceBatch",
+    "StrategyError",
     "plan",
 ]
 
@@ -37,6 +42,7 @@ _LAZY = {
     "DCPAttention": "dcp.runtime",
     "DCPDataLoader": "dcp.data",
     "LocalWorld": "dcp.runtime",
+    "PlanningError": "dcp.data",
 }
 
 

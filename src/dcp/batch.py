@@ -19,7 +19,8 @@ LSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 4, "float16": 4}
 class AttentionSpec:
     """Heads of one attention layer and the dtype its tensors travel in.
 
-    ``num_kv_heads`` divides ``num_heads`` (equal: MHA; 1: MQA; between: GQA).
+    ``num_kv_heads`` divides ``num_heads`` (equal: MHA; 1: MQA; between: GQA). ``dtype`` is a name
+    or a ``torch.dtype``, and is kept as the name.
     """
 
     num_heads: int
@@ -35,6 +36,7 @@ class AttentionSpec:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
+        object.__setattr__(self, "dtype", str(self.dtype).rpartition(".")[2])
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
 
@@ -64,7 +66,8 @@ class SequenceBatch:
     Args:
         seqlens: tokens of each sequence; 0 is legal.
         masks: a mask name for all (``"causal"``), a list with an :class:`AttnMask` or a name per
-            sequence, or ``{"global": …, "local": …}`` with either under each name.
+            sequence (for one sequence the mask itself will do), or ``{"global": …, "local": …}``
+            with any of these under each name.
         weights: with named masks, how many layers use each (default 1 each); balance is over the
             weighted sum.
         cached: where the keys and values of each sequence's first tokens lie already: tokens per
@@ -83,11 +86,11 @@ class SequenceBatch:
         weights: Mapping[str, float] | None = None,
         cached: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None:
-        self.seqlens = np.asarray(list(seqlens), dtype=np.int64)
+        self.seqlens = np.array(list(seqlens), dtype=np.int64)
         if (self.seqlens < 0).any():
             raise ValueError(f"seqlens must be 0 or more, got {int(self.seqlens.min())}")
         none = np.zeros((len(self.seqlens), 0), dtype=np.int64)
-        self.cached = none if cached is None else np.asarray(cached, dtype=np.int64)
+        self.cached = none if cached is None else np.array(cached, dtype=np.int64)
         self._check_cached()
         named = masks if isinstance(masks, Mapping) else {"default": masks}
         if not named:
@@ -106,7 +109,8 @@ class SequenceBatch:
     @property
     def num_cached(self) -> np.ndarray:
         """Tokens of each sequence that are cached, its first ones: int64 ``[n]``."""
-        return self.cached.sum(axis=1)
+        num_cached: np.ndarray = self.cached.sum(axis=1)
+        return num_cached
 
     @property
     def offsets(self) -> np.ndarray:
@@ -153,9 +157,9 @@ class SequenceBatch:
         if isinstance(given, str):
             made = {size: _named(given, *size) for size in dict.fromkeys(sizes)}
             return [made[size] for size in sizes]  # equal lengths share one mask
-        if isinstance(given, AttnMask) or len(given) != len(self.seqlens):
-            count = 1 if isinstance(given, AttnMask) else len(given)
-            raise ValueError(f"mask {name!r}: {count} masks for {len(self.seqlens)} sequences")
+        given = [given] if isinstance(given, AttnMask) else given
+        if len(given) != len(self.seqlens):
+            raise ValueError(f"mask {name!r}: {len(given)} masks for {len(self.seqlens)} sequences")
         masks = []
         for index, ((seqlen, cached), mask) in enumerate(zip(sizes, given, strict=True)):
             mask = _named(mask, seqlen, cached) if isinstance(mask, str) else mask

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.ragged import expand, starts
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ComputeBlocks:
     """Compute blocks of one mask: tiles (query block x key block), each times every head group.
 
@@ -36,7 +37,7 @@ class ComputeBlocks:
         return len(self.q)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BlockTable:
     """Data blocks and compute blocks of a batch.
 
@@ -74,12 +75,14 @@ class BlockTable:
     @property
     def position(self) -> np.ndarray:
         """Position of each data block's first token in its sequence, int64 ``[num_blocks]``."""
-        return self.offset - self.batch.offsets[self.sequence]
+        position: np.ndarray = self.offset - self.batch.offsets[self.sequence]
+        return position
 
     @property
     def is_cached(self) -> np.ndarray:
         """Data blocks that have keys and values only, bool ``[num_blocks]``."""
-        return self.position < self.batch.num_cached[self.sequence]
+        cached: np.ndarray = self.position < self.batch.num_cached[self.sequence]
+        return cached
 
 
 def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> list[np.ndarray]:
@@ -129,28 +132,19 @@ def build_blocks(
     length = np.concatenate([*block_lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
     assert [int(np.sum(x)) for x in block_lengths] == batch.seqlens.tolist(), "blocks miss tokens"
     assert (length > 0).all(), "empty data block"
-    offset = np.cumsum(length) - length
+    offset = starts(length)
     tiles = {name: _tiles(batch.global_bands(name), offset, length) for name in batch.mask_names}
-    sequence = np.repeat(np.arange(len(counts)), counts)
+    sequence, _ = expand(counts)
     table = BlockTable(batch, spec, groups, sequence, offset, length, tiles)
     cached = length[table.is_cached].sum()
     assert cached == batch.cached.sum(), "a block is cached in part"
     return table
 
 
-def expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For runs of ``counts`` items: which run each item is of, and its index inside the run."""
-    run = np.repeat(np.arange(len(counts)), counts)
-    return run, np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> ComputeBlocks:
     """Cut slices (global coordinates) at block edges: first at query blocks, then at key blocks."""
     end = offset + length
-    first = np.searchsorted(end, bands[:, Q0], side="right")
-    last = np.searchsorted(offset, bands[:, Q1], side="left")
-    run, index = expand(last - first)
-    q = first[run] + index
+    run, q = _met(bands[:, Q0], bands[:, Q1], offset, end)
     rows = restrict_slices(bands[run], offset[q], end[q], bands[run, K0], bands[run, K1])
     # the keys that this strip of the band reaches
     rows[:, K0] = np.maximum(rows[:, K0], rows[:, Q0] + rows[:, LO])
@@ -158,10 +152,8 @@ def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> Compute
     keep = rows[:, K0] < rows[:, K1]
     q, rows = q[keep], rows[keep]
 
-    first = np.searchsorted(end, rows[:, K0], side="right")
-    last = np.searchsorted(offset, rows[:, K1], side="left")
-    run, index = expand(last - first)
-    k, q = first[run] + index, q[run]
+    run, k = _met(rows[:, K0], rows[:, K1], offset, end)
+    q = q[run]
     slices = restrict_slices(rows[run], offset[q], end[q], offset[k], end[k])
     area = slice_area(slices)
     keep = area > 0
@@ -178,3 +170,12 @@ def _tiles(bands: np.ndarray, offset: np.ndarray, length: np.ndarray) -> Compute
         slice_tile=tile_of_slice.astype(np.int64),
         slices=slices[order],
     )
+
+
+def _met(
+    start: np.ndarray, stop: np.ndarray, offset: np.ndarray, end: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The blocks that each range of tokens meets: range and block of every meeting."""
+    first = np.searchsorted(end, start, side="right")
+    run, index = expand(np.searchsorted(offset, stop, side="left") - first)
+    return run, first[run] + index

@@ -6,18 +6,20 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dcp import __version__
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.cluster import PRESETS, Cluster
 from dcp.launch.ending import ending_on_sigterm
 from dcp.launch.failures import JobFailed
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -50,10 +52,45 @@ def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
         return 130
 
 
+@dataclass(frozen=True)
+class _Later:
+    """A command whose module is imported only when it is asked for: it may import torch and more.
+
+    ``defaults`` of its arguments; with ``ending``, SIGTERM ends what the command started, too.
+    """
+
+    help: str
+    module: str
+    defaults: dict[str, Any] = field(default_factory=dict)
+    ending: bool = False
+
+    def fill(self, parser: argparse.ArgumentParser) -> None:
+        module = import_module(self.module)
+        module.add_arguments(parser)
+        run = ending_on_sigterm(module.run) if self.ending else module.run
+        parser.set_defaults(run=run, **self.defaults)
+
+
+_COMMANDS = {
+    "train": _Later("train a transformer on this machine or a cluster", "dcp.train"),
+    "profile-data": _Later(
+        "measure what batches of every size cost, for data-centric training",
+        "dcp.train",
+        {"profile_only": True},
+    ),
+    "generate": _Later("continue prompts over several ranks", "dcp.inference.command"),
+    "doctor": _Later("check that everything a run needs works here", "dcp.doctor", ending=True),
+    "profile": _Later("measure this cluster, write a cluster file", "dcp.profile"),
+}
+_BENCHES = {
+    "kernels": _Later("attention kernels beside torch's", "dcp.bench.kernels", ending=True),
+}
+
+
 def _build_parser(words: list[str]) -> argparse.ArgumentParser:
-    """All commands; those that import torch or more fill in their options only when asked for."""
-    command = words[0] if words else ""
+    """All commands; of those that come later, only the one asked for has its options."""
     parser = CommandParser(prog="dcp", description="Planned context parallelism for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"dcp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     one = commands.add_parser("plan", help="plan attention for a batch and show what it costs")
@@ -68,52 +105,18 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
     _add_plan_arguments(many)
     many.set_defaults(run=_run_compare)
 
-    train = commands.add_parser("train", help="train a transformer on this machine or a cluster")
-    if command == "train":
-        import dcp.train
-
-        dcp.train.add_arguments(train)
-        train.set_defaults(run=dcp.train.run)
-
-    profile_data = commands.add_parser(
-        "profile-data", help="measure what batches of every size cost, for data-centric training"
-    )
-    if command == "profile-data":
-        import dcp.train
-
-        dcp.train.add_arguments(profile_data)
-        profile_data.set_defaults(run=dcp.train.run, profile_only=True)
-
-    generate = commands.add_parser("generate", help="continue prompts over several ranks")
-    if command == "generate":
-        import dcp.inference.command
-
-        dcp.inference.command.add_arguments(generate)
-        generate.set_defaults(run=ending_on_sigterm(dcp.inference.command.run))
-
     bench = commands.add_parser("bench", help="measure this machine's kernels")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    kernels = benches.add_parser("kernels", help="attention kernels beside torch's")
-    if words[:2] == ["bench", "kernels"]:
-        import dcp.bench.kernels
-
-        dcp.bench.kernels.add_arguments(kernels)
-        kernels.set_defaults(run=ending_on_sigterm(dcp.bench.kernels.run))
-
-    doctor = commands.add_parser("doctor", help="check that everything a run needs works here")
-    if command == "doctor":
-        import dcp.doctor
-
-        dcp.doctor.add_arguments(doctor)
-        doctor.set_defaults(run=ending_on_sigterm(dcp.doctor.run))
-
-    profile = commands.add_parser("profile", help="measure this cluster, write a cluster file")
-    if command == "profile":
-        import dcp.profile
-
-        dcp.profile.add_arguments(profile)
-        profile.set_defaults(run=ending_on_sigterm(dcp.profile.run))
+    _add_later(benches, _BENCHES, words[1:] if words[:1] == ["bench"] else [])
+    _add_later(commands, _COMMANDS, words)
     return parser
+
+
+def _add_later(commands: Any, known: dict[str, _Later], words: list[str]) -> None:
+    for name, later in known.items():
+        parser = commands.add_parser(name, help=later.help)
+        if words[:1] == [name]:
+            later.fill(parser)
 
 
 # --------------------------------------------------------------------------- plan and compare

@@ -8,62 +8,34 @@ the rows behind them, reused as soon as they are dead. All ranks are compiled to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from dcp.blocks import BlockTable, ComputeBlocks
 from dcp.buffers import first_fit
 from dcp.placement import Placement
+from dcp.ragged import offsets_in
 from dcp.schedule import DKV, KV, OUT, MaskSchedule, Q, Transfers, Uses
 from dcp.slices import shift_slices
-
-# Columns of the tables; the first two are always the rank and the step.
-ITEM = (
-    "rank",
-    "step",
-    "q_row",
-    "kv_row",
-    "out_row",
-    "dkv_row",
-    "q_rows",
-    "kv_rows",
-    "group",
-    "tile",
-)
-MOVE = ("rank", "step", "peer", "buffer", "row", "rows")
-REDUCE = ("rank", "step", "buffer", "source", "target", "rows")
-RESET = ("rank", "step", "buffer", "row", "rows")
+from dcp.tables import Arrival, Item, Move, Reset, Tables, table
 
 
-@dataclass(frozen=True)
-class MaskTables:
-    """The compiled work of one mask, all ranks: int64 tables sorted by (rank, step).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaskTables(Tables):
+    """The compiled work of one mask, all ranks; ``buffer_rows`` is ``[num_ranks, 4]``.
 
     Attributes:
-        num_divisions, num_steps: divisions of the schedule; steps, more where results travel on.
-        items: attention of one query piece on one KV piece, columns :data:`ITEM`.
-        sends, receives: rows to or from a peer, columns :data:`MOVE`; both sides list a step's
-            moves in the same order. ``step`` is the communication's number.
-        reduces: arrived partial rows merged into own rows, columns :data:`REDUCE`.
-        resets: partial result rows to clear before their first division, columns :data:`RESET`.
-        buffer_rows: rows of each rank's buffers, ``[num_ranks, 4]``.
+        num_divisions: divisions of the schedule.
         tile_q, tile_k, tile_area: data blocks and pairs of each tile.
         slice_start: CSR offsets of each tile's slices, ``[num_tiles + 1]``.
-        slices: mask slices in coordinates of their tile, ``[n, 6]``.
     """
 
     num_divisions: int
-    num_steps: int
-    items: np.ndarray
-    sends: np.ndarray
-    receives: np.ndarray
-    reduces: np.ndarray
-    resets: np.ndarray
-    buffer_rows: np.ndarray
     tile_q: np.ndarray
     tile_k: np.ndarray
     tile_area: np.ndarray
     slice_start: np.ndarray
-    slices: np.ndarray
 
 
 def compile_mask(
@@ -71,63 +43,107 @@ def compile_mask(
 ) -> MaskTables:
     """Assign rows by liveness and write every rank's tables for one mask."""
     layout = _Layout(placement, schedule, num_ranks)
-    s, t = schedule, schedule.transfers
     blocks, tiles = placement.blocks, placement.blocks.masks[mask]
-
-    compute = np.arange(len(s.rank))
-    items = np.stack(
-        [
-            s.rank,
-            s.division,
-            layout.row(Q, s.rank, s.q_piece),
-            layout.row(KV, s.rank, s.kv_piece),
-            layout.row(OUT, s.rank, s.q_piece),
-            layout.row(DKV, s.rank, s.kv_piece),
-            layout.rows(Q, s.q_piece),
-            layout.rows(KV, s.kv_piece),
-            compute % blocks.num_head_groups,
-            compute // blocks.num_head_groups,
-        ],
-        axis=1,
-    )
-    items = items[np.lexsort((s.kv_piece, s.q_piece, s.division, s.rank))]
-
-    rows = layout.rows(t.buffer, t.piece)
+    slice_start = np.searchsorted(tiles.slice_tile, np.arange(tiles.num_tiles + 1))
+    t = schedule.transfers
     source_row, target_row = layout.transfer_rows()
-    order = np.lexsort((t.piece, t.buffer, t.target, t.step, t.source))
-    sends = np.stack([t.source, t.step, t.target, t.buffer, source_row, rows], axis=1)[order]
-    order = np.lexsort((t.piece, t.buffer, t.source, t.step, t.target))
-    receives = np.stack([t.target, t.step, t.source, t.buffer, target_row, rows], axis=1)[order]
-
-    home = np.flatnonzero(t.buffer >= OUT)
-    own = layout.result_rows()
-    reduces = np.stack(
-        [t.target[home], t.step[home] - 1, t.buffer[home], target_row[home], own, rows[home]],
-        axis=1,
-    )
-    reduces = reduces[
-        np.lexsort((t.source[home], own, t.buffer[home], t.step[home], t.target[home]))
-    ]
-
-    offset = blocks.offset
-    slices = shift_slices(
-        tiles.slices, -offset[tiles.q[tiles.slice_tile]], -offset[tiles.k[tiles.slice_tile]]
-    )
+    rows = layout.rows(t.buffer, t.piece)
     return MaskTables(
-        num_divisions=s.num_divisions,
-        num_steps=s.num_steps,
-        items=items,
-        sends=sends,
-        receives=receives,
-        reduces=reduces,
-        resets=layout.resets(),
+        num_divisions=schedule.num_divisions,
+        num_steps=schedule.num_steps,
+        items=_items(layout, blocks.num_head_groups, slice_start),
+        sends=_moves(t, t.source, t.target, source_row, rows),
+        receives=_moves(t, t.target, t.source, target_row, rows),
+        reduces=_reduces(layout, target_row, rows),
+        resets=_resets(layout),
         buffer_rows=layout.buffer_rows,
         tile_q=tiles.q,
         tile_k=tiles.k,
         tile_area=tiles.area,
-        slice_start=np.searchsorted(tiles.slice_tile, np.arange(tiles.num_tiles + 1)),
-        slices=slices,
+        slice_start=slice_start,
+        slices=_slices_in_tiles(blocks, tiles),
     )
+
+
+def _items(layout: _Layout, num_head_groups: int, slice_start: np.ndarray) -> np.ndarray:
+    s = layout.schedule
+    tile, group = np.divmod(np.arange(len(s.rank)), num_head_groups)
+    items = table(
+        Item,
+        q_row=layout.row(Q, s.rank, s.q_piece),
+        kv_row=layout.row(KV, s.rank, s.kv_piece),
+        out_row=layout.row(OUT, s.rank, s.q_piece),
+        dkv_row=layout.row(DKV, s.rank, s.kv_piece),
+        q_rows=layout.rows(Q, s.q_piece),
+        kv_rows=layout.rows(KV, s.kv_piece),
+        group=group,
+        first_slice=slice_start[tile],
+        end_slice=slice_start[tile + 1],
+        step=s.division,
+        rank=s.rank,
+        tile=tile,
+    )
+    return items[np.lexsort((s.kv_piece, s.q_piece, s.division, s.rank))]
+
+
+def _moves(
+    t: Transfers, rank: np.ndarray, peer: np.ndarray, row: np.ndarray, rows: np.ndarray
+) -> np.ndarray:
+    """One side of all transfers."""
+    order = np.lexsort((t.piece, t.buffer, peer, t.step, rank))
+    moves = table(Move, peer=peer, buffer=t.buffer, row=row, rows=rows, step=t.step, rank=rank)
+    return moves[order]
+
+
+def _reduces(layout: _Layout, target_row: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    home = layout.home
+    t, own = layout.schedule.transfers[home], layout.result_rows()
+    order = np.lexsort((t.source, own, t.buffer, t.step, t.target))
+    return table(
+        Arrival,
+        buffer=t.buffer,
+        source=target_row[home],
+        target=own,
+        rows=rows[home],
+        step=t.step - 1,
+        rank=t.target,
+    )[order]
+
+
+def _resets(layout: _Layout) -> np.ndarray:
+    """Partial result rows to clear, before the division that first adds to them."""
+    tables = []
+    for buffer, uses in ((OUT, layout.schedule.q_uses), (DKV, layout.schedule.kv_uses)):
+        of = np.flatnonzero(uses.remote)
+        rank, piece = uses.rank[of], uses.piece[of]
+        tables.append(
+            table(
+                Reset,
+                buffer=np.full(len(of), buffer),
+                row=layout.row(buffer, rank, piece),
+                rows=layout.rows(buffer, piece),
+                step=uses.first[of],
+                rank=rank,
+            )
+        )
+    resets = np.concatenate(tables)
+    keys = (Reset.ROW, Reset.BUFFER, Reset.STEP, Reset.RANK)
+    return resets[np.lexsort(tuple(resets[:, key] for key in keys))]
+
+
+def _slices_in_tiles(blocks: BlockTable, tiles: ComputeBlocks) -> np.ndarray:
+    """The mask's slices, each in coordinates of its tile."""
+    tile, offset = tiles.slice_tile, blocks.offset
+    return shift_slices(tiles.slices, -offset[tiles.q[tile]], -offset[tiles.k[tile]])
+
+
+class _Held(NamedTuple):
+    """Pieces that ranks hold from step ``birth`` to step ``death``."""
+
+    rank: np.ndarray
+    piece: np.ndarray
+    birth: np.ndarray
+    death: np.ndarray
 
 
 class _Layout:
@@ -136,60 +152,59 @@ class _Layout:
     def __init__(self, placement: Placement, schedule: MaskSchedule, num_ranks: int) -> None:
         blocks, s = placement.blocks, schedule
         self.schedule, self.length, self.owner = s, blocks.length, placement.owner
-        self.groups = (blocks.num_head_groups, blocks.num_kv_groups)
-        self.num_pieces = [max(len(self.owner) * g, 1) for g in self.groups]
+        self.groups = np.array([blocks.num_head_groups, blocks.num_kv_groups])
+        self.num_pieces = [max(len(self.owner) * g, 1) for g in self.groups.tolist()]
         # of Q and OUT rows, and of KV and DKV rows: cached blocks have only the latter
         own = np.stack([np.where(blocks.is_cached, 0, self.length), self.length])
         self.tokens = np.stack(
             [np.bincount(self.owner, weights=of, minlength=num_ranks).astype(int) for of in own]
         )
-        self.local_offset = np.stack([local_offsets(self.owner, of, num_ranks) for of in own])
-        t = s.transfers
-        parts = {
-            Q: self._arrivals(Q, s.q_uses),
-            KV: self._arrivals(KV, s.kv_uses),
-            OUT: self._partials(OUT, s.q_uses),
-            DKV: self._partials(DKV, s.kv_uses),
-        }
-        self.home = np.flatnonzero(t.buffer >= OUT)  # partial results on their way to the owner
-        landing = (t.target[self.home], t.piece[self.home], t.step[self.home] - 1)
-        rank = np.concatenate([p[0] for p in parts.values()] + [landing[0]])
-        piece = np.concatenate([p[1] for p in parts.values()] + [landing[1]])
-        birth = np.concatenate([p[2] for p in parts.values()] + [landing[2]])
-        death = np.concatenate([p[3] for p in parts.values()] + [landing[2]])
-        counts = [len(p[0]) for p in parts.values()]
-        buffer = np.concatenate([np.repeat(np.arange(4), counts), t.buffer[self.home]])
-        size = self.length[piece // np.array(self.groups)[buffer % 2]]
+        self.local_offset = np.stack([offsets_in(self.owner, of, num_ranks) for of in own])
+        self.home = np.flatnonzero(s.transfers.buffer >= OUT)  # results on their way to the owner
+        held = [
+            self._arrivals(Q, s.q_uses),
+            self._arrivals(KV, s.kv_uses),
+            self._partials(OUT, s.q_uses),
+            self._partials(DKV, s.kv_uses),
+        ]
+        *rows, self.landing_row = self._fit([*held, self._landings()])
+        self.held = [self._by_piece(buffer, held[buffer], rows[buffer]) for buffer in range(4)]
 
-        segment = rank * 4 + buffer
+    def _fit(self, parts: list[_Held]) -> list[np.ndarray]:
+        """First rows for what is held in each buffer and for what lands, behind the own rows."""
+        rank, piece, birth, death = (np.concatenate(column) for column in zip(*parts, strict=True))
+        counts = [len(part.rank) for part in parts]
+        landing = self.schedule.transfers.buffer[self.home]
+        buffer = np.concatenate([np.repeat(np.arange(4), counts[:4]), landing])
+        segment, size = rank * 4 + buffer, self.rows(buffer, piece)
         order = np.lexsort((-size, birth, segment))
         row = np.empty(len(segment), dtype=np.int64)
         row[order] = first_fit(segment[order], birth[order], death[order], size[order])
-        own = self.tokens[[0, 1, 0, 1]].T * np.array(self.groups)[[0, 1, 0, 1]]  # [num_ranks, 4]
-        row += own.reshape(-1)[segment]
-        top = own.reshape(-1).copy()
+        own = np.tile(self.tokens.T * self.groups, 2).reshape(-1)  # [num_ranks * 4]
+        row += own[segment]
+        top = own.copy()
         np.maximum.at(top, segment, row + size)
         self.buffer_rows = top.reshape(-1, 4)
+        return np.split(row, np.cumsum(counts[:-1]))
 
-        ends = np.cumsum([0, *counts])
-        self.held = {}
-        for b in range(4):
-            part = slice(ends[b], ends[b + 1])
-            key = rank[part] * self.num_pieces[b % 2] + piece[part]
-            by_key = np.argsort(key)
-            self.held[b] = (key[by_key], row[part][by_key])
-        self.landing_row = row[ends[4] :]
+    def _by_piece(self, buffer: int, held: _Held, row: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(rank, piece) of what is held, as one ascending number, and its row."""
+        key = held.rank * self.num_pieces[buffer % 2] + held.piece
+        by_key = np.argsort(key)
+        return key[by_key], row[by_key]
 
     def rows(self, buffer: np.ndarray | int, piece: np.ndarray) -> np.ndarray:
         """Rows of each piece: the tokens of its block."""
-        return self.length[piece // np.array(self.groups)[np.asarray(buffer) % 2]]
+        rows: np.ndarray = self.length[piece // self.groups[np.asarray(buffer) % 2]]
+        return rows
 
-    def own_row(self, buffer: np.ndarray | int, piece: np.ndarray) -> np.ndarray:
+    def own_row(self, buffer: int, piece: np.ndarray) -> np.ndarray:
         """First row of each piece on its owner."""
-        side = np.asarray(buffer) % 2
-        groups = np.array(self.groups)[side]
-        block, group = piece // groups, piece % groups
-        return group * self.tokens[side, self.owner[block]] + self.local_offset[side, block]
+        side = buffer % 2
+        block, group = np.divmod(piece, self.groups[side])
+        tokens = self.tokens[side, self.owner[block]]
+        row: np.ndarray = group * tokens + self.local_offset[side, block]
+        return row
 
     def row(self, buffer: int, rank: np.ndarray, piece: np.ndarray) -> np.ndarray:
         """First row of each piece on ``rank``, which owns or holds it."""
@@ -223,27 +238,16 @@ class _Layout:
             rows[of] = self.row(buffer, t.target[of], t.piece[of])
         return rows
 
-    def resets(self) -> np.ndarray:
-        """Partial result rows to clear, before the division that first adds to them."""
-        tables = []
-        for buffer, uses in ((OUT, self.schedule.q_uses), (DKV, self.schedule.kv_uses)):
-            of = np.flatnonzero(uses.remote)
-            rank, piece, step = uses.rank[of], uses.piece[of], uses.first[of]
-            row, rows = self.row(buffer, rank, piece), self.rows(buffer, piece)
-            tables.append(np.stack([rank, step, np.full(len(of), buffer), row, rows], axis=1))
-        resets = np.concatenate(tables)
-        return resets[np.lexsort((resets[:, 3], resets[:, 2], resets[:, 1], resets[:, 0]))]
-
-    def _arrivals(self, buffer: int, uses: Uses) -> tuple[np.ndarray, ...]:
-        """(rank, piece, birth, death) of received inputs: alive until last used or passed on."""
+    def _arrivals(self, buffer: int, uses: Uses) -> _Held:
+        """Received inputs: alive until last used or passed on."""
         every: Transfers = self.schedule.transfers
         t = every[every.buffer == buffer]
         num_pieces = self.num_pieces[buffer % 2]
         held = t.target * num_pieces + t.piece
         order = np.argsort(held)
         t, held = t[order], held[order]
-        birth, death = t.step - 1, t.step - 1
-        death = death.copy()
+        birth = t.step - 1
+        death = birth.copy()
         use = np.flatnonzero(uses.remote)
         at = np.searchsorted(held, uses.rank[use] * num_pieces + uses.piece[use])
         assert (t.step[at] <= uses.first[use]).all(), "a block is used before it arrives"
@@ -252,24 +256,19 @@ class _Layout:
         at = np.searchsorted(held, t.source[passed] * num_pieces + t.piece[passed])
         assert (t.step[at] < t.step[passed]).all(), "a block is passed on before it arrives"
         np.maximum.at(death, at, t.step[passed] - 1)
-        return t.target, t.piece, birth, death
+        return _Held(t.target, t.piece, birth, death)
 
-    def _partials(self, buffer: int, uses: Uses) -> tuple[np.ndarray, ...]:
-        """(rank, piece, birth, death) of partial results: from first division until sent."""
+    def _partials(self, buffer: int, uses: Uses) -> _Held:
+        """Partial results: from first division until sent."""
         of = np.flatnonzero(uses.remote)  # sorted by (rank, piece)
         every = self.schedule.transfers
         t = every[every.buffer == buffer]
         t = t[np.lexsort((t.piece, t.source))]
         assert (t.source == uses.rank[of]).all()
         assert (t.piece == uses.piece[of]).all()
-        return t.source, t.piece, uses.first[of], t.step - 1
+        return _Held(t.source, t.piece, uses.first[of], t.step - 1)
 
-
-def local_offsets(owner: np.ndarray, length: np.ndarray, num_ranks: int) -> np.ndarray:
-    """Index of each data block's first token among its owner's tokens."""
-    order = np.argsort(owner, kind="stable")
-    before = np.cumsum(length[order]) - length[order]
-    tokens = np.bincount(owner, weights=length, minlength=num_ranks).astype(np.int64)
-    offsets = np.empty(len(owner), dtype=np.int64)
-    offsets[order] = before - (np.cumsum(tokens) - tokens)[owner[order]]
-    return offsets
+    def _landings(self) -> _Held:
+        """Partial results where they arrive: until they are reduced, in the same step."""
+        t = self.schedule.transfers[self.home]
+        return _Held(t.target, t.piece, t.step - 1, t.step - 1)

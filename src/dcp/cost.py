@@ -83,4 +83,5 @@ def item_seconds(
         flops = flops * cluster.device_flops / rate
     rows = q_rows * (spec.q_token_bytes + spec.out_token_bytes) + kv_rows * spec.kv_token_bytes
     memory = rows * (2.0 if backward else 1.0) / cluster.memory_bandwidth
-    return np.maximum(flops, memory) / num_head_groups
+    seconds: np.ndarray = np.maximum(flops, memory) / num_head_groups
+    return seconds

@@ -23,8 +23,8 @@ from dcp.cluster import Cluster
 from dcp.launch.group import joined_group
 from dcp.launch.ranks import run_ranks
 from dcp.placement import StrategyError, strategy_names
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 from dcp.report.trace import write_trace
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import KERNELS

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from dcp.ragged import starts
 from dcp.slices import (
     KINDS,
+    SliceRow,
     check_disjoint,
     dense_to_ranges,
     first_true,
@@ -18,7 +20,6 @@ from dcp.slices import (
     merge_ranges,
     ranges_to_slices,
     restrict_slices,
-    shift_slices,
     slice_area,
     tighten,
 )
@@ -131,10 +132,10 @@ class AttnMask:
         """Documents packed one after another, causal inside each."""
         for length in lengths:
             _length(length, "document length")
-        ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
-        starts = ends - np.asarray(lengths, dtype=np.int64)
-        bands = np.stack([starts, ends, starts, ends, starts - ends, 0 * starts], axis=1)
-        total = int(ends[-1]) if len(ends) else 0
+        sizes = np.asarray(lengths, dtype=np.int64)
+        start, total = starts(sizes), int(sizes.sum())
+        end = start + sizes
+        bands = np.stack([start, end, start, end, -sizes, 0 * start], axis=1)
         return cls(total, total, bands)
 
     @classmethod
@@ -151,7 +152,7 @@ class AttnMask:
         token sees all before its image and the whole image, or the image alone.
         """
         _length(image_size, "image_size")
-        slices: list[tuple] = []
+        slices: list[SliceRow] = []
         start = 0
         for index, length in enumerate(text_lengths):
             if index:
@@ -243,16 +244,6 @@ class AttnMask:
         """The mask as disjoint ``(q0, q1, k0, k1, kind)`` slices."""
         return [piece for band in self.bands.tolist() for piece in kinds_of_slice(*band)]
 
-    def restrict(self, q0: int, q1: int, k0: int, k1: int) -> AttnMask:
-        """The mask of queries ``[q0, q1)`` and keys ``[k0, k1)``, renumbered from 0."""
-        if not (0 <= q0 <= q1 <= self.q_len and 0 <= k0 <= k1 <= self.k_len):
-            raise ValueError(
-                f"rectangle ({q0}, {q1}, {k0}, {k1}) lies outside "
-                f"{self.q_len} queries x {self.k_len} keys"
-            )
-        cut = tighten(restrict_slices(self.bands, q0, q1, k0, k1))
-        return AttnMask(q1 - q0, k1 - k0, shift_slices(cut, -q0, -k0))
-
     def to_dense(self) -> np.ndarray:
         """Boolean ``[q_len, k_len]``, true where the query sees the key."""
         dense = np.zeros((self.q_len, self.k_len), dtype=bool)
@@ -340,7 +331,7 @@ def _positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value}")
 
 
-def _of(seqlen: int, rows: Sequence[tuple]) -> AttnMask:
+def _of(seqlen: int, rows: Sequence[SliceRow]) -> AttnMask:
     bands = restrict_slices(make_slices(rows), 0, seqlen, 0, seqlen)
     return AttnMask(seqlen, seqlen, bands)
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from threading import Timer
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
+from dcp.events import play
 from dcp.placement import Placement, StrategyError, floor_seconds, get_strategy
 from dcp.placement.improve import TOLERANCE
-from dcp.plan import Plan
+from dcp.plans import Plan
 
 # What "auto" tries. The planned ones in order of cost; the static ones only where their floor (a
 # time they cannot beat) leaves them a chance, so that auto is never worse than any of them.
@@ -27,6 +33,9 @@ STATIC = (
 DIVISIONS = (2, 3, 4, 6, 10, 16, 24)  # tried in turn, until two in a row are no better
 STATIC_DIVISIONS = (2, 4)  # the same for a static rule that leaves its divisions open
 MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
+COMPILING = (  # said after so many seconds, where nothing is compiled yet
+    2.0, "dcp: compiling the planner for this machine, once; this takes about half a minute",
+)  # fmt: skip
 PARTITION_SECONDS = (0.1, 2e-4)  # of a hypergraph candidate: fixed, per tile
 
 
@@ -83,13 +92,18 @@ class Planner:
         self.num_divisions, self.tolerance = num_divisions, tolerance
         self.model_width = model_width
         self.cache_size = cache_size
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
     def plan(self, batch: SequenceBatch) -> Plan:
         """Owners, compute ranks, divisions and programs for one batch.
 
         Raises :class:`~dcp.placement.StrategyError` if the named strategy cannot serve it.
         """
+        if not isinstance(batch, SequenceBatch):
+            raise ValueError(
+                f"the batch is a {type(batch).__name__}: give a dcp.SequenceBatch, such as "
+                "SequenceBatch(seqlens, masks)"
+            )
         if batch.cached.any():
             raise ValueError("the batch has cached tokens: plan it with dcp.inference.plan_turn")
         _load_compiled()
@@ -227,6 +241,16 @@ def plan(
 @cache
 def _load_compiled() -> None:
     """Load (the first time ever: compile) the compiled parts, so that no plan is charged for it."""
+    said = Timer(COMPILING[0], print, [COMPILING[1]], {"file": sys.stderr})
+    if not any(Path(str(play.stats.cache_path)).glob("events.play-*.nbi")):
+        said.start()
+    try:
+        _plan_a_little()
+    finally:
+        said.cancel()
+
+
+def _plan_a_little() -> None:
     batch = SequenceBatch([40, 9, 1], "causal")
     spec = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=8)
     cluster = Cluster(num_nodes=2, devices_per_node=2)
@@ -259,7 +283,7 @@ def _expected_seconds(name: str, so_far: Plan) -> float:
     return fixed + per_tile * so_far.stats.num_compute_blocks
 
 
-def _canonical(batch: SequenceBatch) -> tuple[np.ndarray, tuple]:
+def _canonical(batch: SequenceBatch) -> tuple[np.ndarray, tuple[Any, ...]]:
     """An order of the sequences that depends on (length, mask) alone, and the batch's identity."""
     masks = [
         [mask.bands.tobytes() for mask in per_sequence] for per_sequence in batch.masks.values()
@@ -278,5 +302,5 @@ def _relabelled(plan: Plan, batch: SequenceBatch, order: np.ndarray, seconds: fl
         seqlens=batch.seqlens,
         block_sequence=sequence,
         block_offset=batch.offsets[sequence] + plan.block_position,
-        stats=replace(plan.stats, planning_seconds=seconds),
+        stats=replace(deepcopy(plan.stats), planning_seconds=seconds),
     )

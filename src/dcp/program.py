@@ -8,29 +8,32 @@ partial key and value gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from dcp.batch import AttentionSpec
+from dcp.ragged import runs
 from dcp.schedule import DKV
+from dcp.stats import Stats
+from dcp.tables import Arrival, Item, Move, Reset, Tables, freeze, from_parts, to_parts
 from dcp.wire import pack, unpack
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
-    """One fused launch. ``items`` columns: q_row, kv_row, out_row, dkv_row, q_rows, kv_rows,
-    group, slice_start, slice_end. ``resets`` columns: buffer, row, rows."""
+    """One fused launch, after its ``resets``; columns :class:`~dcp.tables.Item` and
+    :class:`~dcp.tables.Reset`."""
 
     step: int
     items: np.ndarray
     resets: np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reduce:
-    """Merge or add arrived rows into own rows. ``rows`` columns: buffer, source, target, rows."""
+    """Merge or add arrived rows into own rows; columns :class:`~dcp.tables.Arrival`."""
 
     step: int
     rows: np.ndarray
@@ -43,10 +46,10 @@ class Copy:
     direction: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """Start communication ``step``. Columns of both: peer, buffer, row, rows; a peer's rows in
-    one message, in this order."""
+    """Start communication ``step``; columns :class:`~dcp.tables.Move`, a peer's rows in one
+    message, in this order."""
 
     step: int
     sends: np.ndarray
@@ -63,55 +66,52 @@ class Wait:
 Instruction = Attention | Reduce | Copy | Launch | Wait
 
 
-@dataclass(frozen=True)
-class MaskProgram:
-    """One rank's tables of one mask. Each table's first column is the step."""
-
-    num_steps: int
-    items: np.ndarray
-    sends: np.ndarray
-    receives: np.ndarray
-    reduces: np.ndarray
-    resets: np.ndarray
-    buffer_rows: np.ndarray
-    slices: np.ndarray
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MaskProgram(Tables):
+    """One rank's tables of one mask."""
 
     def instructions(self, *, backward: bool = False) -> list[Instruction]:
         """The program, in the order of execution (see :mod:`dcp.schedule`)."""
         return list(self._instructions(DKV if backward else DKV - 1))
 
     def _instructions(self, last_buffer: int) -> Iterator[Instruction]:
-        sends = self.sends[self.sends[:, 2] <= last_buffer]
-        receives = self.receives[self.receives[:, 2] <= last_buffer]
-        reduces = self.reduces[self.reduces[:, 1] <= last_buffer]
-        resets = self.resets[self.resets[:, 1] <= last_buffer]
+        def of_pass(table: np.ndarray, buffer: int) -> np.ndarray:
+            return table[table[:, buffer] <= last_buffer]
+
+        sends, receives = (of_pass(moves, Move.BUFFER) for moves in (self.sends, self.receives))
+        reduces = of_pass(self.reduces, Arrival.BUFFER)
+        resets = of_pass(self.resets, Reset.BUFFER)
         yield Copy("load")
         for step in range(self.num_steps):
-            out, into = _at(sends, step + 1), _at(receives, step + 1)
+            out, into = _at(sends, Move.STEP, step + 1), _at(receives, Move.STEP, step + 1)
             if len(out) or len(into):
                 yield Launch(step + 1, out, into)
-            items = _at(self.items, step)
+            items = _at(self.items, Item.STEP, step)
             if len(items):
-                yield Attention(step, items, _at(resets, step))
+                yield Attention(step, items, _at(resets, Reset.STEP, step))
             if len(out) or len(into):
                 yield Wait(step + 1)
-            arrived = _at(reduces, step)
+            arrived = _at(reduces, Arrival.STEP, step)
             if len(arrived):
                 yield Reduce(step, arrived)
         yield Copy("store")
 
 
-def _at(table: np.ndarray, step: int) -> np.ndarray:
-    start, stop = np.searchsorted(table[:, 0], [step, step + 1])
-    return table[start:stop, 1:]
+def _at(table: np.ndarray, column: int, step: int) -> np.ndarray:
+    """The lines of a step, without it."""
+    start, stop = np.searchsorted(table[:, column], [step, step + 1])
+    return table[start:stop, :column]
 
 
-_TABLES = ("items", "sends", "receives", "reduces", "resets", "buffer_rows", "slices")
+_COUNTS = ("rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups")
+_BLOCKS = ("block_sequence", "block_offset", "block_position", "block_length")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RankPlan:
     """What one rank needs of a plan: its tokens and its programs. Small, and all that is shipped.
+
+    Its arrays are read-only. Two are equal if all but their ``planning_seconds`` is.
 
     Attributes:
         rank, num_ranks, num_tokens: whose plan it is; tokens of the whole batch.
@@ -121,7 +121,7 @@ class RankPlan:
         positions: position of each local token in its own sequence, int64 ``[local]``.
         sequence_ids: sequence of each local token, int64 ``[local]``.
         masks: programs by mask name.
-        stats: figures of the whole plan (:class:`dcp.plan.Stats` as a dict).
+        stats: figures of the whole plan.
     """
 
     rank: int
@@ -135,7 +135,16 @@ class RankPlan:
     block_position: np.ndarray
     block_length: np.ndarray
     masks: dict[str, MaskProgram]
-    stats: dict[str, Any] = field(default_factory=dict)
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self) -> None:
+        freeze(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RankPlan) and self._untimed() == other._untimed()
+
+    def _untimed(self) -> bytes:
+        return replace(self, stats=replace(self.stats, planning_seconds=0.0)).to_bytes()
 
     @property
     def num_local_tokens(self) -> int:
@@ -162,49 +171,20 @@ class RankPlan:
 
     def to_bytes(self) -> bytes:
         """The rank's plan as one checked message (:mod:`dcp.wire`)."""
-        arrays = {
-            name: getattr(self, name)
-            for name in ("block_sequence", "block_offset", "block_position", "block_length")
-        }
-        for index, program in enumerate(self.masks.values()):
-            arrays |= {f"{index}.{name}": getattr(program, name) for name in _TABLES}
-        meta = {
-            "rank": self.rank,
-            "num_ranks": self.num_ranks,
-            "num_tokens": self.num_tokens,
-            "num_local_keys": self.num_local_keys,
-            "spec": vars(self.spec),
-            "num_head_groups": self.num_head_groups,
-            "masks": {name: program.num_steps for name, program in self.masks.items()},
-            "stats": self.stats,
-        }
-        return pack("rank-plan", meta, arrays)
+        masks, arrays = to_parts(self.masks)
+        meta = {name: getattr(self, name) for name in _COUNTS}
+        meta |= {"spec": asdict(self.spec), "masks": masks, "stats": self.stats.to_json()}
+        return pack("rank-plan", meta, {name: getattr(self, name) for name in _BLOCKS} | arrays)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> RankPlan:
         """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("rank-plan", message)
-        masks = {
-            name: MaskProgram(num_steps, *(arrays[f"{index}.{table}"] for table in _TABLES))
-            for index, (name, num_steps) in enumerate(meta["masks"].items())
-        }
+        values: dict[str, Any] = {name: meta[name] for name in _COUNTS}
+        values |= {name: arrays[name] for name in _BLOCKS}
         return cls(
-            rank=meta["rank"],
-            num_ranks=meta["num_ranks"],
-            num_tokens=meta["num_tokens"],
-            num_local_keys=meta["num_local_keys"],
+            **values,
             spec=AttentionSpec(**meta["spec"]),
-            num_head_groups=meta["num_head_groups"],
-            block_sequence=arrays["block_sequence"],
-            block_offset=arrays["block_offset"],
-            block_position=arrays["block_position"],
-            block_length=arrays["block_length"],
-            masks=masks,
-            stats=meta["stats"],
+            masks=from_parts(MaskProgram, meta["masks"], arrays),
+            stats=Stats(**meta["stats"]),
         )
-
-
-def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """``start[0], start[0] + 1, …`` for ``length[0]`` values, then the next run."""
-    before = np.cumsum(length) - length
-    return np.arange(int(length.sum())) + np.repeat(start - before, length)

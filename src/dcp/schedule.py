@@ -17,17 +17,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcp.blocks import ComputeBlocks
+from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
 from dcp.placement import Placement, Route
+from dcp.ragged import starts
 
 # The four buffers of a rank. Q: queries (backward: also dO, lse, delta); OUT: outputs with lse
 # (backward: dQ); DKV is used by the backward pass alone.
 Q, KV, OUT, DKV = range(4)
-BUFFER_NAMES = ("q", "kv", "out", "dkv")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Transfers:
     """Every transfer of one mask: int64 arrays of equal length.
 
@@ -53,7 +53,7 @@ class Transfers:
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in names))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Uses:
     """The distinct (rank, piece) pairs of one side of the compute blocks, sorted by that pair.
 
@@ -70,10 +70,11 @@ class Uses:
 
     @property
     def remote(self) -> np.ndarray:
-        return self.rank != self.owner
+        remote: np.ndarray = self.rank != self.owner
+        return remote
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MaskSchedule:
     """Divisions and transfers of one mask. Steps go on until the last transfer.
 
@@ -96,19 +97,10 @@ def make_schedule(
     placement: Placement, mask: str, cluster: Cluster, *, num_divisions: int = 4
 ) -> MaskSchedule:
     """Order each rank's compute blocks of one mask in at most ``num_divisions`` divisions."""
-    blocks = placement.blocks
-    tiles: ComputeBlocks = blocks.masks[mask]
-    groups, kv_groups = blocks.num_head_groups, blocks.num_kv_groups
-    group = np.tile(np.arange(groups), tiles.num_tiles)
-    q_piece = np.repeat(tiles.q * groups, groups) + group
-    kv_piece = np.repeat(tiles.k * kv_groups, groups) + group * kv_groups // groups
-    area = np.repeat(tiles.area, groups)
-    rank = placement.rank[mask]
-    q_owner = np.repeat(placement.owner, groups)
-    kv_owner = np.repeat(placement.owner, kv_groups)
-
-    q_uses = _uses(rank, q_piece, q_owner)
-    kv_uses = _uses(rank, kv_piece, kv_owner)
+    blocks, rank = placement.blocks, placement.rank[mask]
+    q_piece, kv_piece, area = _compute_blocks(blocks, mask)
+    q_uses = _uses(rank, q_piece, np.repeat(placement.owner, blocks.num_head_groups))
+    kv_uses = _uses(rank, kv_piece, np.repeat(placement.owner, blocks.num_kv_groups))
     relay = False
     if placement.division is not None:
         assert placement.num_divisions is not None, "fixed divisions need their number"
@@ -120,23 +112,7 @@ def make_schedule(
         relay = count > 2 and cluster.num_nodes > 1
         division = _choose_divisions(rank, area, q_uses, kv_uses, cluster, count, relay)
     q_uses, kv_uses = _spans(q_uses, division), _spans(kv_uses, division)
-    inputs = [
-        _inputs(buffer, uses, cluster, relay) if route is None else _routed(buffer, route)
-        for buffer, uses, route in (
-            (KV, kv_uses, placement.kv_route),
-            (Q, q_uses, placement.q_route),
-        )
-    ]
-    results = _outputs(OUT, q_uses, cluster, relay)
-    if placement.results_together:
-        results.step[:] = count + 1
-    if placement.gradients_travel:
-        one_lane = np.zeros(cluster.num_ranks, dtype=np.int64)
-        lane = one_lane if placement.gradient_lane is None else placement.gradient_lane
-        gradients = _travelling(DKV, kv_uses, lane)
-    else:
-        gradients = _outputs(DKV, kv_uses, cluster, relay)
-    transfers = Transfers.concat([*inputs, results, gradients])
+    transfers = _transfers(placement, q_uses, kv_uses, cluster, count, relay)
     num_steps = max(count + 1, int(transfers.step.max(initial=0)))
     return MaskSchedule(
         count, num_steps, rank, division, q_piece, kv_piece, area, q_uses, kv_uses, transfers
@@ -144,6 +120,15 @@ def make_schedule(
 
 
 # --------------------------------------------------------------------------- who uses what
+
+
+def _compute_blocks(blocks: BlockTable, mask: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Query piece, KV piece and area of every compute block."""
+    tiles, groups, kv_groups = blocks.masks[mask], blocks.num_head_groups, blocks.num_kv_groups
+    group = np.tile(np.arange(groups), tiles.num_tiles)
+    q_piece = np.repeat(tiles.q * groups, groups) + group
+    kv_piece = np.repeat(tiles.k * kv_groups, groups) + group * kv_groups // groups
+    return q_piece, kv_piece, np.repeat(tiles.area, groups)
 
 
 def _uses(rank: np.ndarray, piece: np.ndarray, owner: np.ndarray) -> Uses:
@@ -190,25 +175,29 @@ def _choose_divisions(
     order = np.maximum(arrival[0][q_uses.index], arrival[1][kv_uses.index])
     is_local = earliest == 0
 
-    weight = np.where(is_local, 0, area).astype(np.float64)
     total = np.bincount(rank, weights=area, minlength=cluster.num_ranks)
-    remote = np.bincount(rank, weights=weight, minlength=cluster.num_ranks)
+    remote = np.bincount(rank, weights=np.where(is_local, 0, area), minlength=cluster.num_ranks)
     share = total / count
     remote_share = np.maximum(remote / max(count - 1, 1), 1e-9)
     local_share = np.maximum(share - remote / max(count - 1, 1), 1e-9)
 
     sequence = np.lexsort((order, ~is_local, rank))  # each rank: local blocks, then by arrival
-    middle = np.empty(len(rank))
-    cumulative = np.cumsum(area[sequence]) - area[sequence] / 2
-    start = np.concatenate([[0], np.cumsum(total)])[rank[sequence]]
-    middle[sequence] = cumulative - start
-    local_total = total - remote
-    ahead = 1 + np.maximum(middle - local_total[rank], 0) // remote_share[rank]
-    spare = np.where(
-        middle < share[rank], 0, 1 + np.maximum(middle - share[rank], 0) // local_share[rank]
-    )
+    middle = _middles(area, rank, sequence, total)
+    ahead = 1 + np.maximum(middle - (total - remote)[rank], 0) // remote_share[rank]
+    behind = 1 + np.maximum(middle - share[rank], 0) // local_share[rank]
+    spare = np.where(middle < share[rank], 0, behind)
     division = np.where(is_local, spare, np.maximum(ahead, earliest))
     return np.minimum(division, count - 1).astype(np.int64)
+
+
+def _middles(
+    area: np.ndarray, rank: np.ndarray, sequence: np.ndarray, total: np.ndarray
+) -> np.ndarray:
+    """The middle of each compute block in its rank's work, done in this sequence."""
+    middle = np.empty(len(rank))
+    start = np.concatenate([[0], np.cumsum(total)])[rank[sequence]]
+    middle[sequence] = np.cumsum(area[sequence]) - area[sequence] / 2 - start
+    return middle
 
 
 def _earliest(uses: Uses, cluster: Cluster, relay: bool) -> np.ndarray:
@@ -236,10 +225,32 @@ def _arrival_order(uses: Uses, earliest: np.ndarray, num_ranks: int, *, first: i
     """Sort key of each use's arrival: relays last, queries first, then ring distance."""
     distance = (uses.owner - uses.rank) % num_ranks
     widest = max(int(uses.piece.max(initial=0)) + 1, 1)
-    return ((earliest * 2 + first) * num_ranks + distance) * widest + uses.piece
+    key: np.ndarray = ((earliest * 2 + first) * num_ranks + distance) * widest + uses.piece
+    return key
 
 
 # --------------------------------------------------------------------------- what moves when
+
+
+def _transfers(
+    placement: Placement, q_uses: Uses, kv_uses: Uses, cluster: Cluster, count: int, relay: bool
+) -> Transfers:
+    """Inputs, partial outputs and partial gradients of a mask in ``count`` divisions."""
+    sides = ((KV, kv_uses, placement.kv_route), (Q, q_uses, placement.q_route))
+    inputs = [
+        _inputs(buffer, uses, cluster, relay) if route is None else _routed(buffer, route)
+        for buffer, uses, route in sides
+    ]
+    results = _outputs(OUT, q_uses, cluster, relay)
+    if placement.results_together:
+        results.step[:] = count + 1
+    if placement.gradients_travel:
+        one_lane = np.zeros(cluster.num_ranks, dtype=np.int64)
+        lane = one_lane if placement.gradient_lane is None else placement.gradient_lane
+        gradients = _travelling(DKV, kv_uses, lane)
+    else:
+        gradients = _outputs(DKV, kv_uses, cluster, relay)
+    return Transfers.concat([*inputs, results, gradients])
 
 
 def _routed(buffer: int, route: Route) -> Transfers:
@@ -311,7 +322,7 @@ def _travelling(buffer: int, uses: Uses, lane: np.ndarray) -> Transfers:
     """
     of = np.flatnonzero(uses.remote)
     size = np.bincount(lane)
-    place = np.argsort(np.argsort(lane, kind="stable")) - (np.cumsum(size) - size)[lane]
+    place = np.argsort(np.argsort(lane, kind="stable")) - starts(size)[lane]
     turn = (place[uses.rank] + uses.piece) % size[lane[uses.rank]]
     chain = uses.piece * len(size) + lane[uses.rank]
     of = of[np.lexsort((turn[of], uses.first[of], chain[of]))]

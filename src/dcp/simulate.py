@@ -17,6 +17,7 @@ from dcp.cluster import Cluster
 from dcp.compile import MaskTables
 from dcp.cost import item_seconds
 from dcp.events import play
+from dcp.tables import Item, Move
 
 COMPUTE, TRANSFER = "compute", "transfers"  # the two tracks of a rank
 
@@ -48,7 +49,7 @@ class Timed(Protocol):
     def moved_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PassTimeline:
     """One pass of one mask: seconds from its begin, each ``[steps, ranks]``.
 
@@ -69,10 +70,11 @@ class PassTimeline:
     @property
     def compute_seconds(self) -> np.ndarray:
         """Seconds that each rank computes, ``[ranks]``."""
-        return (self.computed - self.begin).sum(axis=0)
+        seconds: np.ndarray = (self.computed - self.begin).sum(axis=0)
+        return seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Timeline:
     """Predicted times of one plan.
 
@@ -144,8 +146,9 @@ def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
     sends, ranks = plan.masks[mask].sends, plan.num_ranks
     volume = plan.moved_bytes(mask, backward=backward)
     keep = volume > 0
-    key = ((sends[:, 1] - 1) * ranks + sends[:, 0]) * ranks + sends[:, 2]
-    flows, index = np.unique(key[keep], return_inverse=True)
+    step, source, target = sends[keep][:, [Move.STEP, Move.RANK, Move.PEER]].T
+    key = ((step - 1) * ranks + source) * ranks + target
+    flows, index = np.unique(key, return_inverse=True)
     total = np.bincount(index, weights=volume[keep], minlength=len(flows))
     return flows // ranks % ranks, flows % ranks, flows // (ranks * ranks), total
 
@@ -177,15 +180,15 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
     tables, ranks = plan.masks[mask], plan.num_ranks
     items = tables.items
     seconds = item_seconds(
-        tables.tile_area[items[:, 9]],
-        items[:, 6],
-        items[:, 7],
+        tables.tile_area[items[:, Item.TILE]],
+        items[:, Item.Q_ROWS],
+        items[:, Item.KV_ROWS],
         plan.spec,
         cluster,
         num_head_groups=plan.num_head_groups,
         backward=backward,
     )
-    index = items[:, 1] * ranks + items[:, 0]
+    index = items[:, Item.STEP] * ranks + items[:, Item.RANK]
     size = tables.num_steps * ranks
     total = np.bincount(index, weights=seconds, minlength=size)
     launched = np.bincount(index, minlength=size) > 0

@@ -29,6 +29,8 @@ import numpy as np
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
 Q0, Q1, K0, K1, LO, HI = range(6)
+KindSlice = tuple[int, int, int, int, str]  # q0, q1, k0, k1, kind
+SliceRow = tuple[int, int, int, int, int | None, int | None]  # …, lo, hi; None: no bound
 _PAIRS = 1 << 18  # that are compared at a time
 
 
@@ -40,15 +42,18 @@ def slice_area(slices: np.ndarray) -> np.ndarray:
     def up_to(bound: np.ndarray) -> np.ndarray:
         """Pairs of the rectangle with k - q <= bound: a sum of row widths clipped to [0, width]."""
         first = q0 + bound + 1 - k0  # width of the first row before clipping
-        return _clipped_sum(first + height, width) - _clipped_sum(first, width)
+        pairs: np.ndarray = _clipped_sum(first + height, width) - _clipped_sum(first, width)
+        return pairs
 
-    return np.maximum(up_to(hi) - up_to(lo - 1), 0)
+    area: np.ndarray = np.maximum(up_to(hi) - up_to(lo - 1), 0)
+    return area
 
 
 def _clipped_sum(stop: np.ndarray, width: np.ndarray) -> np.ndarray:
     """Sum of ``clip(t, 0, width)`` over all integers ``t < stop``."""
     inside = np.clip(stop, 0, width)
-    return inside * (inside - 1) // 2 + np.maximum(stop - width, 0) * width
+    total: np.ndarray = inside * (inside - 1) // 2 + np.maximum(stop - width, 0) * width
+    return total
 
 
 def tighten(slices: np.ndarray) -> np.ndarray:
@@ -85,7 +90,7 @@ def shift_slices(slices: np.ndarray, q: Any, k: Any) -> np.ndarray:
     return moved
 
 
-def make_slices(rows: Sequence[tuple]) -> np.ndarray:
+def make_slices(rows: Sequence[SliceRow]) -> np.ndarray:
     """Slices given as (q0, q1, k0, k1, lo, hi) where None means no bound."""
     bands = [
         (q0, q1, k0, k1, k0 - q1 if lo is None else lo, k1 - q0 if hi is None else hi)
@@ -94,7 +99,7 @@ def make_slices(rows: Sequence[tuple]) -> np.ndarray:
     return np.array(bands, dtype=np.int64).reshape(-1, 6)
 
 
-def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[tuple]:
+def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list[KindSlice]:
     """One slice cut at the rows where an edge of its band meets an edge of its rectangle."""
     cuts = sorted({q0, q1, *(c for c in (k0 - lo, k1 - hi - 1) if q0 < c < q1)})
     pieces = []
@@ -191,4 +196,4 @@ def dense_to_ranges(dense: np.ndarray) -> np.ndarray:
 
 
 def first_true(flags: np.ndarray | np.bool_) -> list[int]:
-    return np.flatnonzero(flags)[:1].tolist()
+    return [int(index) for index in np.flatnonzero(flags)[:1]]

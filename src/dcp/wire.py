@@ -1,7 +1,8 @@
 """The one checked binary format for what crosses a process, a network or a disk.
 
 A message is a header (magic, version, kind, lengths, CRC-32), a JSON object and named numpy
-arrays. Nothing in it can run code; a damaged, truncated or foreign message is refused.
+arrays. Nothing in it can run code; a damaged, truncated or foreign message is refused, and so is
+one whose arrays would take more than :data:`MOST_BYTES`, before anything is unpacked.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
 
-_MAGIC = b"DCP\x01"
+#: Bytes of all arrays of a message. A plan of 1,024 ranks and a million compute blocks has 0.1 GB.
+MOST_BYTES = 1 << 31
+_MAGIC = b"DCP\x02"
 _HEADER = struct.Struct("<4s16sIQI")  # magic, kind, JSON bytes, array bytes, CRC-32 of both
 _DTYPES = {"|b1", "|i1", "|u1", "<i2", "<i4", "<i8", "<f4", "<f8"}
 
@@ -24,12 +28,17 @@ class WireError(ValueError):
 
 
 def pack(kind: str, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
-    """One message: JSON-able ``meta`` and named arrays (integers narrowed to what they need)."""
+    """One message: JSON-able ``meta`` and named arrays (integers narrowed to what they need).
+
+    Raises ``ValueError`` for arrays beyond :data:`MOST_BYTES`.
+    """
     layout, chunks = [], []
     for name, array in arrays.items():
         array = _narrow(np.ascontiguousarray(array))
         layout.append([name, array.dtype.str, list(array.shape)])
         chunks.append(array.tobytes())
+    if (size := sum(map(len, chunks))) > MOST_BYTES:
+        raise ValueError(f"a dcp {kind} of {size} bytes is beyond {MOST_BYTES}: make several")
     text = json.dumps({"meta": meta, "arrays": layout}, separators=(",", ":")).encode()
     body = zlib.compress(b"".join(chunks), level=1)
     crc = zlib.crc32(body, zlib.crc32(text))
@@ -51,15 +60,38 @@ def unpack(kind: str, message: bytes) -> tuple[dict[str, Any], dict[str, np.ndar
     if len(body) != body_bytes or zlib.crc32(body, zlib.crc32(text)) != crc:
         raise WireError(f"damaged dcp {kind}: length or checksum does not match")
     header = json.loads(text)
-    raw, arrays, at = zlib.decompress(body), {}, 0
+    raw, arrays, at = _inflate(kind, body, _num_bytes(kind, header["arrays"])), {}, 0
     for name, dtype, shape in header["arrays"]:
-        if dtype not in _DTYPES:
-            raise WireError(f"dcp {kind}: array {name!r} has dtype {dtype!r}")
-        count = int(np.prod(shape, dtype=np.int64))
-        array = np.frombuffer(raw, dtype=dtype, count=count, offset=at).reshape(shape)
+        array = np.frombuffer(raw, dtype=dtype, count=prod(shape), offset=at).reshape(shape)
         at += array.nbytes
         arrays[name] = array.astype(np.int64) if array.dtype.kind == "i" else array
     return header["meta"], arrays
+
+
+def _num_bytes(kind: str, layout: list[tuple[str, str, list[int]]]) -> int:
+    """Bytes of the arrays that a header announces."""
+    size = 0
+    for name, dtype, shape in layout:
+        if dtype not in _DTYPES:
+            raise WireError(f"dcp {kind}: array {name!r} has dtype {dtype!r}")
+        if not all(type(length) is int and length >= 0 for length in shape):
+            raise WireError(f"dcp {kind}: array {name!r} has shape {shape!r}")
+        size += prod(shape) * np.dtype(dtype).itemsize
+    if size > MOST_BYTES:
+        raise WireError(f"dcp {kind} of {size} bytes: more than {MOST_BYTES} are not read")
+    return size
+
+
+def _inflate(kind: str, body: bytes, size: int) -> bytes:
+    """The ``size`` bytes that ``body`` holds; no more is unpacked to see that they are more."""
+    stream = zlib.decompressobj()
+    try:
+        raw = stream.decompress(body, size + 1)
+    except zlib.error as error:
+        raise WireError(f"damaged dcp {kind}: {error}") from None
+    if len(raw) != size:
+        raise WireError(f"damaged dcp {kind}: its arrays are not the {size} bytes announced")
+    return raw
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:

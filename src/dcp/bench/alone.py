@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from dcp.program import MaskProgram, RankPlan
+from dcp.ragged import starts
 from dcp.runtime.communicator import Messages
 from dcp.runtime.kernels import Kernel
 from dcp.runtime.passes import BackwardPass, ForwardPass
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call
-
-Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS = range(1, 7)  # items with their step in front
+from dcp.tables import Item
 
 
 class Nobody:
@@ -41,15 +41,17 @@ def in_one_launch(plan: RankPlan) -> RankPlan:
 def _one_division(program: MaskProgram) -> MaskProgram:
     items = program.items.copy()
     rows = []
-    for row, result_row, length in ((Q_ROW, OUT_ROW, Q_ROWS), (KV_ROW, DKV_ROW, KV_ROWS)):
+    for row, result_row, length in (
+        (Item.Q_ROW, Item.OUT_ROW, Item.Q_ROWS),
+        (Item.KV_ROW, Item.DKV_ROW, Item.KV_ROWS),
+    ):
         _, first, piece = np.unique(
-            program.items[:, [0, row]], axis=0, return_index=True, return_inverse=True
+            program.items[:, [Item.STEP, row]], axis=0, return_index=True, return_inverse=True
         )
         lengths = program.items[first, length]
-        start = np.cumsum(lengths) - lengths
-        items[:, row] = items[:, result_row] = start[piece.reshape(-1)]
+        items[:, row] = items[:, result_row] = starts(lengths)[piece.reshape(-1)]
         rows.append(int(lengths.sum()))
-    items[:, 0] = 0
+    items[:, Item.STEP] = 0
     nothing = {name: getattr(program, name)[:0] for name in ("sends", "receives", "reduces")}
     return replace(
         program,

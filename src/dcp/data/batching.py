@@ -8,6 +8,8 @@ from itertools import islice
 
 import numpy as np
 
+from dcp.ragged import expand
+
 OPEN_BATCHES = 8  # how many partly filled batches a document may choose from
 ORDERED_FILL = 0.75  # the least full batch that the "ordered" packing keeps
 DOCUMENT, START, STOP = range(3)
@@ -143,8 +145,7 @@ class TokenBudgetBatches:
     def _pieces(self, rng: np.random.Generator | None) -> Iterator[Piece]:
         """(document, start, stop) of every piece, in the epoch's order."""
         counts = np.maximum(-(-self.lengths // self.longest), 1)
-        document = np.repeat(np.arange(len(counts)), counts)
-        number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+        document, number = expand(counts)
         start = number * self.longest
         stop = np.minimum(start + self.longest, self.lengths[document])
         order = np.arange(len(document))

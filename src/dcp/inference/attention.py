@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dcp.inference.cache import KVCache, SequenceId, write_rows
 from dcp.inference.paging import in_pages, keys_stay
-from dcp.plan import Plan, RankPlan
+from dcp.plans import Plan
+from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dcp.batch import AttentionSpec
-from dcp.program import runs
+from dcp.ragged import runs
 from dcp.wire import WireError, pack, unpack
 
 SequenceId = Hashable

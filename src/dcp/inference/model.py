@@ -14,6 +14,7 @@ from dcp.batch import AttentionSpec
 from dcp.inference.attention import CachedAttention
 from dcp.integrations.transformers import dcp_attention, local_logits
 from dcp.program import RankPlan
+from dcp.ragged import runs
 from dcp.runtime.session import Call
 
 NAME = "dcp_cached"
@@ -83,8 +84,7 @@ def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) ->
     assert plan is not None
     counts = np.array([len(of) for of in tokens])
     ends = np.cumsum(counts)
-    first = np.repeat(plan.num_cached - (ends - counts), counts)
-    every = np.stack([np.concatenate(tokens).astype(np.int64), first + np.arange(ends[-1])])
+    every = np.stack([np.concatenate(tokens).astype(np.int64), runs(plan.num_cached, counts)])
     mine = np.arange(ends[-1]) if cached.is_local else plan.token_indices(cached.caches[0].rank)
     kept = np.flatnonzero(np.isin(mine, ends - 1))
     device = cached.caches[0].pools[0].device

@@ -6,18 +6,18 @@ from dataclasses import replace
 
 import numpy as np
 
-from dcp.blocks import expand
-from dcp.program import MaskProgram, RankPlan, runs
+from dcp.program import MaskProgram, RankPlan
+from dcp.ragged import expand, runs, starts
 from dcp.schedule import KV
 from dcp.slices import K0, K1, shift_slices
-
-# Columns of ``MaskProgram.items``.
-_, Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS, GROUP, FIRST_SLICE, END_SLICE = range(10)
+from dcp.tables import Item, Move
 
 
 def keys_stay(program: MaskProgram) -> bool:
     """True where the rank neither sends nor receives keys: then it may read them where they lie."""
-    return not any((moves[:, 2] == KV).any() for moves in (program.sends, program.receives))
+    return not any(
+        (moves[:, Move.BUFFER] == KV).any() for moves in (program.sends, program.receives)
+    )
 
 
 def in_pages(plan: RankPlan, start: np.ndarray, length: np.ndarray, num_rows: int) -> RankPlan:
@@ -36,31 +36,31 @@ def _paged(
 ) -> MaskProgram:
     assert keys_stay(program), "keys that travel must lie one after the other"
     start, length = _joined(start, length)
-    end = np.cumsum(length)
-    begin = end - length
+    begin = starts(length)
+    end = begin + length
     items = program.items
-    first = np.searchsorted(end, items[:, KV_ROW], side="right")
-    last = np.searchsorted(begin, items[:, KV_ROW] + items[:, KV_ROWS], side="left")
+    first = np.searchsorted(end, items[:, Item.KV_ROW], side="right")
+    last = np.searchsorted(begin, items[:, Item.KV_ROW] + items[:, Item.KV_ROWS], side="left")
     item, index = expand(last - first)
     run = first[item] + index
     cut = items[item]
-    low = np.maximum(begin[run], cut[:, KV_ROW])
-    high = np.minimum(end[run], cut[:, KV_ROW] + cut[:, KV_ROWS])
-    skipped = low - cut[:, KV_ROW]  # keys of the item before this run's
+    low = np.maximum(begin[run], cut[:, Item.KV_ROW])
+    high = np.minimum(end[run], cut[:, Item.KV_ROW] + cut[:, Item.KV_ROWS])
+    skipped = low - cut[:, Item.KV_ROW]  # keys of the item before this run's
 
-    count = cut[:, END_SLICE] - cut[:, FIRST_SLICE]
-    of = np.repeat(np.arange(len(cut)), count)
-    slices = program.slices[runs(cut[:, FIRST_SLICE], count)]
+    count = cut[:, Item.END_SLICE] - cut[:, Item.FIRST_SLICE]
+    of, _ = expand(count)
+    slices = program.slices[runs(cut[:, Item.FIRST_SLICE], count)]
     slices[:, K0] = np.maximum(slices[:, K0], skipped[of])
     slices[:, K1] = np.minimum(slices[:, K1], (skipped + high - low)[of])
     seen = slices[:, K0] < slices[:, K1]
     slices = shift_slices(slices, 0, -skipped[of])[seen]
     count = np.bincount(of[seen], minlength=len(cut))
 
-    cut[:, KV_ROW] = cut[:, DKV_ROW] = start[run] + low - begin[run]
-    cut[:, KV_ROWS] = high - low
-    cut[:, END_SLICE] = np.cumsum(count)
-    cut[:, FIRST_SLICE] = cut[:, END_SLICE] - count
+    cut[:, Item.KV_ROW] = cut[:, Item.DKV_ROW] = start[run] + low - begin[run]
+    cut[:, Item.KV_ROWS] = high - low
+    cut[:, Item.END_SLICE] = np.cumsum(count)
+    cut[:, Item.FIRST_SLICE] = cut[:, Item.END_SLICE] - count
     rows = program.buffer_rows.copy()
     rows[KV] = num_rows
     return replace(program, items=cut[count > 0], slices=slices, buffer_rows=rows)

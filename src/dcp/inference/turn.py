@@ -14,7 +14,7 @@ from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
 from dcp.inference.select import SELECTORS, Selector
 from dcp.placement.passing import pass_either, pass_kv, pass_q, place_tokens
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.simulate import simulate
 
 PLACEMENTS = {"pass_kv": pass_kv, "pass_q": pass_q, "pass_either": pass_either}

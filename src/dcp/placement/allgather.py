@@ -10,6 +10,7 @@ from dcp.cluster import Cluster
 from dcp.placement import Placement, Route
 from dcp.placement.floors import compute_floor
 from dcp.placement.grids import cut_at, join_routes
+from dcp.ragged import starts
 
 
 def allgather(
@@ -54,7 +55,7 @@ def _gather(owner: np.ndarray, cluster: Cluster) -> Route:
     """Every piece from its owner to its node's ranks and to one rank of each other node, who passes
     it on to the ranks of that node."""
     node, sizes = cluster.node_of_rank, cluster.node_sizes
-    start = np.cumsum(sizes) - sizes
+    start = starts(sizes)
     hops = []
     for target in range(cluster.num_ranks):
         away = np.flatnonzero(owner != target)

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.blocks import BlockTable, build_blocks, cut_evenly, expand
+from dcp.blocks import BlockTable, build_blocks, cut_evenly
 from dcp.placement import Placement, Route
+from dcp.ragged import expand, offsets_in, starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +186,7 @@ def _deal(
     contexts = np.concatenate([np.arange(g.num_contexts) for g in grids])
     tokens = np.append(tokens, np.zeros(len(widths) - len(tokens), dtype=np.int64))
     of_share, column = expand(widths)
-    share = (np.cumsum(tokens) - tokens)[of_share] + tokens[of_share] * column // widths[of_share]
+    share = starts(tokens)[of_share] + tokens[of_share] * column // widths[of_share]
 
     in_streams = np.argsort(stream, kind="stable")
     end = np.cumsum(length[in_streams])
@@ -194,7 +195,7 @@ def _deal(
     pieces = np.diff(edges)
     if block_size is not None and len(pieces):
         pieces = np.concatenate(cut_evenly(pieces, block_size))
-    begin_of_piece = np.cumsum(pieces) - pieces
+    begin_of_piece = starts(pieces)
     chunk = in_streams[np.searchsorted(begin, begin_of_piece, side="right") - 1]
     piece_column = column[np.searchsorted(share, begin_of_piece, side="right") - 1]
 
@@ -261,9 +262,7 @@ def _route(
 
 def _part(context: np.ndarray, length: np.ndarray, parts: int) -> np.ndarray:
     """Which of ``parts`` equal shares of its context's tokens each block's middle lies in."""
-    order = np.argsort(context, kind="stable")
     total = np.bincount(context, weights=length).astype(np.int64)
-    before = np.cumsum(length[order]) - length[order] - (np.cumsum(total) - total)[context[order]]
-    part = np.empty(len(length), dtype=np.int64)
-    part[order] = (2 * before + length[order]) * parts // (2 * total[context[order]])
+    before = offsets_in(context, length, len(total))
+    part: np.ndarray = (2 * before + length) * parts // (2 * total[context])
     return part

@@ -12,6 +12,7 @@ from dcp.cluster import Cluster
 from dcp.placement import Placement
 from dcp.placement.floors import area_seconds, sequence_areas
 from dcp.placement.grids import Grid, place_on_grids
+from dcp.ragged import starts
 
 SLACK = 1.05  # towards a perfectly even load, when a target is chosen
 MEMORY = 2.0  # most tokens of a rank, in mean ranks' tokens
@@ -158,7 +159,7 @@ def _pack(
         filled[place] += seconds[index, degree[place] - 1]
         held[place] += seqlens[index]
         place_of[index] = place
-    first = np.cumsum(degree) - degree
+    first = starts(degree)
     return [Group(int(first[place]), int(degree[place])) for place in place_of]
 
 

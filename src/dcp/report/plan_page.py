@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from dcp.compile import MaskTables
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.simulate import PassTimeline
+from dcp.tables import Item, Move
 
 MAX_SLICES = 40_000  # beyond that a tile is drawn as a rectangle, paler where the mask is sparser
 
@@ -83,18 +84,19 @@ def _mask_data(plan: Plan, name: str) -> dict[str, Any]:
 def _tile_maps(tables: MaskTables, num_head_groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Rank and division of every tile, by head group: int64 ``[num_head_groups, num_tiles]``."""
     maps = np.zeros((2, num_head_groups, len(tables.tile_q)), dtype=np.int64)
-    group, tile = tables.items[:, 8], tables.items[:, 9]
-    maps[0, group, tile] = tables.items[:, 0]
-    maps[1, group, tile] = tables.items[:, 1]
+    group, tile = tables.items[:, [Item.GROUP, Item.TILE]].T
+    maps[0, group, tile] = tables.items[:, Item.RANK]
+    maps[1, group, tile] = tables.items[:, Item.STEP]
     return maps[0], maps[1]
 
 
 def _received_bytes(plan: Plan, name: str) -> np.ndarray:
     """Forward bytes each rank receives from its own node and from others: ``[2, num_ranks]``."""
     sends, node = plan.masks[name].sends, plan.cluster.node_of_rank
-    crosses = (node[sends[:, 0]] != node[sends[:, 2]]).astype(np.int64)
+    source, target = sends[:, [Move.RANK, Move.PEER]].T
+    crosses = (node[source] != node[target]).astype(np.int64)
     received = np.zeros((2, plan.num_ranks), dtype=np.int64)
-    np.add.at(received, (crosses, sends[:, 2]), plan.moved_bytes(name))
+    np.add.at(received, (crosses, target), plan.moved_bytes(name))
     return received
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.simulate import COMPUTE, TRANSFER, PassTimeline, Span, simulate
 
 

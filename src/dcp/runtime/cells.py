@@ -17,16 +17,13 @@ from torch import Tensor
 from dcp.program import Attention, MaskProgram, Reduce
 from dcp.runtime.division import (
     DKV_SHIFT,
-    END_SLICE,
-    FIRST_SLICE,
-    KV_ROWS,
     OUT_SHIFT,
-    Q_ROWS,
     merged_slices,
     row_slices,
 )
 from dcp.schedule import OUT
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices, slice_area, tighten
+from dcp.tables import Item
 
 # Queries of a masked cell along the lower edge of a band: larger ones waste pairs, smaller ones
 # cost more calls.
@@ -91,9 +88,9 @@ def program_cells(program: MaskProgram) -> dict[int, list[Cell]]:
 def division_cells(items: np.ndarray, slices: np.ndarray) -> Iterator[Cell]:
     """The cells of one division: of the merged slices, and of items with many slices."""
     area = np.append(0, np.cumsum(slice_area(slices)))
-    calls = items[:, END_SLICE] - items[:, FIRST_SLICE]
-    pairs = area[items[:, END_SLICE]] - area[items[:, FIRST_SLICE]] + calls * CALL_PAIRS
-    one = (calls > MANY_SLICES) & (items[:, Q_ROWS] * items[:, KV_ROWS] <= pairs)
+    calls = items[:, Item.END_SLICE] - items[:, Item.FIRST_SLICE]
+    pairs = area[items[:, Item.END_SLICE]] - area[items[:, Item.FIRST_SLICE]] + calls * CALL_PAIRS
+    one = (calls > MANY_SLICES) & (items[:, Item.Q_ROWS] * items[:, Item.KV_ROWS] <= pairs)
     for band in merged_slices(items[~one], slices):
         yield from _cut(band)
     for item in items[one]:

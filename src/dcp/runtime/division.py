@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcp.program import Attention, MaskProgram, runs
+from dcp.program import Attention, MaskProgram
+from dcp.ragged import expand, runs
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices
+from dcp.tables import Item
 
 # Columns after a slice's own six: what to add to a query row for its output row (backward: query
 # gradient), and to a key row for its gradient row.
 OUT_SHIFT, DKV_SHIFT = 6, 7
-# Columns of ``Attention.items``.
-Q_ROW, KV_ROW, OUT_ROW, DKV_ROW, Q_ROWS, KV_ROWS, _GROUP, FIRST_SLICE, END_SLICE = range(9)
 
 
 def attention_steps(program: MaskProgram) -> list[Attention]:
@@ -25,11 +25,15 @@ def attention_steps(program: MaskProgram) -> list[Attention]:
 
 def row_slices(items: np.ndarray, slices: np.ndarray) -> np.ndarray:
     """Slices of all items in absolute buffer rows, int64 ``[n, 8]``, not merged."""
-    count = items[:, END_SLICE] - items[:, FIRST_SLICE]
-    which = np.repeat(np.arange(len(items)), count)
+    count = items[:, Item.END_SLICE] - items[:, Item.FIRST_SLICE]
+    which, _ = expand(count)
     of = items[which]
-    moved = shift_slices(slices[runs(items[:, FIRST_SLICE], count)], of[:, Q_ROW], of[:, KV_ROW])
-    shifts = np.stack([of[:, OUT_ROW] - of[:, Q_ROW], of[:, DKV_ROW] - of[:, KV_ROW]], axis=1)
+    moved = shift_slices(
+        slices[runs(items[:, Item.FIRST_SLICE], count)], of[:, Item.Q_ROW], of[:, Item.KV_ROW]
+    )
+    shifts = np.stack(
+        [of[:, Item.OUT_ROW] - of[:, Item.Q_ROW], of[:, Item.DKV_ROW] - of[:, Item.KV_ROW]], axis=1
+    )
     return np.concatenate([moved, shifts], axis=1)
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost

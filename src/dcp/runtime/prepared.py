@@ -12,6 +12,7 @@ import torch
 from dcp.program import Instruction, Launch, RankPlan
 from dcp.runtime.kernels import Kernel
 from dcp.runtime.rows import Rows, place_rows
+from dcp.tables import Move
 
 # To or from a peer: its rows of each buffer, in the order of buffers.
 Message = tuple[int, list[tuple[int, Rows]]]
@@ -70,9 +71,13 @@ def _exchanges(launches: list[Launch], device: torch.device) -> list[Exchange]:
 
 def _parts(moves: np.ndarray) -> list[tuple[int, int, Runs]]:
     """Moves (peer, buffer, row, rows), sorted by peer and buffer, as (peer, buffer, runs)."""
-    start = np.flatnonzero(np.append(True, (moves[1:, :2] != moves[:-1, :2]).any(axis=1)))
+    key = moves[:, [Move.PEER, Move.BUFFER]]
+    start = np.flatnonzero(np.append(True, (key[1:] != key[:-1]).any(axis=1)))
     pieces = np.split(moves, start[1:]) if len(moves) else []
-    return [(*piece[0, :2].tolist(), (piece[:, 2], piece[:, 3])) for piece in pieces]
+    return [
+        (int(p[0, Move.PEER]), int(p[0, Move.BUFFER]), (p[:, Move.ROW], p[:, Move.ROWS]))
+        for p in pieces
+    ]
 
 
 def _messages(parts: list[tuple[int, int, Runs]], placed: Iterator[Rows]) -> list[Message]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dcp.plan import Plan
+from dcp.plans import Plan
 from dcp.train.config import TrainConfig
 
 METRICS, PLAN_PAGE = "metrics.jsonl", "plan.html"

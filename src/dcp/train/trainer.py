@@ -176,10 +176,10 @@ class Trainer:
             "tokens_per_second": batch.num_tokens / seconds,
             "plan_wait_seconds": batch.plan_wait_seconds,
             "planned_ahead": batch.planned_ahead,
-            **{name: stats[name] for name in _PLAN_FIGURES},
+            **{name: getattr(stats, name) for name in _PLAN_FIGURES},
             # of the forward passes of all layers
-            "inter_node_bytes": stats["inter_node_bytes"] * layers,
-            "intra_node_bytes": stats["intra_node_bytes"] * layers,
+            "inter_node_bytes": stats.inter_node_bytes * layers,
+            "intra_node_bytes": stats.intra_node_bytes * layers,
         }
 
     # ------------------------------------------------------------------ around the loop

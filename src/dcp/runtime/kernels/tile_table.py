@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dcp.blocks import expand
+from dcp.ragged import expand
 from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
 from dcp.slices import HI, K0, K1, LO, Q0, Q1
 

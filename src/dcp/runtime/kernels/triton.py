@@ -18,12 +18,6 @@ from torch import Tensor
 
 from dcp.program import MaskProgram
 from dcp.runtime.division import (
-    DKV_ROW,
-    KV_ROW,
-    KV_ROWS,
-    OUT_ROW,
-    Q_ROW,
-    Q_ROWS,
     attention_steps,
     merged_slices,
     row_runs,
@@ -31,6 +25,7 @@ from dcp.runtime.division import (
 from dcp.runtime.kernels import Kernel, Options, QSide
 from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_query
 from dcp.runtime.rows import copy_to_device
+from dcp.tables import Item
 
 MAX_HEAD_DIM = 256
 DELTA_ROWS, DELTA_WARPS = 32, 4  # rows of one program that sums products of rows
@@ -162,14 +157,20 @@ def division_tables(
     queries = build_table(
         division,
         *by_query(together),
-        [row_runs(each[:, Q_ROW], each[:, OUT_ROW], each[:, Q_ROWS]) for each in items],
+        [
+            row_runs(each[:, Item.Q_ROW], each[:, Item.OUT_ROW], each[:, Item.Q_ROWS])
+            for each in items
+        ],
         outer=shapes.forward.outer,
         inner=shapes.forward.inner,
     )
     keys = build_table(
         division,
         *by_key(together),
-        [row_runs(each[:, KV_ROW], each[:, DKV_ROW], each[:, KV_ROWS]) for each in items],
+        [
+            row_runs(each[:, Item.KV_ROW], each[:, Item.DKV_ROW], each[:, Item.KV_ROWS])
+            for each in items
+        ],
         outer=shapes.key_gradient.outer,
         inner=shapes.key_gradient.inner,
     )

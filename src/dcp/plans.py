@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,49 +12,26 @@ import numpy as np
 
 from dcp.batch import LSE_BYTES, AttentionSpec
 from dcp.cluster import Cluster
-from dcp.compile import MaskTables, compile_mask, local_offsets
+from dcp.compile import MaskTables, compile_mask
 from dcp.placement import Placement
-from dcp.program import MaskProgram, RankPlan, runs
+from dcp.program import MaskProgram, RankPlan
+from dcp.ragged import offsets_in, runs, starts
 from dcp.schedule import DKV, KV, OUT, Q, make_schedule
 from dcp.simulate import Timeline, simulate
+from dcp.stats import Stats, balance
+from dcp.tables import COLUMNS, Item, Move, freeze, from_parts, to_parts
 from dcp.wire import pack, unpack
 
-
-@dataclass
-class Stats:
-    """Figures of a plan; volumes in bytes, of one forward pass of attention.
-
-    ``compute_balance`` and ``token_balance`` are max over ranks ÷ mean over ranks. With several
-    masks, compute and volume are sums over the masks weighted by the layers that use each.
-    ``max_rank_buffer_bytes``: the fullest rank's buffers in a forward pass; ``layer_seconds``: what
-    plans are chosen by (:func:`dcp.planner.layer_seconds`).
-    """
-
-    strategy: str = ""
-    block_size: int = 0
-    num_tokens: int = 0
-    num_compute_blocks: int = 0
-    planning_seconds: float = 0.0
-    compute_balance: float = 1.0
-    token_balance: float = 1.0
-    inter_node_bytes: int = 0
-    intra_node_bytes: int = 0
-    max_rank_recv_bytes: int = 0
-    max_rank_send_bytes: int = 0
-    max_rank_buffer_bytes: int = 0
-    num_divisions: int = 1
-    layer_seconds: float = 0.0
-    simulated: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``dcp plan --json`` prints."""
-        return asdict(self)
+_BLOCKS = (
+    "seqlens", "num_cached", "block_sequence", "block_offset", "block_length", "owner",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """All ranks' work for one batch, forward and backward. Made by :func:`dcp.plan`.
+
+    Its arrays are read-only. Two are equal if all but their ``planning_seconds`` is.
 
     Attributes:
         seqlens: tokens of each sequence, int64 ``[num_sequences]``.
@@ -81,6 +58,15 @@ class Plan:
     masks: dict[str, MaskTables]
     weights: dict[str, float]
     stats: Stats
+
+    def __post_init__(self) -> None:
+        freeze(self)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self._untimed() == other._untimed()
+
+    def _untimed(self) -> bytes:
+        return replace(self, stats=replace(self.stats, planning_seconds=0.0)).to_bytes()
 
     @classmethod
     def from_placement(
@@ -179,23 +165,26 @@ class Plan:
     @cached_property
     def block_position(self) -> np.ndarray:
         """Position of each data block's first token in its sequence."""
-        start = np.cumsum(self.seqlens) - self.seqlens
-        return self.block_offset - start[self.block_sequence]
+        position: np.ndarray = self.block_offset - starts(self.seqlens)[self.block_sequence]
+        return position
 
     @cached_property
     def is_cached(self) -> np.ndarray:
         """Data blocks that have keys and values only, bool ``[num_blocks]``."""
-        return self.block_position < self.num_cached[self.block_sequence]
+        cached: np.ndarray = self.block_position < self.num_cached[self.block_sequence]
+        return cached
 
     @cached_property
     def block_token(self) -> np.ndarray:
         """Global index of each data block's first token; of no meaning for a cached block."""
-        return self.block_offset - np.cumsum(self.num_cached)[self.block_sequence]
+        before = np.cumsum(self.num_cached)
+        token: np.ndarray = self.block_offset - before[self.block_sequence]
+        return token
 
     @cached_property
     def local_offset(self) -> np.ndarray:
         """Index of each data block's first key among its owner's keys."""
-        return local_offsets(self.owner, self.block_length, self.num_ranks)
+        return offsets_in(self.owner, self.block_length, self.num_ranks)
 
     def _blocks_of(self, rank: int) -> np.ndarray:
         """Data blocks with tokens that ``rank`` owns."""
@@ -220,7 +209,7 @@ class Plan:
             block_position=self.block_position[mine],
             block_length=self.block_length[mine],
             masks={name: _rank_program(tables, rank) for name, tables in self.masks.items()},
-            stats=self.stats.to_json(),
+            stats=self.stats,
         )
 
     def simulate(self) -> Timeline:
@@ -231,41 +220,27 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """The whole plan as one checked message (:mod:`dcp.wire`)."""
-        names = (
-            "seqlens", "num_cached", "block_sequence", "block_offset", "block_length", "owner",
-        )  # fmt: skip
-        arrays = {name: getattr(self, name) for name in names}
-        for index, tables in enumerate(self.masks.values()):
-            arrays |= {f"{index}.{name}": getattr(tables, name) for name in _TABLE_ARRAYS}
+        masks, arrays = to_parts(self.masks)
         meta = {
             "spec": asdict(self.spec),
             "cluster": asdict(self.cluster),
             "num_head_groups": self.num_head_groups,
-            "masks": {n: [t.num_divisions, t.num_steps] for n, t in self.masks.items()},
+            "masks": masks,
             "weights": self.weights,
             "stats": self.stats.to_json(),
         }
-        return pack("plan", meta, arrays)
+        return pack("plan", meta, {name: getattr(self, name) for name in _BLOCKS} | arrays)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Plan:
         """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("plan", message)
-        masks = {
-            name: MaskTables(*counts, *(arrays[f"{index}.{part}"] for part in _TABLE_ARRAYS))
-            for index, (name, counts) in enumerate(meta["masks"].items())
-        }
         return cls(
-            seqlens=arrays["seqlens"],
-            num_cached=arrays["num_cached"],
+            **{name: arrays[name] for name in _BLOCKS},
             spec=AttentionSpec(**meta["spec"]),
             cluster=Cluster(**meta["cluster"]),
             num_head_groups=meta["num_head_groups"],
-            block_sequence=arrays["block_sequence"],
-            block_offset=arrays["block_offset"],
-            block_length=arrays["block_length"],
-            owner=arrays["owner"],
-            masks=masks,
+            masks=from_parts(MaskTables, meta["masks"], arrays),
             weights=meta["weights"],
             stats=Stats(**meta["stats"]),
         )
@@ -284,13 +259,15 @@ class Plan:
     def rank_areas(self, mask: str) -> np.ndarray:
         """(query, key) pairs, all heads, that each rank computes under a mask: ``[num_ranks]``."""
         tables = self.masks[mask]
-        area = tables.tile_area[tables.items[:, 9]] / self.num_head_groups
-        return _sums(tables.items[:, 0], area, self.num_ranks)
+        area = tables.tile_area[tables.items[:, Item.TILE]] / self.num_head_groups
+        return _sums(tables.items[:, Item.RANK], area, self.num_ranks)
 
     def moved_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
         """Bytes of each line of ``masks[mask].sends``: int64, 0 where the pass does not send it."""
         sends = self.masks[mask].sends
-        return sends[:, 5] * self.row_bytes(backward=backward)[sends[:, 3]]
+        row_bytes = self.row_bytes(backward=backward)
+        moved: np.ndarray = sends[:, Move.ROWS] * row_bytes[sends[:, Move.BUFFER]]
+        return moved
 
     def row_bytes(self, *, backward: bool = False) -> np.ndarray:
         """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
@@ -309,12 +286,12 @@ class Plan:
         inter = intra = 0.0
         node = self.cluster.node_of_rank
         for name, tables in self.masks.items():
-            weight, sends = self.weights[name], tables.sends
+            weight, source, target = self.weights[name], *tables.sends[:, [Move.RANK, Move.PEER]].T
             volume = weight * self.moved_bytes(name)
             compute += weight * self.rank_areas(name)
-            sent += _sums(sends[:, 0], volume, ranks)
-            received += _sums(sends[:, 2], volume, ranks)
-            crosses = node[sends[:, 0]] != node[sends[:, 2]]
+            sent += _sums(source, volume, ranks)
+            received += _sums(target, volume, ranks)
+            crosses = node[source] != node[target]
             inter += volume[crosses].sum()
             intra += volume[~crosses].sum()
         stats.num_tokens = self.num_tokens
@@ -338,15 +315,6 @@ class Plan:
         )
 
 
-_TABLE_ARRAYS = tuple(MaskTables.__dataclass_fields__)[2:]  # all but the two counts
-
-
-def balance(load: np.ndarray) -> float:
-    """Maximum over mean; 1.0 is perfect, and so is no load at all."""
-    mean = load.mean()
-    return float(load.max() / mean) if mean > 0 else 1.0
-
-
 def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(index, weights=values, minlength=size).astype(values.dtype)
 
@@ -354,22 +322,23 @@ def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
 def _rank_program(tables: MaskTables, rank: int) -> MaskProgram:
     """One rank's rows of the tables, with the slices of its tiles alone."""
 
-    def mine(table: np.ndarray) -> np.ndarray:
-        start, stop = np.searchsorted(table[:, 0], [rank, rank + 1])
-        return table[start:stop, 1:]
+    def mine(name: str) -> np.ndarray:
+        of_all: np.ndarray = getattr(tables, name)
+        column = COLUMNS[name].RANK
+        start, stop = np.searchsorted(of_all[:, column], [rank, rank + 1])
+        return of_all[start:stop]
 
-    items = mine(tables.items)
-    tiles, local = np.unique(items[:, 8], return_inverse=True)
-    start, stop = tables.slice_start[tiles], tables.slice_start[tiles + 1]
-    ends = np.cumsum(stop - start)
-    bounds = np.stack([ends - (stop - start), ends], axis=1)
+    items = mine("items")
+    tiles, local = np.unique(items[:, Item.TILE], return_inverse=True)
+    start, count = tables.slice_start[tiles], np.diff(tables.slice_start)[tiles]
+    first = starts(count)
+    items = items[:, : Item.RANK].copy()
+    items[:, Item.FIRST_SLICE], items[:, Item.END_SLICE] = first[local], (first + count)[local]
+    moves = {name: mine(name)[:, : COLUMNS[name].RANK] for name in COLUMNS if name != "items"}
     return MaskProgram(
         num_steps=tables.num_steps,
-        items=np.concatenate([items[:, :8], bounds[local]], axis=1),
-        sends=mine(tables.sends),
-        receives=mine(tables.receives),
-        reduces=mine(tables.reduces),
-        resets=mine(tables.resets),
+        items=items,
         buffer_rows=tables.buffer_rows[rank],
-        slices=tables.slices[runs(start, stop - start)],
+        slices=tables.slices[runs(start, count)],
+        **moves,
     )

@@ -1,0 +1,46 @@
+"""The figures of a plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass
+class Stats:
+    """Figures of a plan; volumes in bytes, of one forward pass of attention.
+
+    ``compute_balance`` and ``token_balance`` are max over ranks ÷ mean over ranks. With several
+    masks, compute and volume are sums over the masks weighted by the layers that use each.
+    ``max_rank_buffer_bytes``: the fullest rank's buffers in a forward pass; ``layer_seconds``: what
+    plans are chosen by (:func:`dcp.planner.layer_seconds`).
+    """
+
+    strategy: str = ""
+    block_size: int = 0
+    num_tokens: int = 0
+    num_compute_blocks: int = 0
+    planning_seconds: float = 0.0
+    compute_balance: float = 1.0
+    token_balance: float = 1.0
+    inter_node_bytes: int = 0
+    intra_node_bytes: int = 0
+    max_rank_recv_bytes: int = 0
+    max_rank_send_bytes: int = 0
+    max_rank_buffer_bytes: int = 0
+    num_divisions: int = 1
+    layer_seconds: float = 0.0
+    simulated: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``dcp plan --json`` prints."""
+        return asdict(self)
+
+
+def balance(load: np.ndarray) -> float:
+    """Maximum over mean; 1.0 is perfect, and so is no load at all."""
+    mean = load.mean()
+    return float(load.max() / mean) if mean > 0 else 1.0
