@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dcp import SequenceBatch
+from dcp import LocalWorld, SequenceBatch
 
 
 def batch_mask(batch: SequenceBatch, name: str | None = None) -> Tensor:
@@ -39,4 +39,23 @@ def random_qkv(tokens: int, spec, dtype: torch.dtype, seed: int = 0) -> list[Ten
         .to(dtype)
         .requires_grad_()
         for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    ]
+
+
+def errors_against_dense(a_plan, masks, dtype, *, reference_dtype=torch.float64):
+    """Largest absolute error of out, lse, dq, dk, dv."""
+    batch = SequenceBatch(a_plan.seqlens.tolist(), masks)
+    q, k, v = random_qkv(a_plan.num_tokens, a_plan.spec, dtype)
+    out, lse = LocalWorld(a_plan).attention(q, k, v, return_lse=True)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = (out, lse, *torch.autograd.grad(out, (q, k, v), grad_out))
+
+    exact = [x.detach().to(reference_dtype).requires_grad_() for x in (q, k, v)]
+    want_out, want_lse = dense_attention(*exact, batch_mask(batch))
+    want = (want_out, want_lse, *torch.autograd.grad(want_out, exact, grad_out.to(reference_dtype)))
+    return [
+        torch.nan_to_num(a.double() - b.double(), posinf=0, neginf=0, nan=0).abs().max().item()
+        if torch.equal(torch.isinf(a), torch.isinf(b)) and not torch.isnan(a).any()
+        else float("inf")
+        for a, b in zip(found, want, strict=True)
     ]

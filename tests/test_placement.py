@@ -12,9 +12,9 @@ from dcp.blocks import build_blocks
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
 from dcp.placement import Placement, StrategyError, get_strategy
-from dcp.placement.figures import placement_figures
 from dcp.placement.refine import NUM_KINDS, anneal
 from dcp.placement.state import empty_state, recount, to_placement
+from tests.counted import placement_figures
 
 SEARCHING = ("hypergraph", "bisection")
 STATIC = ("zigzag", "ring")

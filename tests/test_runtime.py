@@ -7,7 +7,7 @@ import torch
 from dcp import AttentionSpec, AttnMask, Cluster, LocalWorld, SequenceBatch, plan
 from dcp.placement import strategy_names
 from dcp.runtime import AttentionExecutor, DCPAttention
-from tests.oracle import batch_mask, dense_attention, random_qkv
+from tests.oracle import batch_mask, dense_attention, errors_against_dense, random_qkv
 
 SEQLENS = [1, 0, 7, 129, 300, 33]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -41,25 +41,6 @@ def make_plan(masks, world, *, heads=(4, 2), strategy="hypergraph", seqlens=SEQL
         strategy=strategy,
         **({"block_size": 48} | options),
     )
-
-
-def errors_against_dense(a_plan, masks, dtype, *, reference_dtype=torch.float64):
-    """Largest absolute error of out, lse, dq, dk, dv."""
-    batch = SequenceBatch(a_plan.seqlens.tolist(), masks)
-    q, k, v = random_qkv(a_plan.num_tokens, a_plan.spec, dtype)
-    out, lse = LocalWorld(a_plan).attention(q, k, v, return_lse=True)
-    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    found = (out, lse, *torch.autograd.grad(out, (q, k, v), grad_out))
-
-    exact = [x.detach().to(reference_dtype).requires_grad_() for x in (q, k, v)]
-    want_out, want_lse = dense_attention(*exact, batch_mask(batch))
-    want = (want_out, want_lse, *torch.autograd.grad(want_out, exact, grad_out.to(reference_dtype)))
-    return [
-        torch.nan_to_num(a.double() - b.double(), posinf=0, neginf=0, nan=0).abs().max().item()
-        if torch.equal(torch.isinf(a), torch.isinf(b)) and not torch.isnan(a).any()
-        else float("inf")
-        for a, b in zip(found, want, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 8])
