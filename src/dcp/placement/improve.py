@@ -128,6 +128,7 @@ def improve(
     seed: int = 0,
     tolerance: float = TOLERANCE,
     token_limit: float = TOKEN_LIMIT,
+    token_price: float = 1.0,
 ) -> None:
     """Refine a counted state: owners first, then compute and owners together, cooling to greedy.
 
@@ -135,16 +136,19 @@ def improve(
         seconds: the mean rank's compute.
         tolerance: compute of the busiest rank beyond the mean that is not charged for in the end.
         token_limit: tokens of the fullest rank over the mean's, likewise.
+        token_price: what a share of tokens beyond that costs, over one of compute.
     """
     members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
     steps = int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
     random_state = _random_state(seed)
-    best = Best(state, seconds, cluster, strictness=30.0, limits=(1 + tolerance, token_limit))
+    limits = (1 + tolerance, token_limit)
+    best = Best(state, seconds, cluster, strictness=30.0, limits=limits, token_price=token_price)
     best.look()
     for moves, share, heat, steep in _STAGES:
         # a soft charge is overstepped a little: compute is charged from half the tolerance on
-        _charge(state, scale * steep, cluster, (1 + tolerance / 2, token_limit))
+        caps = (1 + tolerance / 2, token_limit)
+        _charge(state, scale * steep, cluster, caps, token_price)
         hot = heat * scale
         anneal(state, int(steps * share), hot, 0.3 * hot, _mix(moves), random_state)
         best.look()
@@ -171,6 +175,7 @@ class Best:
         seconds: the mean rank's compute.
         strictness: what compute and tokens beyond the limits weigh.
         limits: the busiest rank's compute and the fullest rank's tokens, over the mean's.
+        token_price: what tokens beyond the limit weigh, over compute.
 
     ``score`` is that of the best: seconds of a forward pass, and a charge for imbalance.
     """
@@ -183,9 +188,11 @@ class Best:
         *,
         strictness: float,
         limits: tuple[float, float] = (1 + TOLERANCE, TOKEN_LIMIT),
+        token_price: float = 1.0,
     ) -> None:
         self.state, self.seconds, self.cluster = state, seconds, cluster
-        self.strictness, self.limits, self.score = strictness, limits, np.inf
+        self.strictness, self.limits, self.token_price = strictness, limits, token_price
+        self.score = np.inf
         self.rank, self.owner = state.rank.copy(), state.owner.copy()
 
     def look(self) -> None:
@@ -212,7 +219,8 @@ class Best:
         moving += (state.recv.max() + state.recv.mean()) / bandwidth
         bound = self.seconds * state.load.max() + moving
         most_load, most_tokens = self.limits
-        over = max(state.load.max() - most_load, 0.0) + max(state.held.max() - most_tokens, 0.0)
+        over = max(state.load.max() - most_load, 0.0)
+        over += self.token_price * max(state.held.max() - most_tokens, 0.0)
         return float(bound + self.strictness * over * max(self.seconds, bound / 2))
 
 
@@ -220,13 +228,19 @@ def _busiest_receiver(state: State, cluster: Cluster) -> float:
     return float(state.recv.max(initial=0.0)) / cluster.intra_node_bandwidth
 
 
-def _charge(state: State, steep: float, cluster: Cluster, caps: tuple[float, float]) -> None:
+def _charge(
+    state: State,
+    steep: float,
+    cluster: Cluster,
+    caps: tuple[float, float],
+    token_price: float = 1.0,
+) -> None:
     """Set what ranks cost beyond ``caps`` of compute and tokens, over the mean's, and beyond the
     mean of the received bytes as they are now."""
     held = (state.in_bytes + state.out_bytes).sum() / len(state.load)
     mean = max(float(state.recv.mean()), 0.1 * held, 1.0)
     busy = _RECV_FACTOR / (cluster.intra_node_bandwidth * mean)
-    state.price[refine.LOAD_CAP :] = (caps[0], steep, caps[1], steep, mean, busy)
+    state.price[refine.LOAD_CAP :] = (caps[0], steep, caps[1], steep * token_price, mean, busy)
 
 
 def _random_state(seed: int) -> np.ndarray:
