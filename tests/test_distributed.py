@@ -50,6 +50,18 @@ def run_rank(message, seqlens, dtype):
 @pytest.mark.parametrize("strategy", ["hypergraph", "zigzag"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_processes_equal_dense_attention(gloo_pool, world, strategy, mask):
+    check_processes(gloo_pool, world, strategy, mask)
+
+
+@pytest.mark.parametrize("mask", ["causal", "streaming"])
+@pytest.mark.parametrize(
+    "strategy", ["allgather", "ulysses", "double_ring", "a2a_p2p", "groups", "magi"]
+)
+def test_fixed_rules_equal_dense_attention(gloo_pool, strategy, mask):
+    check_processes(gloo_pool, 3 if strategy == "groups" else 4, strategy, mask)
+
+
+def check_processes(gloo_pool, world, strategy, mask):
     a_plan = make_plan(world, mask, strategy, SEQLENS)
     messages = [a_plan.rank_plan(rank).to_bytes() for rank in range(world)]
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import product
 
 import numpy as np
@@ -11,12 +12,13 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import build_blocks
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
-from dcp.placement import Placement, StrategyError, get_strategy
-from dcp.placement.figures import placement_figures
+from dcp.placement import Placement, StrategyError, get_strategy, hypergraph, strategies
 from dcp.placement.refine import NUM_KINDS, anneal
 from dcp.placement.state import empty_state, recount, to_placement
+from dcp.planner import Planner, plan
+from tests.counted import placement_figures
 
-SEARCHING = ("hypergraph", "bisection")
+SEARCHING = tuple(strategy.name for strategy in strategies() if strategy.searching)
 STATIC = ("zigzag", "ring")
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128)
 TWO_NODES = Cluster(num_nodes=2, devices_per_node=4)
@@ -132,6 +134,42 @@ def test_given_block_size_and_other_heads(strategy: str, heads: tuple[int, int])
 def test_a_hypergraph_too_large_is_refused() -> None:
     with pytest.raises(StrategyError, match="too many to partition"):
         get_strategy("hypergraph")(SequenceBatch([4000]), SPEC, TWO_NODES, block_size=8)
+
+
+def test_a_missing_partitioner_is_a_strategy_that_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "mtkahypar", None)
+    monkeypatch.setattr(hypergraph, "_partitioner", hypergraph._partitioner.__wrapped__)
+    batch = make_batch("causal")
+    with pytest.raises(StrategyError, match="pip install mtkahypar"):
+        get_strategy("hypergraph")(batch, SPEC, TWO_NODES)
+    planner = Planner(SPEC, TWO_NODES, time_budget=60.0)
+    tried = planner.plan(batch).stats.notes["candidates"]
+    assert "pip install mtkahypar" in tried["hypergraph"]
+    assert tried["bisection"] > 0
+
+
+def test_a_strategy_asked_for_by_a_name_that_is_none() -> None:
+    with pytest.raises(ValueError, match="strategy 'best' is not one of auto, bisection, hyper"):
+        get_strategy("best")
+
+
+def test_bisection_is_as_fast_as_chunks_dealt_out_inside_a_node() -> None:
+    """Random batches of one node: layers no slower than magi's, but for half a percent."""
+    rng = np.random.default_rng(0)
+    ratios = []
+    for index in range(30):
+        lengths = np.minimum(rng.lognormal(7.5, 1.2, rng.integers(3, 16)).astype(int) + 1, 40_000)
+        batch = make_batch(list(MASKS)[index % len(MASKS)], lengths.tolist())
+        cluster = Cluster(devices_per_node=(4, 8)[index % 2])
+        ours, theirs = (
+            plan(batch, SPEC, cluster, strategy=name).stats.layer_seconds
+            for name in ("bisection", "magi")
+        )
+        ratios.append(ours / theirs)
+    assert (np.array(ratios) > 1.005).sum() <= 3, ratios
+    assert max(ratios) < 1.02
 
 
 @pytest.mark.parametrize("seqlens", [[64], [40, 24], [30, 20, 14]])

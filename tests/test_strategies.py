@@ -1,25 +1,27 @@
 """Every known parallelism: right for every mask and world, and as costly as its formula says."""
 
+import ast
+from importlib import import_module
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-import tests.test_distributed as distributed
 from dcp import AttentionSpec, AttnMask, Cluster, Plan, SequenceBatch, plan
 from dcp.batch import LSE_BYTES
-from dcp.placement import StrategyError, floor_seconds, get_strategy, strategy_names
-from dcp.placement.grid import double_ring, usp
+from dcp.placement import StrategyError, floor_seconds, get_strategy, strategies
+from dcp.placement.heads import double_ring, usp
 from dcp.planner import layer_seconds
 from dcp.schedule import KV
 from dcp.tables import Item, Move
-from tests.oracle import batch_mask
+from tests.cases import cases
+from tests.oracle import batch_mask, errors_against_dense
 from tests.symbolic import check_plan
-from tests.test_plan import cases
-from tests.test_runtime import errors_against_dense
 
-STATIC = [name for name in strategy_names() if name not in ("hypergraph", "bisection")]
+STATIC = [strategy.name for strategy in strategies() if not strategy.searching]
 RINGS = ("ring", "zigzag", "usp", "double_ring", "a2a_p2p")
 SEQLENS = [33, 20, 0, 1, 26, 17, 9, 5]
 MASKS = {
@@ -77,16 +79,6 @@ def test_equals_dense_attention(strategy, world, heads):
         masks = [mask(n) for n in SEQLENS]
         a_plan = plan_with(strategy, SEQLENS, cluster_of(world), masks=masks, spec=spec)
         assert max(errors_against_dense(a_plan, masks, torch.float64)) <= 1e-10
-
-
-@pytest.mark.parametrize("mask", ["causal", "streaming"])
-@pytest.mark.parametrize(
-    "strategy", ["allgather", "ulysses", "double_ring", "a2a_p2p", "groups", "magi"]
-)
-def test_processes_equal_dense_attention(gloo_pool, strategy, mask):
-    distributed.test_processes_equal_dense_attention(
-        gloo_pool, 3 if strategy == "groups" else 4, strategy, mask
-    )
 
 
 @settings(max_examples=40)
@@ -375,4 +367,15 @@ def test_auto_is_never_slower_than_a_listed_strategy():
 
 def test_every_strategy_is_documented():
     assert set(STATIC) >= {*RINGS, "allgather", "ulysses", "data_parallel", "groups", "magi"}
-    assert all(get_strategy(name).__doc__ for name in strategy_names())
+    assert all(strategy.place.__doc__ for strategy in strategies())
+
+
+def test_no_strategy_imports_another():
+    """A family's file may use what all share, never another family's rules."""
+    families = {strategy.family for strategy in strategies()}
+    for family in families:
+        tree = ast.parse(Path(import_module(f"dcp.placement.{family}").__file__).read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert "dcp.cluster" in imported
+        others = {f"dcp.placement.{other}" for other in families - {family}}
+        assert not imported & others, family

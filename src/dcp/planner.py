@@ -19,19 +19,10 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.events import play
-from dcp.placement import Placement, StrategyError, floor_seconds, get_strategy
+from dcp.placement import Placement, Strategy, StrategyError, get_strategy, strategies
 from dcp.placement.improve import TOLERANCE
 from dcp.plans import Plan
 
-# What "auto" tries. The planned ones in order of cost; the static ones only where their floor (a
-# time they cannot beat) leaves them a chance, so that auto is never worse than any of them.
-PLANNED = ("bisection", "hypergraph")
-STATIC = (
-    "data_parallel", "flexible_groups", "groups", "data_centric", "bucketed", "zigzag", "a2a_p2p",
-    "usp", "double_ring", "ulysses", "allgather", "magi", "ring",
-)  # fmt: skip
-DIVISIONS = (2, 3, 4, 6, 10, 16, 24)  # tried in turn, until two in a row are no better
-STATIC_DIVISIONS = (2, 4)  # the same for a static rule that leaves its divisions open
 MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
 COMPILING = (  # said after so many seconds, where nothing is compiled yet
     2.0, "dcp: compiling the planner for this machine, once; this takes about half a minute",
@@ -88,7 +79,7 @@ class Planner:
             get_strategy(strategy)
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed, self.time_budget = strategy, seed, time_budget
-        self.block_size = None if block_size == "auto" else block_size
+        self.block_size = block_size if isinstance(block_size, int) else None
         self.num_divisions, self.tolerance = num_divisions, tolerance
         self.model_width = model_width
         self.cache_size = cache_size
@@ -121,39 +112,40 @@ class Planner:
 
     def _best(self, batch: SequenceBatch) -> Plan:
         if self.strategy != "auto":
-            placement = self._place(self.strategy, batch)
-            return min(self._candidates(self.strategy, placement), key=_by_layer)
+            strategy = get_strategy(self.strategy)
+            placement = self._place(strategy, batch)
+            return min(self._candidates(strategy, placement), key=_by_layer)
         tried: dict[str, float | str] = {}
         best: Plan | None = None
         spent = 0.0
-        for name in (*PLANNED, *STATIC):
+        for strategy in strategies():
             try:
                 if best is not None:
-                    spent += _expected_seconds(name, best)
-                    if name in PLANNED and spent > self.time_budget:
+                    spent += _expected_seconds(strategy.name, best)
+                    if strategy.searching and spent > self.time_budget:
                         raise _Skipped("beyond the time budget")
-                    if name in PLANNED and best.stats.max_rank_recv_bytes == 0:
+                    if strategy.searching and best.stats.max_rank_recv_bytes == 0:
                         raise _Skipped("nothing moves already")
-                    self._need_chance(self._floor(name, batch), best)
-                    _need_size(name, batch, self.cluster)
-                placement = self._place(name, batch)
+                    self._need_chance(self._floor(strategy, batch), best)
+                    _need_size(strategy, batch, self.cluster)
+                placement = self._place(strategy, batch)
                 if best is not None:
                     self._need_chance(self._placed_floor(placement), best)
             except (_Skipped, StrategyError) as error:
-                tried[name] = str(error)
+                tried[strategy.name] = str(error)
                 continue
-            candidate = min(self._candidates(name, placement), key=_by_layer)
-            tried[name] = candidate.stats.layer_seconds
+            candidate = min(self._candidates(strategy, placement), key=_by_layer)
+            tried[strategy.name] = candidate.stats.layer_seconds
             if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
                 best = candidate
         assert best is not None, "no strategy served the batch"
         best.stats.notes["candidates"] = tried
         return best
 
-    def _floor(self, name: str, batch: SequenceBatch) -> float:
+    def _floor(self, strategy: Strategy, batch: SequenceBatch) -> float:
         """Seconds of a layer that the strategy cannot beat, tokens dealt out evenly."""
         tokens = batch.num_tokens / self.cluster.num_ranks
-        attention = floor_seconds(name, batch, self.spec, self.cluster)
+        attention = strategy.floor_seconds(batch, self.spec, self.cluster)
         weight = sum(batch.weights.values())
         return attention + weight * self._linear_seconds(tokens)
 
@@ -179,19 +171,20 @@ class Planner:
         if floor >= best.stats.layer_seconds:
             raise _Skipped(f"cannot be faster than {floor:.2e} s")
 
-    def _place(self, name: str, batch: SequenceBatch) -> Placement:
-        options = {"tolerance": self.tolerance} if name in PLANNED else {}
-        return get_strategy(name)(
+    def _place(self, strategy: Strategy, batch: SequenceBatch) -> Placement:
+        options = {"tolerance": self.tolerance} if strategy.searching else {}
+        return strategy(
             batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
 
-    def _candidates(self, name: str, placement: Placement) -> Iterator[Plan]:
+    def _candidates(self, strategy: Strategy, placement: Placement) -> Iterator[Plan]:
         """One strategy's placement with every number of divisions worth trying."""
         fixed = self.num_divisions or placement.num_divisions
         best, no_better = np.inf, 0
-        tried = STATIC_DIVISIONS if name in STATIC else DIVISIONS
-        for count in (fixed,) if fixed else tried:
-            plan = Plan.from_placement(placement, self.cluster, strategy=name, num_divisions=count)
+        for count in (fixed,) if fixed else strategy.divisions:
+            plan = Plan.from_placement(
+                placement, self.cluster, strategy=strategy.name, num_divisions=count
+            )
             plan.stats.simulated = plan.simulate().to_json()
             seconds = plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
             yield plan
@@ -205,10 +198,10 @@ class _Skipped(Exception):
     """A candidate is not planned; the message says why."""
 
 
-def _need_size(name: str, batch: SequenceBatch, cluster: Cluster) -> None:
+def _need_size(strategy: Strategy, batch: SequenceBatch, cluster: Cluster) -> None:
     """Skip rules that would cut every sequence over more ranks than can be planned in time."""
     hops = len(batch.seqlens) * cluster.num_ranks**2
-    if name in STATIC and hops > MOST_HOPS:
+    if not strategy.searching and hops > MOST_HOPS:
         raise _Skipped(f"{hops:.1e} transfers are too many to plan in time")
 
 

@@ -1,8 +1,8 @@
 """Placements: which rank owns each data block and which rank runs each compute block.
 
-A strategy is a function ``(batch, spec, cluster, *, block_size=None, seed=0) -> Placement`` (fixed
-rules ignore the seed). The next one is a new file here and a line in ``_FAMILIES``. A strategy that
-cannot serve a case raises :class:`StrategyError` with the reason.
+A strategy is a function ``(batch, spec, cluster, *, block_size=None) -> Placement``; a searching
+one takes ``seed`` and ``tolerance``, too. The next one is a new file here and a line in
+``_STRATEGIES``. A strategy that cannot serve a case raises :class:`StrategyError` with the reason.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -74,41 +75,99 @@ class Placement:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-Strategy = Callable[..., Placement]
+@dataclass(frozen=True)
+class Strategy:
+    """A named rule that makes placements: one line of the registry below.
 
-_FAMILIES = {
-    "zigzag": "ring",
-    "ring": "ring",
-    "allgather": "allgather",
-    "ulysses": "ulysses",
-    "usp": "grid",
-    "double_ring": "grid",
-    "a2a_p2p": "grid",
-    "data_parallel": "data_parallel",
-    "bucketed": "data_parallel",
-    "groups": "groups",
-    "flexible_groups": "groups",
-    "data_centric": "groups",
-    "magi": "magi",
-    "hypergraph": "hypergraph",
-    "bisection": "bisection",
-}
+    Attributes:
+        name: what it is asked for by, and its function's name.
+        family: the file of this folder that holds it and its like.
+        searching: whether it searches: it then takes ``seed`` and ``tolerance`` and spends the
+            planner's time budget. Otherwise it is a fixed rule, cheap to place.
+        divisions: how many divisions are worth trying, in this order, where the placement leaves
+            that open; the planner stops after two in a row that are no better.
+    """
+
+    name: str
+    family: str
+    searching: bool = False
+    divisions: tuple[int, ...] = (2, 4)
+
+    @property
+    def place(self) -> Callable[..., Placement]:
+        """The function that places; its file is imported on first use."""
+        function: Callable[..., Placement] = getattr(self._module, self.name)
+        return function
+
+    def __call__(
+        self,
+        batch: SequenceBatch,
+        spec: AttentionSpec,
+        cluster: Cluster,
+        *,
+        block_size: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> Placement:
+        """Place a batch. ``block_size``: most tokens of a data block, None lets the rule choose.
+
+        Raises :class:`StrategyError` where the rule cannot serve the case.
+        """
+        if self.searching:
+            options["seed"] = seed
+        return self.place(batch, spec, cluster, block_size=block_size, **options)
+
+    def floor_seconds(self, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:
+        """Forward + backward seconds that its family says it cannot beat; 0 if unknown."""
+        floor = getattr(self._module, "floor_seconds", None)
+        return float(floor(self.name, batch, spec, cluster)) if floor else 0.0
+
+    @property
+    def _module(self) -> ModuleType:
+        return import_module(f"dcp.placement.{self.family}")
+
+
+_MANY = (2, 3, 4, 6, 10, 16, 24)
+
+# In the order in which "auto" tries them: the searching ones by their cost; then the fixed rules,
+# only where their floor leaves them a chance, so that auto is never worse than any of them.
+_STRATEGIES = (
+    Strategy("bisection", "bisection", searching=True, divisions=_MANY),
+    Strategy("hypergraph", "hypergraph", searching=True, divisions=_MANY),
+    Strategy("data_parallel", "data_parallel"),
+    Strategy("flexible_groups", "groups"),
+    Strategy("groups", "groups"),
+    Strategy("data_centric", "groups"),
+    Strategy("bucketed", "data_parallel"),
+    Strategy("zigzag", "ring"),
+    Strategy("a2a_p2p", "heads"),
+    Strategy("usp", "heads"),
+    Strategy("double_ring", "heads"),
+    Strategy("ulysses", "heads"),
+    Strategy("allgather", "allgather"),
+    Strategy("magi", "magi"),
+    Strategy("ring", "ring"),
+)
+_BY_NAME = {strategy.name: strategy for strategy in _STRATEGIES}
+
+
+def strategies() -> tuple[Strategy, ...]:
+    """Every strategy, in the order in which ``auto`` tries them."""
+    return _STRATEGIES
 
 
 def strategy_names() -> list[str]:
-    """Every strategy, best-known names first to last as documented."""
-    return list(_FAMILIES)
+    """Names of :func:`strategies`, in the same order."""
+    return list(_BY_NAME)
 
 
 def get_strategy(name: str) -> Strategy:
-    """The placement function called ``name``; its file is imported on first use."""
-    if name not in _FAMILIES:
-        raise ValueError(f"strategy {name!r} is not one of auto, {', '.join(_FAMILIES)}")
-    return getattr(import_module(f"dcp.placement.{_FAMILIES[name]}"), name)
+    """The strategy called ``name``. Raises ``ValueError`` that lists all names for any other."""
+    if name not in _BY_NAME:
+        raise ValueError(f"strategy {name!r} is not one of auto, {', '.join(_BY_NAME)}")
+    return _BY_NAME[name]
 
 
 def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:
-    """Forward + backward seconds that the strategy's family says it cannot beat; 0 if unknown."""
-    family = import_module(f"dcp.placement.{_FAMILIES[name]}")
-    floor = getattr(family, "floor_seconds", None)
-    return floor(name, batch, spec, cluster) if floor else 0.0
+    """As :meth:`Strategy.floor_seconds`, of the strategy called ``name``."""
+    return get_strategy(name).floor_seconds(batch, spec, cluster)

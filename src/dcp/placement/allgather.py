@@ -14,12 +14,7 @@ from dcp.ragged import starts
 
 
 def allgather(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Queries in zigzag; one all-gather of keys and values before any work (Llama 3's way).
 
@@ -73,7 +68,7 @@ def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster:
     Nobody computes before all keys have come into the node, or where there is one node to the rank.
     """
     share = max(batch.num_tokens // cluster.num_ranks - 2, 0) * spec.kv_token_bytes
-    away = cluster.num_ranks - cluster.node_sizes.max()
+    away = cluster.num_ranks - int(cluster.node_sizes.max())
     gather = away * share / cluster.inter_node_bandwidth
     if not away:
         gather = (cluster.num_ranks - 1) * share / cluster.intra_node_bandwidth

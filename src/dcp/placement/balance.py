@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from dcp.placement.refine import LOAD_WEIGHT, TOKEN_WEIGHT, move, move_cost, shift_owner
+from dcp.placement.refine import LOAD_WEIGHT, TOKEN_WEIGHT, State, move, move_cost, shift_owner
 
 _SPARE = 8  # least loaded ranks considered besides those of the node and the owners
 
 
 @njit(cache=True)
-def balance_load(s, limit, most_moves):
+def balance_load(s: State, limit: float, most_moves: int) -> int:
     """Move compute blocks off the busiest rank until none has more than ``limit``.
 
     Of all moves the one is made that costs least (in bytes and busy receivers) for the excess it
@@ -22,7 +22,7 @@ def balance_load(s, limit, most_moves):
     start, members = _by_rank(s)
     moves = 0
     while moves < most_moves:
-        a = np.argmax(s.load)
+        a = int(np.argmax(s.load))
         if s.load[a] <= limit:
             break
         spare = np.argsort(s.load)[:_SPARE]
@@ -42,14 +42,14 @@ def balance_load(s, limit, most_moves):
 
 
 @njit(cache=True)
-def _by_rank(s):
+def _by_rank(s: State) -> tuple[np.ndarray, np.ndarray]:
     """Compute blocks of each rank, as they are now: ``(start [N + 1], compute blocks)``."""
     members = np.argsort(s.rank, kind="mergesort")
     return np.searchsorted(s.rank[members], np.arange(len(s.load) + 1)), members
 
 
 @njit(cache=True)
-def _cheapest_rank(s, v, a, spare, limit):
+def _cheapest_rank(s: State, v: int, a: int, spare: np.ndarray, limit: float) -> tuple[float, int]:
     """The best rank for ``v`` to go to, and its cost for the excess that it takes away."""
     best, choice = np.inf, -1
     first, last = s.node_start[s.node[a]], s.node_start[s.node[a] + 1]
@@ -70,7 +70,7 @@ def _cheapest_rank(s, v, a, spare, limit):
 
 
 @njit(cache=True)
-def balance_tokens(s, limit, most_moves):
+def balance_tokens(s: State, limit: float, most_moves: int) -> int:
     """Give data blocks of the fullest rank away until none holds more than ``limit``.
 
     As :func:`balance_load`: the cheapest move for the excess that it takes away, one at a time.
@@ -79,22 +79,30 @@ def balance_tokens(s, limit, most_moves):
     s.price[TOKEN_WEIGHT] = 0.0
     moves = 0
     while moves < most_moves:
-        a = np.argmax(s.held)
+        a = int(np.argmax(s.held))
         if s.held[a] <= limit:
             break
-        best, best_block, best_b = np.inf, -1, -1
-        for block in np.flatnonzero(s.owner == a):
-            size = s.tokens[block]
-            full = max(limit, s.held[a] - 0.25 * size)
-            for b in range(len(s.held)):
-                if b != a and s.held[b] + size <= full:
-                    cost = shift_owner(s, block, b) / min(size, s.held[a] + size - limit)
-                    shift_owner(s, block, a)
-                    if cost < best:
-                        best, best_block, best_b = cost, block, b
-        if best_block < 0:
+        block, b = _cheapest_block(s, a, limit)
+        if block < 0:
             break
-        shift_owner(s, best_block, best_b)
+        shift_owner(s, block, b)
         moves += 1
     s.price[TOKEN_WEIGHT] = weight
     return moves
+
+
+@njit(cache=True)
+def _cheapest_block(s: State, a: int, limit: float) -> tuple[int, int]:
+    """The best data block of rank ``a`` to give away, and the best rank for it; -1: none."""
+    best, best_block, best_b = np.inf, -1, -1
+    for each in np.flatnonzero(s.owner == a):
+        block = int(each)
+        size = s.tokens[block]
+        full = max(limit, s.held[a] - 0.25 * size)
+        for b in range(len(s.held)):
+            if b != a and s.held[b] + size <= full:
+                cost = shift_owner(s, block, b) / min(size, s.held[a] + size - limit)
+                shift_owner(s, block, a)
+                if cost < best:
+                    best, best_block, best_b = cost, block, b
+    return best_block, best_b

@@ -96,45 +96,53 @@ def _bisect(
     here = np.zeros(len(state.owner), dtype=np.bool_)
     here[blocks] = True
     work = np.array([state.work[item].sum() for item in items])
-    tokens = np.array(
-        [_query_tokens(state.tokens, state.piece_block, state.pins, here, item) for item in items]
-    )
-    best, chosen = None, None
+    tokens = np.array([_query_tokens(state, here, item) for item in items])
+    cuts = []
     for whole, cut in _packings(work, tokens, share, rng):
         held = (whole * tokens).sum()
         free = room - (held, tokens.sum() - held - tokens[cut])
-        order = items[cut]
-        by_key = order[np.argsort(state.pins[order, 1], kind="stable")]
+        by_key = _by_key(state, items[cut])
         wanted = min(max(share * work.sum() - (whole * work).sum(), 0.0), work[cut])
-        found = _best_cut(state, order, by_key, wanted, free, here, prices)
-        if best is None or found[0] < best[0]:
-            best, chosen = found, (whole, cut, by_key)
-    assert best is not None
-    assert chosen is not None
-    whole, cut, by_key = chosen
-    _, along_keys, start, end, half = best
+        found = _best_cut(state, items[cut], by_key, wanted, free, here, prices)
+        cuts.append((found, whole, cut))
+    found, whole, cut = min(cuts, key=lambda each: each[0][0])
     halves = (
         [item for item, first in zip(items, whole, strict=True) if first],
         [item for i, item in enumerate(items) if not whole[i] and i != cut],
     )
-    inside = np.zeros(len(items[cut]), dtype=bool)
-    inside[start:end] = True
-    if along_keys:  # keep items in the order of queries
-        inside = np.isin(items[cut], by_key[start:end], assume_unique=True)
+    inside, half = _window(state, items[cut], found)
     for side, part in ((half, items[cut][inside]), (1 - half, items[cut][~inside])):
         if len(part):
             halves[side].append(part)
     return halves
 
 
+def _by_key(state: State, item: np.ndarray) -> np.ndarray:
+    """The item's compute blocks in the order of their keys."""
+    return item[np.argsort(state.pins[item, 1], kind="stable")]
+
+
+def _window(
+    state: State, item: np.ndarray, cut: tuple[float, int, int, int, int]
+) -> tuple[np.ndarray, int]:
+    """Which of the item's compute blocks (in their order, by query) a cut takes, for which half."""
+    _, along_keys, start, end, half = cut
+    if along_keys:
+        taken = _by_key(state, item)[start:end]
+        return np.isin(item, taken, assume_unique=True), half
+    inside = np.zeros(len(item), dtype=bool)
+    inside[start:end] = True
+    return inside, half
+
+
 @njit(cache=True)
-def _query_tokens(tokens, piece_block, pins, here, item):
+def _query_tokens(s: State, here: np.ndarray, item: np.ndarray) -> float:
     """Tokens of the data blocks marked ``here`` whose queries the item has (in their order)."""
     total, last = 0.0, -1
     for v in item:
-        block = piece_block[pins[v, 0]]
+        block = s.piece_block[s.pins[v, 0]]
         if block != last and here[block]:
-            total += tokens[block]
+            total += s.tokens[block]
         last = block
     return total
 
@@ -169,7 +177,15 @@ def _packings(
 
 
 @njit(cache=True)
-def _best_cut(s, by_query, by_key, wanted, room, here, prices):
+def _best_cut(
+    s: State,
+    by_query: np.ndarray,
+    by_key: np.ndarray,
+    wanted: float,
+    room: np.ndarray,
+    here: np.ndarray,
+    prices: _Prices,
+) -> tuple[float, int, int, int, int]:
     """The cheapest way to give the first half ``wanted`` compute of an item.
 
     A cut takes a window ``[start, end)`` of the item's compute blocks ordered by query, or one of
@@ -187,9 +203,7 @@ def _best_cut(s, by_query, by_key, wanted, room, here, prices):
     best = (np.inf, 0, 0, 0, 0)
     for along_keys in range(2):
         order = by_key if along_keys else by_query
-        cum = np.zeros(n + 1)
-        for i in range(n):
-            cum[i + 1] = cum[i] + s.work[order[i]]
+        cum = _cumulative(s.work, order)
         line = s.pins[order, along_keys]
         edges = np.append(0, np.flatnonzero(line[1:] != line[:-1]) + 1)
         step = len(edges) if along_keys else (len(edges) + starts - 1) // starts
@@ -198,12 +212,7 @@ def _best_cut(s, by_query, by_key, wanted, room, here, prices):
             for start in edges[::step]:
                 if cum[start] + part > cum[n] * (1 + 1e-9):
                     break
-                exact = min(np.searchsorted(cum, cum[start] + part), n)
-                if exact > start and 2 * (cum[start] + part) < cum[exact] + cum[exact - 1]:
-                    exact -= 1
-                at = np.searchsorted(edges, exact, side="right")
-                after = edges[at] if at < len(edges) else n
-                for end in (exact, edges[at - 1], after):  # a cut between lines costs less
+                for end in _ends(cum, edges, start, part):
                     off = abs(cum[end] - cum[start] - part) - prices.free
                     cost = max(0.0, off) * prices.work
                     if end < start or cost >= best[0]:
@@ -217,7 +226,36 @@ def _best_cut(s, by_query, by_key, wanted, room, here, prices):
 
 
 @njit(cache=True)
-def _evaluate(s, order, start, end, here, mark, seen):
+def _cumulative(work: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Compute before each of the compute blocks of ``order``, and of all: ``[n + 1]``."""
+    cum = np.zeros(len(order) + 1)
+    for i in range(len(order)):
+        cum[i + 1] = cum[i] + work[order[i]]
+    return cum
+
+
+@njit(cache=True)
+def _ends(cum: np.ndarray, edges: np.ndarray, start: int, part: float) -> tuple[int, int, int]:
+    """Where a window from ``start`` may end: with just ``part`` compute, and at the edges of lines
+    on either side of that, where a cut costs less."""
+    n = len(cum) - 1
+    exact = min(np.searchsorted(cum, cum[start] + part), n)
+    if exact > start and 2 * (cum[start] + part) < cum[exact] + cum[exact - 1]:
+        exact -= 1
+    at = np.searchsorted(edges, exact, side="right")
+    return exact, edges[at - 1], edges[at] if at < len(edges) else n
+
+
+@njit(cache=True)
+def _evaluate(
+    s: State,
+    order: np.ndarray,
+    start: int,
+    end: int,
+    here: np.ndarray,
+    mark: np.ndarray,
+    seen: np.ndarray,
+) -> tuple[float, float, float]:
     """Cut ``order`` into ``[start, end)`` and the rest.
 
     Returns the bytes of the pieces that both need, and the tokens whose queries only the first and

@@ -14,12 +14,7 @@ from dcp.placement.floors import area_seconds, sequence_areas
 
 
 def data_parallel(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Packed: each sequence, longest processing time first, to the rank with the least so far."""
     owner = _packed(batch, cluster.num_ranks)
@@ -27,12 +22,7 @@ def data_parallel(
 
 
 def bucketed(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Bucketed: every rank gets as many sequences as any other of each power-of-two length class.
 
@@ -85,7 +75,8 @@ def _bucketed(batch: SequenceBatch, num_ranks: int) -> np.ndarray:
 
 def _buckets(seqlens: np.ndarray) -> np.ndarray:
     """Length class of each sequence: the bits of its length."""
-    return np.ceil(np.log2(np.maximum(seqlens, 1))).astype(np.int64)
+    bits: np.ndarray = np.ceil(np.log2(np.maximum(seqlens, 1)))
+    return bits.astype(np.int64)
 
 
 def _whole(

@@ -98,7 +98,7 @@ def grid_floor(grid: Grid, batch: SequenceBatch, spec: AttentionSpec, cluster: C
     if grid.zigzag and rounds == 1 and contexts > 2:
         passes += _causal_share(batch, contexts) / 2 * (contexts - 2) / (contexts - 1)
     busiest = column_shares(grid, spec)[0].max() * grid.num_columns
-    return max(busiest * compute_floor(batch, spec, cluster), passes * once)
+    return float(max(busiest * compute_floor(batch, spec, cluster), passes * once))
 
 
 def _causal_share(batch: SequenceBatch, contexts: int) -> float:

@@ -8,13 +8,13 @@ context; then keys and values go from context to context, every column its own r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.blocks import BlockTable, build_blocks, cut_evenly
+from dcp.blocks import BlockTable, ComputeBlocks, build_blocks, cut_evenly
 from dcp.placement import Placement, Route
 from dcp.ragged import expand, offsets_in, starts
 
@@ -36,11 +36,11 @@ class Grid:
 
     @property
     def num_contexts(self) -> int:
-        return self.cells.shape[0]
+        return len(self.cells)
 
     @property
     def num_columns(self) -> int:
-        return self.cells.shape[1]
+        return len(self.cells[0])
 
     @property
     def all_to_all(self) -> int:
@@ -64,9 +64,8 @@ class Grid:
     def before(self, context: np.ndarray, *, outer: bool) -> np.ndarray:
         """The context from which each receives keys on the outer or on the inner ring."""
         window = self.window or self.num_contexts
-        if outer:
-            return (context - window) % self.num_contexts
-        return context // window * window + (context - 1) % window
+        inner: np.ndarray = context // window * window + (context - 1) % window
+        return np.asarray((context - window) % self.num_contexts) if outer else inner
 
 
 def head_groups(spec: AttentionSpec, num_columns: int) -> int:
@@ -86,12 +85,34 @@ def head_groups(spec: AttentionSpec, num_columns: int) -> int:
 
 def column_of_group(num_head_groups: int, num_columns: int) -> np.ndarray:
     """Column of each head group, in runs: 8 groups on 3 columns are dealt 3, 3, 2."""
-    return np.arange(num_head_groups) * num_columns // num_head_groups
+    column: np.ndarray = np.arange(num_head_groups) * num_columns // num_head_groups
+    return column
 
 
 def padding_tokens(seqlens: np.ndarray, multiple: int) -> int:
     """Tokens that padding every sequence to a multiple would add."""
     return int((-np.asarray(seqlens) % multiple).sum())
+
+
+def place_on_grid(
+    batch: SequenceBatch,
+    spec: AttentionSpec,
+    grid: Grid,
+    *,
+    block_size: int | None,
+    notes: Mapping[str, object],
+) -> Placement:
+    """As :func:`place_on_grids`, every sequence on one grid of all ranks."""
+    return place_on_grids(
+        batch,
+        spec,
+        [grid],
+        np.zeros(len(batch.seqlens), dtype=np.int64),
+        num_ranks=grid.cells.size,
+        num_head_groups=head_groups(spec, grid.num_columns),
+        block_size=block_size,
+        notes=notes,
+    )
 
 
 def place_on_grids(
@@ -103,7 +124,7 @@ def place_on_grids(
     num_ranks: int,
     num_head_groups: int = 1,
     block_size: int | None = None,
-    notes: dict[str, object] | None = None,
+    notes: Mapping[str, object] | None = None,
 ) -> Placement:
     """Every sequence on its grid, ready to run. Chunks differ by at most one token.
 
@@ -116,34 +137,47 @@ def place_on_grids(
     grid_of_block = np.asarray(grid_of_sequence, dtype=np.int64)[blocks.sequence]
     owner = np.zeros(blocks.num_blocks, dtype=np.int64)
     lane = np.zeros(num_ranks, dtype=np.int64)
-    rank = {name: np.zeros((tiles.num_tiles, num_head_groups), dtype=np.int64)
-            for name, tiles in blocks.masks.items()}  # fmt: skip
-    division = {name: ranks.copy() for name, ranks in rank.items()}
     routes = []
     for index, grid in enumerate(grids):
         mine = np.flatnonzero(grid_of_block == index)
         owner[mine] = grid.cells[context[mine], column[mine]]
         lane[grid.cells] = np.arange(grid.num_columns)
         routes.append(_route(grid, blocks, mine, context, owner))
-        columns = column_of_group(num_head_groups, grid.num_columns)
-        for name, tiles in blocks.masks.items():
-            here = np.flatnonzero(grid_of_block[tiles.q] == index)
-            q_context, k_context = context[tiles.q[here]], context[tiles.k[here]]
-            rank[name][here] = grid.cells[q_context[:, None], columns]
-            outer, inner = grid.turns(q_context, k_context)
-            turn = outer * (grid.window or grid.num_contexts) + inner
-            division[name][here] = (grid.all_to_all + turn)[:, None]
+    run = {
+        name: _run(tiles, grids, grid_of_block, context, num_head_groups)
+        for name, tiles in blocks.masks.items()
+    }
     return Placement(
         blocks,
         owner,
-        {name: of.reshape(-1) for name, of in rank.items()},
-        division={name: of.reshape(-1) for name, of in division.items()},
+        {name: rank for name, (rank, _) in run.items()},
+        division={name: division for name, (_, division) in run.items()},
         num_divisions=max((g.all_to_all + g.num_contexts for g in grids), default=1),
         kv_route=join_routes(routes),
         gradients_travel=True,
         gradient_lane=lane,
-        notes=notes or {},
+        notes=dict(notes or {}),
     )
+
+
+def _run(
+    tiles: ComputeBlocks,
+    grids: Sequence[Grid],
+    grid_of_block: np.ndarray,
+    context: np.ndarray,
+    num_head_groups: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank and division of each compute block: with its queries, when its keys have come round."""
+    rank, division = np.zeros((2, tiles.num_tiles, num_head_groups), dtype=np.int64)
+    for index, grid in enumerate(grids):
+        here = np.flatnonzero(grid_of_block[tiles.q] == index)
+        q_context, k_context = context[tiles.q[here]], context[tiles.k[here]]
+        columns = column_of_group(num_head_groups, grid.num_columns)
+        rank[here] = grid.cells[q_context[:, None], columns]
+        outer, inner = grid.turns(q_context, k_context)
+        turn = outer * (grid.window or grid.num_contexts) + inner
+        division[here] = (grid.all_to_all + turn)[:, None]
+    return rank.reshape(-1), division.reshape(-1)
 
 
 def join_routes(routes: Sequence[Route]) -> Route:

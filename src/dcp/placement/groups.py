@@ -31,12 +31,7 @@ class Group:
 
 
 def groups(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Megatron's dynamic context parallelism: power-of-two degrees, the least that fits a rank.
 
@@ -47,12 +42,7 @@ def groups(
 
 
 def flexible_groups(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """FlexSP-like (arXiv 2412.01523): the ranks are cut in groups of any sizes, for this batch.
 
@@ -64,12 +54,7 @@ def flexible_groups(
 
 
 def data_centric(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Data-centric parallelism inside a batch (VideoSys): degrees that even out predicted times.
 

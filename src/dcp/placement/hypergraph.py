@@ -9,8 +9,8 @@ vertex, here compute and tokens added, so the local search has to settle both ba
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
-import mtkahypar
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
@@ -39,8 +39,10 @@ def hypergraph(
 
     ``tolerance``: compute that the busiest rank may have beyond the mean.
 
-    Raises :class:`StrategyError` where the hypergraph is too large for a partitioner.
+    Raises :class:`StrategyError` where the hypergraph is too large for a partitioner, or there is
+    no partitioner.
     """
+    _partitioner()
     blocks = choose_blocks(batch, spec, cluster, block_size=block_size, max_tiles=_MAX_TILES)
     if blocks.num_compute_blocks > _TOO_MANY:
         raise StrategyError(
@@ -59,9 +61,15 @@ def hypergraph(
 
 
 @cache
-def _mtkahypar() -> mtkahypar.Initializer:
-    """The library, started once per process, with one thread."""
-    return mtkahypar.initialize(1)
+def _partitioner() -> tuple[Any, Any]:
+    """Mt-KaHyPar's module, and the library started once per process with one thread."""
+    try:
+        import mtkahypar
+    except ImportError as error:
+        raise StrategyError(
+            f"hypergraph: no partitioner ({error}): pip install mtkahypar, or use bisection"
+        ) from None
+    return mtkahypar, mtkahypar.initialize(1)
 
 
 def _partition(state: State, cluster: Cluster, seed: int, tolerance: float) -> None:
@@ -90,7 +98,7 @@ def _cut(
     # every vertex weighs something: the library mistreats weightless ones
     weight = np.maximum(np.rint(share * _SCALE), 1).astype(np.int64)
     nets, net_weight = _nets(state, vertices)
-    library = _mtkahypar()
+    mtkahypar, library = _partitioner()
     context = library.context_from_preset(mtkahypar.PresetType.DETERMINISTIC)
     context.set_partitioning_parameters(parts, tolerance, mtkahypar.Objective.KM1)
     context.logging = False

@@ -81,7 +81,7 @@ def _fine_enough(blocks: BlockTable, num_ranks: int) -> bool:
     weights = blocks.batch.weights
     total = sum(weights[name] * tiles.area.sum() for name, tiles in blocks.masks.items())
     largest = max(weights[name] * tiles.area.max(initial=0) for name, tiles in blocks.masks.items())
-    return largest * num_ranks <= _FINE * total
+    return bool(largest * num_ranks <= _FINE * total)
 
 
 def settle_owners(state: State) -> None:
@@ -94,7 +94,7 @@ def settle_owners(state: State) -> None:
 
 
 @njit(cache=True)
-def _deal(saving, tokens, limit):
+def _deal(saving: np.ndarray, tokens: np.ndarray, limit: float) -> np.ndarray:
     """Blocks to ranks, those first that would lose most by their second choice."""
     num_blocks, num_ranks = saving.shape
     regret = np.zeros(num_blocks)
@@ -127,26 +127,33 @@ def improve(
     *,
     seed: int = 0,
     tolerance: float = TOLERANCE,
+    token_limit: float = TOKEN_LIMIT,
+    token_price: float = 1.0,
 ) -> None:
     """Refine a counted state: owners first, then compute and owners together, cooling to greedy.
 
     Args:
         seconds: the mean rank's compute.
         tolerance: compute of the busiest rank beyond the mean that is not charged for in the end.
+        token_limit: tokens of the fullest rank over the mean's, likewise.
+        token_price: what a share of tokens beyond that costs, over one of compute.
     """
     members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
     steps = int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
     random_state = _random_state(seed)
-    best = Best(state, seconds, cluster, strictness=30.0, tolerance=tolerance)
+    limits = (1 + tolerance, token_limit)
+    best = Best(state, seconds, cluster, strictness=30.0, limits=limits, token_price=token_price)
     best.look()
     for moves, share, heat, steep in _STAGES:
-        _charge(state, scale * steep, cluster, tolerance)
+        # a soft charge is overstepped a little: compute is charged from half the tolerance on
+        caps = (1 + tolerance / 2, token_limit)
+        _charge(state, scale * steep, cluster, caps, token_price)
         hot = heat * scale
         anneal(state, int(steps * share), hot, 0.3 * hot, _mix(moves), random_state)
         best.look()
     best.restore()
-    balance_tokens(state, TOKEN_LIMIT, 4 * len(state.held))
+    balance_tokens(state, token_limit, 4 * len(state.held))
     best.look()
     balance_load(state, 1 + tolerance, 20 * len(state.load))
     best.look()
@@ -156,7 +163,7 @@ def improve(
 def improve_owners(state: State, seconds: float, cluster: Cluster, *, seed: int = 0) -> None:
     """Refine the owners alone, quickly."""
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
-    _charge(state, 30.0 * scale, cluster, TOLERANCE)
+    _charge(state, 30.0 * scale, cluster, (1 + TOLERANCE / 2, TOKEN_LIMIT))
     steps = 4000 + 20 * len(state.owner)
     anneal(state, steps, 0.0, 0.0, _mix(_OWNERS), _random_state(seed))
 
@@ -167,7 +174,10 @@ class Best:
     Args:
         seconds: the mean rank's compute.
         strictness: what compute and tokens beyond the limits weigh.
-        tolerance: where the limit of compute lies, beyond the mean.
+        limits: the busiest rank's compute and the fullest rank's tokens, over the mean's.
+        token_price: what tokens beyond the limit weigh, over compute.
+
+    ``score`` is that of the best: seconds of a forward pass, and a charge for imbalance.
     """
 
     def __init__(
@@ -177,11 +187,12 @@ class Best:
         cluster: Cluster,
         *,
         strictness: float,
-        tolerance: float = TOLERANCE,
+        limits: tuple[float, float] = (1 + TOLERANCE, TOKEN_LIMIT),
+        token_price: float = 1.0,
     ) -> None:
         self.state, self.seconds, self.cluster = state, seconds, cluster
-        self.strictness, self.score = strictness, np.inf
-        self.most_load = 1 + tolerance
+        self.strictness, self.limits, self.token_price = strictness, limits, token_price
+        self.score = np.inf
         self.rank, self.owner = state.rank.copy(), state.owner.copy()
 
     def look(self) -> None:
@@ -207,28 +218,29 @@ class Best:
         moving = crossing * state.price[INTER]
         moving += (state.recv.max() + state.recv.mean()) / bandwidth
         bound = self.seconds * state.load.max() + moving
-        over = max(state.load.max() - self.most_load, 0.0)
-        over += max(state.held.max() - TOKEN_LIMIT, 0.0)
-        return bound + self.strictness * over * max(self.seconds, bound / 2)
+        most_load, most_tokens = self.limits
+        over = max(state.load.max() - most_load, 0.0)
+        over += self.token_price * max(state.held.max() - most_tokens, 0.0)
+        return float(bound + self.strictness * over * max(self.seconds, bound / 2))
 
 
 def _busiest_receiver(state: State, cluster: Cluster) -> float:
     return float(state.recv.max(initial=0.0)) / cluster.intra_node_bandwidth
 
 
-def _charge(state: State, steep: float, cluster: Cluster, tolerance: float) -> None:
-    """Set what ranks beyond their share cost, against the received bytes as they are now.
-
-    Compute is charged from half the tolerance on: a soft charge is overstepped a little.
-    """
+def _charge(
+    state: State,
+    steep: float,
+    cluster: Cluster,
+    caps: tuple[float, float],
+    token_price: float = 1.0,
+) -> None:
+    """Set what ranks cost beyond ``caps`` of compute and tokens, over the mean's, and beyond the
+    mean of the received bytes as they are now."""
     held = (state.in_bytes + state.out_bytes).sum() / len(state.load)
     mean = max(float(state.recv.mean()), 0.1 * held, 1.0)
-    bandwidth = cluster.intra_node_bandwidth
-    state.price[refine.LOAD_CAP :] = (
-        *(1 + tolerance / 2, steep),
-        *(TOKEN_LIMIT, steep),
-        *(mean, _RECV_FACTOR / (bandwidth * mean)),
-    )
+    busy = _RECV_FACTOR / (cluster.intra_node_bandwidth * mean)
+    state.price[refine.LOAD_CAP :] = (caps[0], steep, caps[1], steep * token_price, mean, busy)
 
 
 def _random_state(seed: int) -> np.ndarray:
@@ -240,6 +252,6 @@ def _mix(chances: dict[str, float]) -> np.ndarray:
     each = np.zeros(refine.NUM_KINDS)
     for name, chance in chances.items():
         each[getattr(refine, name.upper())] = chance
-    edges = np.floor(np.cumsum(each) / each.sum() * 1024).astype(np.int64)
+    edges: np.ndarray = np.floor(np.cumsum(each) / each.sum() * 1024).astype(np.int64)
     edges[np.flatnonzero(each)[-1] :] = 1024
     return edges

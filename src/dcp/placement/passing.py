@@ -48,34 +48,35 @@ def place_tokens(
 
 def pass_kv(blocks: BlockTable, owner: np.ndarray, cluster: Cluster) -> Placement:
     """Algorithm 2: queries stay, keys and values go round the ring, N - 1 hops each."""
-    num_ranks = cluster.num_ranks
-    rank = {name: owner[tiles.q] for name, tiles in blocks.masks.items()}
-    turn = {name: (of - owner[blocks.masks[name].k]) % num_ranks for name, of in rank.items()}
-    return Placement(
-        blocks,
-        owner,
-        rank,
-        division=turn,
-        num_divisions=num_ranks,
-        kv_route=_round_the_ring(np.arange(blocks.num_blocks), owner, num_ranks),
-        gradients_travel=True,
-    )
+    return _pass_round(blocks, owner, cluster.num_ranks, queries=False)
 
 
 def pass_q(blocks: BlockTable, owner: np.ndarray, cluster: Cluster) -> Placement:
     """Algorithm 3: keys and values stay, queries go round the ring; outputs and log-sum-exps come
     home in one exchange. With one new token per sequence: algorithm 4, batched decode."""
-    num_ranks = cluster.num_ranks
-    rank = {name: owner[tiles.k] for name, tiles in blocks.masks.items()}
-    turn = {name: (of - owner[blocks.masks[name].q]) % num_ranks for name, of in rank.items()}
+    return _pass_round(blocks, owner, cluster.num_ranks, queries=True)
+
+
+def _pass_round(
+    blocks: BlockTable, owner: np.ndarray, num_ranks: int, *, queries: bool
+) -> Placement:
+    """Compute where one side of each tile is; the other side, ``queries`` or keys, comes round."""
+    at, comes = {}, {}
+    for name, tiles in blocks.masks.items():
+        query, key = owner[tiles.q], owner[tiles.k]
+        at[name], comes[name] = (key, query) if queries else (query, key)
+    moving = np.flatnonzero(~blocks.is_cached) if queries else np.arange(blocks.num_blocks)
+    route = _round_the_ring(moving, owner, num_ranks)
     return Placement(
         blocks,
         owner,
-        rank,
-        division=turn,
+        at,
+        division={name: (rank - comes[name]) % num_ranks for name, rank in at.items()},
         num_divisions=num_ranks,
-        q_route=_round_the_ring(np.flatnonzero(~blocks.is_cached), owner, num_ranks),
-        results_together=True,
+        kv_route=None if queries else route,
+        q_route=route if queries else None,
+        results_together=queries,
+        gradients_travel=not queries,
     )
 
 
@@ -148,7 +149,7 @@ def _choose_sides(
     np.add.at(load, ends[:, 0], for_query[side, :, index])
     np.add.at(load, ends[:, 1], for_key[side, :, index])
     _change_sides(ends, for_query, for_key, load, side)
-    return side == 1
+    return np.asarray(side == 1)
 
 
 @njit(cache=True)
@@ -178,11 +179,6 @@ def _round_the_ring(block: np.ndarray, owner: np.ndarray, num_ranks: int) -> Rou
     """The pieces of these blocks from rank to rank, one hop a step, all the way but the last."""
     step = np.arange(1, num_ranks)[:, None]
     source = (owner[block] + step - 1) % num_ranks
-    every = np.broadcast_to(block, source.shape)
-    steps = np.broadcast_to(step, source.shape)
-    return Route(
-        every.reshape(-1),
-        source.reshape(-1),
-        ((source + 1) % num_ranks).reshape(-1),
-        steps.reshape(-1),
-    )
+    every, steps = np.broadcast_to(block, source.shape), np.broadcast_to(step, source.shape)
+    target = (source + 1) % num_ranks
+    return Route(every.reshape(-1), source.reshape(-1), target.reshape(-1), steps.reshape(-1))

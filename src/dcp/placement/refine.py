@@ -54,18 +54,18 @@ class State(NamedTuple):
 
 
 @njit(cache=True)
-def _random(seed, bound):
+def _random(seed: np.ndarray, bound: int) -> int:
     """Next integer below ``bound`` (xorshift; the whole state is ``seed[0]``)."""
     x = seed[0]
     x ^= x << np.uint64(13)
     x ^= x >> np.uint64(7)
     x ^= x << np.uint64(17)
     seed[0] = x
-    return np.int64((x >> np.uint64(11)) % np.uint64(bound))
+    return int(np.int64((x >> np.uint64(11)) % np.uint64(bound)))
 
 
 @njit(cache=True)
-def _over(value, change, cap, weight):
+def _over(value: float, change: float, cap: float, weight: float) -> float:
     """Change of the charge ``weight * max(0, value - cap) ** 2`` when ``value`` changes."""
     before = max(0.0, value - cap)
     after = max(0.0, value + change - cap)
@@ -73,7 +73,7 @@ def _over(value, change, cap, weight):
 
 
 @njit(cache=True)
-def _pin_cost(s, piece, r, sign, others):
+def _pin_cost(s: State, piece: int, r: int, sign: int, others: int) -> float:
     """Cost of ``piece`` beginning (+1) or ceasing (-1) to be needed on rank ``r``.
 
     ``others`` counts the further ranks of that node which need it at that moment.
@@ -82,7 +82,7 @@ def _pin_cost(s, piece, r, sign, others):
     if r == owner:
         return 0.0
     into, out = s.in_bytes[piece], s.out_bytes[piece]
-    cost = sign * s.price[INTRA] * (into + out)
+    cost: float = sign * s.price[INTRA] * (into + out)
     if s.node[r] != s.node[owner]:
         cost += sign * s.price[INTER] * (out + (into if others == 0 else 0.0))
     cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
@@ -93,7 +93,7 @@ def _pin_cost(s, piece, r, sign, others):
 
 
 @njit(cache=True)
-def move_cost(s, v, b):
+def move_cost(s: State, v: int, b: int) -> float:
     """Cost of running compute block ``v`` on rank ``b`` instead of where it runs."""
     a = s.rank[v]
     cost = _over(s.load[a], -s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
@@ -110,7 +110,7 @@ def move_cost(s, v, b):
 
 
 @njit(cache=True)
-def move(s, v, b):
+def move(s: State, v: int, b: int) -> None:
     """Run compute block ``v`` on rank ``b``."""
     a = s.rank[v]
     s.rank[v] = b
@@ -134,13 +134,13 @@ def move(s, v, b):
 
 
 @njit(cache=True)
-def shift_owner(s, block, b):
+def shift_owner(s: State, block: int, b: int) -> float:
     """Give data block ``block`` to rank ``b``; returns the cost of doing so."""
     a = s.owner[block]
     if a == b:
         return 0.0
     size = s.tokens[block]
-    cost = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    cost: float = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
     cost += _over(s.held[b], size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
     s.held[a] -= size
     s.held[b] += size
@@ -167,11 +167,14 @@ def shift_owner(s, block, b):
     cost += _over(s.recv[a], recv_a, cap, weight) + _over(s.recv[b], recv_b, cap, weight)
     s.recv[a] += recv_a
     s.recv[b] += recv_b
-    return cost + s.price[INTRA] * (recv_a + recv_b)
+    cost += s.price[INTRA] * (recv_a + recv_b)
+    return cost
 
 
 @njit(cache=True)
-def _shift_members(s, first, last, a, b, moved, num_moved):
+def _shift_members(
+    s: State, first: int, last: int, a: int, b: int, moved: np.ndarray, num_moved: int
+) -> tuple[float, int]:
     """Move those of ``members[first:last]`` on rank ``a`` to ``b``: cost, number moved."""
     cost = 0.0
     for i in range(first, last):
@@ -185,7 +188,9 @@ def _shift_members(s, first, last, a, b, moved, num_moved):
 
 
 @njit(cache=True)
-def _shift_block(s, block, b, moved, num_moved):
+def _shift_block(
+    s: State, block: int, b: int, moved: np.ndarray, num_moved: int
+) -> tuple[float, int]:
     """Give ``block`` and its owner's compute on its queries to rank ``b``."""
     a = s.owner[block]
     cost = shift_owner(s, block, b)
@@ -198,32 +203,33 @@ def _shift_block(s, block, b, moved, num_moved):
 
 
 @njit(cache=True)
-def _target(s, v, seed):
+def _target(s: State, v: int, seed: np.ndarray) -> int:
     """A rank that may want compute block ``v``: one that has one of its pieces, or a neighbour."""
     piece = s.pins[v, _random(seed, 2)]
     choice = _random(seed, 16)
     if choice < 6:
-        return s.owner[s.piece_block[piece]]
+        return int(s.owner[s.piece_block[piece]])
     if choice < 13:
         start = s.member_start[piece]
-        return s.rank[s.members[start + _random(seed, s.member_start[piece + 1] - start)]]
+        return int(s.rank[s.members[start + _random(seed, s.member_start[piece + 1] - start)]])
     if choice < 15:
         node = s.node[s.rank[v]]
-        return s.node_start[node] + _random(seed, s.node_start[node + 1] - s.node_start[node])
+        first = int(s.node_start[node])
+        return first + _random(seed, s.node_start[node + 1] - first)
     return _random(seed, len(s.load))
 
 
 @njit(cache=True)
-def _accept(cost, heat, seed):
+def _accept(cost: float, heat: float, seed: np.ndarray) -> bool:
     if cost <= 0.0:
         return True
     if heat <= 0.0 or cost > 20.0 * heat:
         return False
-    return _random(seed, 1 << 30) < np.exp(-cost / heat) * (1 << 30)
+    return bool(_random(seed, 1 << 30) < np.exp(-cost / heat) * (1 << 30))
 
 
 @njit(cache=True)
-def _try_one(s, v, b, heat, seed):
+def _try_one(s: State, v: int, b: int, heat: float, seed: np.ndarray) -> float:
     cost = move_cost(s, v, b)
     if _accept(cost, heat, seed):
         move(s, v, b)
@@ -232,7 +238,9 @@ def _try_one(s, v, b, heat, seed):
 
 
 @njit(cache=True)
-def _try_group(s, kind, v, b, heat, seed, moved):
+def _try_group(
+    s: State, kind: int, v: int, b: int, heat: float, seed: np.ndarray, moved: np.ndarray
+) -> float:
     """Try the move ``kind`` around compute block ``v`` towards rank ``b``."""
     a = s.rank[v]
     piece = s.pins[v, 1 if kind == COLUMN else 0]
@@ -252,31 +260,24 @@ def _try_group(s, kind, v, b, heat, seed, moved):
 
 
 @njit(cache=True)
-def _try_blocks(s, kind, block, b, heat, seed, moved):
+def _try_blocks(
+    s: State, kind: int, block: int, b: int, heat: float, seed: np.ndarray, moved: np.ndarray
+) -> float:
     """Try to give ``block`` to rank ``b``, alone or with its row, in exchange or not."""
     a = s.owner[block]
     if a == b:
         return 0.0
     other = -1
     if kind in (OWNER_SWAP, BLOCK_SWAP):
-        for _ in range(64):  # a random block of rank b
-            guess = _random(seed, len(s.owner))
-            if s.owner[guess] == b:
-                other = guess
-                break
+        other = _block_of(s, b, seed)
         if other < 0:
             return 0.0
-    first = second = 0
-    if kind in (OWNER, OWNER_SWAP):
-        cost = shift_owner(s, block, b)
-        if other >= 0:
-            cost += shift_owner(s, other, a)
-    else:
-        cost, first = _shift_block(s, block, b, moved, 0)
-        second = first
-        if other >= 0:
-            more, second = _shift_block(s, other, a, moved, first)
-            cost += more
+    with_rows = kind in (BLOCK, BLOCK_SWAP)
+    cost, first = _give(s, block, b, with_rows, moved, 0)
+    second = first
+    if other >= 0:
+        more, second = _give(s, other, a, with_rows, moved, first)
+        cost += more
     if _accept(cost, heat, seed):
         return cost
     for i in range(first, second):
@@ -290,7 +291,29 @@ def _try_blocks(s, kind, block, b, heat, seed, moved):
 
 
 @njit(cache=True)
-def anneal(s, steps, hot, cold, mix, random_state):
+def _block_of(s: State, r: int, seed: np.ndarray) -> int:
+    """A random data block of rank ``r``, -1 where 64 guesses find none."""
+    for _ in range(64):
+        guess = _random(seed, len(s.owner))
+        if s.owner[guess] == r:
+            return guess
+    return -1
+
+
+@njit(cache=True)
+def _give(
+    s: State, block: int, b: int, with_row: bool, moved: np.ndarray, num_moved: int
+) -> tuple[float, int]:
+    """Give ``block`` to rank ``b``, alone or with its row: cost, number moved."""
+    if with_row:
+        return _shift_block(s, block, b, moved, num_moved)
+    return shift_owner(s, block, b), num_moved
+
+
+@njit(cache=True)
+def anneal(
+    s: State, steps: int, hot: float, cold: float, mix: np.ndarray, random_state: np.ndarray
+) -> float:
     """Try ``steps`` moves while the heat falls from ``hot`` to ``cold`` seconds.
 
     Args:

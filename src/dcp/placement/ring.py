@@ -8,31 +8,21 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Placement
 from dcp.placement.floors import area_seconds, grid_floor, last_chunk_area
-from dcp.placement.grids import Grid, padding_tokens, place_on_grids
+from dcp.placement.grids import Grid, padding_tokens, place_on_grid
 
 
 def ring(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Contiguous ring (Liu et al., 2023): rank ``r`` holds the ``r``-th of N equal chunks."""
-    return _ring(batch, spec, cluster, block_size, zigzag=False)
+    return _ring(batch, spec, _grid(cluster, zigzag=False), block_size)
 
 
 def zigzag(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """Zigzag ring: rank ``r`` holds chunks ``r`` and ``2N - 1 - r`` of 2N, even under causality."""
-    return _ring(batch, spec, cluster, block_size, zigzag=True)
+    return _ring(batch, spec, _grid(cluster, zigzag=True), block_size)
 
 
 def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:
@@ -48,23 +38,12 @@ def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster:
 
 
 def _ring(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    block_size: int | None,
-    *,
-    zigzag: bool,
+    batch: SequenceBatch, spec: AttentionSpec, grid: Grid, block_size: int | None
 ) -> Placement:
     """Compute with the queries; keys and values go round, one step to a rank."""
-    chunks = cluster.num_ranks * (2 if zigzag else 1)
-    return place_on_grids(
-        batch,
-        spec,
-        [_grid(cluster, zigzag=zigzag)],
-        np.zeros(len(batch.seqlens), dtype=np.int64),
-        num_ranks=cluster.num_ranks,
-        block_size=block_size,
-        notes={"padding_tokens": padding_tokens(batch.seqlens, chunks)},
+    padding = padding_tokens(batch.seqlens, grid.num_contexts * (1 + grid.zigzag))
+    return place_on_grid(
+        batch, spec, grid, block_size=block_size, notes={"padding_tokens": padding}
     )
 
 

@@ -8,7 +8,7 @@ from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds
 from dcp.placement import Placement
-from dcp.placement.refine import State
+from dcp.placement.refine import INTER, INTRA, State
 
 # a received byte costs its even share of the device links this many times: links are never even
 _RECEIVED = 5.0
@@ -19,60 +19,66 @@ def empty_state(blocks: BlockTable, cluster: Cluster) -> tuple[State, float]:
 
     Bytes have their prices; imbalance has none yet.
     """
-    batch, spec, num_ranks = blocks.batch, blocks.spec, cluster.num_ranks
-    groups, kv_groups, count = blocks.num_head_groups, blocks.num_kv_groups, blocks.num_blocks
-    group = np.arange(groups)
-    query, key, area, query_size, key_size = [], [], [], [], []
-    for index, (name, tiles) in enumerate(blocks.masks.items()):
-        weight = batch.weights[name]
-        query.append(((index * count + tiles.q[:, None]) * groups + group).ravel())
-        shared = group * kv_groups // groups
-        key.append(((index * count + tiles.k[:, None]) * kv_groups + shared).ravel())
-        area.append(np.repeat(tiles.area * (weight / groups), groups))
-        query_size.append(np.repeat(blocks.length * (weight / groups), groups))
-        key_size.append(np.repeat(blocks.length * (weight / kv_groups), kv_groups))
-    masks = len(blocks.masks)
-    num_query = masks * count * groups
-    pins = np.stack([np.concatenate(query), np.concatenate(key) + num_query], axis=1)
-    work = np.concatenate(area)
-    size = [np.concatenate(query_size), np.concatenate(key_size)]
-    piece_block = np.concatenate(
-        [
-            np.tile(np.repeat(np.arange(count), groups), masks),
-            np.tile(np.repeat(np.arange(count), kv_groups), masks),
-        ]
-    )
+    num_ranks, count = cluster.num_ranks, blocks.num_blocks
+    pins, area = _compute(blocks)
+    piece_block, in_bytes, out_bytes = _pieces(blocks)
     num_pieces = len(piece_block)
     by_piece = np.argsort(pins.ravel(), kind="stable")
-    seconds = attention_seconds(1.0, spec, cluster) * work.sum() / num_ranks
+    price = np.zeros(8)
+    price[INTER] = 1 / (cluster.num_nodes * cluster.inter_node_bandwidth)
+    price[INTRA] = _RECEIVED / (num_ranks * cluster.intra_node_bandwidth)
     state = State(
         pins=pins.astype(np.int32),
-        work=work * (num_ranks / max(work.sum(), 1e-9)),
+        work=area * (num_ranks / max(area.sum(), 1e-9)),
         members=(by_piece // 2).astype(np.int32),
         member_start=np.searchsorted(pins.ravel()[by_piece], np.arange(num_pieces + 1)),
         piece_block=piece_block,
-        in_bytes=np.concatenate([size[0] * spec.q_token_bytes, size[1] * spec.kv_token_bytes]),
-        out_bytes=np.concatenate([size[0] * spec.out_token_bytes, 0.0 * size[1]]),
+        in_bytes=in_bytes,
+        out_bytes=out_bytes,
         block_pieces=np.argsort(piece_block, kind="stable").reshape(
             count, num_pieces // max(count, 1)
         ),
         tokens=blocks.length * (num_ranks / max(blocks.length.sum(), 1)),
         node=cluster.node_of_rank,
         node_start=np.concatenate([[0], np.cumsum(cluster.node_sizes)]),
-        rank=np.zeros(len(work), dtype=np.int64),
+        rank=np.zeros(len(area), dtype=np.int64),
         owner=np.zeros(count, dtype=np.int64),
         count=np.zeros((num_pieces, num_ranks), dtype=np.int32),
         present=np.zeros((num_pieces, cluster.num_nodes), dtype=np.int32),
         load=np.zeros(num_ranks),
         held=np.zeros(num_ranks),
         recv=np.zeros(num_ranks),
-        price=np.zeros(8),
+        price=price,
     )
-    state.price[:2] = (
-        1 / (cluster.num_nodes * cluster.inter_node_bandwidth),
-        _RECEIVED / (num_ranks * cluster.intra_node_bandwidth),
-    )
-    return state, seconds
+    return state, float(attention_seconds(1.0, blocks.spec, cluster) * area.sum() / num_ranks)
+
+
+def _compute(blocks: BlockTable) -> tuple[np.ndarray, np.ndarray]:
+    """Of every compute block: its query piece and key piece ``[V, 2]``, its weighted pairs."""
+    groups, kv_groups, count = blocks.num_head_groups, blocks.num_kv_groups, blocks.num_blocks
+    group = np.arange(groups)
+    shared = group * kv_groups // groups
+    query, key, area = [], [], []
+    for index, (name, tiles) in enumerate(blocks.masks.items()):
+        query.append(((index * count + tiles.q[:, None]) * groups + group).ravel())
+        key.append(((index * count + tiles.k[:, None]) * kv_groups + shared).ravel())
+        area.append(np.repeat(tiles.area * (blocks.batch.weights[name] / groups), groups))
+    num_query = len(blocks.masks) * count * groups
+    pins = np.stack([np.concatenate(query), np.concatenate(key) + num_query], axis=1)
+    return pins, np.concatenate(area)
+
+
+def _pieces(blocks: BlockTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every piece: its data block, its bytes to a rank that needs it, and from such a rank."""
+    spec, weights = blocks.spec, [blocks.batch.weights[name] for name in blocks.masks]
+    block, size = [], []
+    for parts in (blocks.num_head_groups, blocks.num_kv_groups):
+        block.append(np.tile(np.repeat(np.arange(blocks.num_blocks), parts), len(weights)))
+        each = [np.repeat(blocks.length * (weight / parts), parts) for weight in weights]
+        size.append(np.concatenate(each))
+    into = np.concatenate([size[0] * spec.q_token_bytes, size[1] * spec.kv_token_bytes])
+    out = np.concatenate([size[0] * spec.out_token_bytes, 0.0 * size[1]])
+    return np.concatenate(block), into, out
 
 
 def recount(state: State) -> None:

@@ -1,4 +1,4 @@
-"""Heads x context: USP, LoongTrain's double ring, TransformerEngine's a2a + p2p."""
+"""Head parallelism, alone (Ulysses) or with rings across (USP, the double ring, a2a + p2p)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,31 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Placement, StrategyError
 from dcp.placement.floors import grid_estimate, grid_floor, sequence_areas
-from dcp.placement.grids import Grid, head_groups, padding_tokens, place_on_grids
+from dcp.placement.grids import Grid, padding_tokens, place_on_grid
 
 ORDERS = ("head-first", "context-first")
+
+
+def ulysses(
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
+) -> Placement:
+    """Head parallelism (DeepSpeed Ulysses, arXiv 2309.14509): two all-to-alls and no ring.
+
+    The packed batch is dealt in N equal runs of tokens. An all-to-all gives each rank all tokens of
+    its query heads and of the KV heads these share (so a KV head goes to several ranks where there
+    are fewer than ranks); another one brings outputs home. Heads need not divide evenly: 8 heads
+    on 3 ranks are dealt 3, 3, 2.
+
+    Raises :class:`StrategyError` where there are more ranks than heads.
+    """
+    num_ranks = cluster.num_ranks
+    if num_ranks > spec.num_heads:
+        raise StrategyError(
+            f"ulysses: {spec.num_heads} heads cannot be dealt to {num_ranks} ranks; "
+            "usp and a2a_p2p deal heads and tokens"
+        )
+    notes = {"head_degree": num_ranks, "padding_tokens": -batch.num_tokens % num_ranks}
+    return place_on_grid(batch, spec, _ulysses(cluster), block_size=block_size, notes=notes)
 
 
 def usp(
@@ -21,7 +43,6 @@ def usp(
     cluster: Cluster,
     *,
     block_size: int | None = None,
-    seed: int = 0,
     head_degree: int | None = None,
 ) -> Placement:
     """Unified sequence parallelism (arXiv 2405.07719): Ulysses inside, a zigzag ring across.
@@ -29,24 +50,18 @@ def usp(
     ``head_degree`` neighbouring ranks of a node share heads; ranks of the same share form a ring.
     None: the divisor of the nodes' sizes, up to the number of heads, with the least estimate.
     """
-    grid = _usp(batch, spec, cluster, head_degree)
-    return _place(batch, spec, cluster, grid, block_size, {})
+    return _place(batch, spec, _usp(batch, spec, cluster, head_degree), block_size)
 
 
 def a2a_p2p(
-    batch: SequenceBatch,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    block_size: int | None = None,
-    seed: int = 0,
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, block_size: int | None = None
 ) -> Placement:
     """TransformerEngine's hierarchy: head all-to-all inside a node, zigzag ring across.
 
     As in the original, every rank of the all-to-all gets whole KV heads: their number bounds the
     degree, which here need not divide it.
     """
-    return _place(batch, spec, cluster, _a2a_p2p(spec, cluster), block_size, {})
+    return _place(batch, spec, _a2a_p2p(spec, cluster), block_size)
 
 
 def double_ring(
@@ -55,7 +70,6 @@ def double_ring(
     cluster: Cluster,
     *,
     block_size: int | None = None,
-    seed: int = 0,
     head_degree: int | None = None,
     window: int | None = None,
     order: str | None = None,
@@ -74,12 +88,16 @@ def double_ring(
     Raises :class:`StrategyError` for values that do not fit the cluster or the heads.
     """
     grid, order = _double_ring(batch, spec, cluster, head_degree, window, order)
-    return _place(batch, spec, cluster, grid, block_size, {"window": grid.window, "order": order})
+    return _place(batch, spec, grid, block_size, window=grid.window, order=order)
 
 
 def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:
-    """The floor of the grid that the strategy would choose."""
+    """The floor of the grid that the strategy would choose; 0 where Ulysses lacks heads."""
     match name:
+        case "ulysses" if cluster.num_ranks > spec.num_heads:
+            return 0.0
+        case "ulysses":
+            grid = _ulysses(cluster)
         case "usp":
             grid = _usp(batch, spec, cluster, None)
         case "a2a_p2p":
@@ -87,6 +105,10 @@ def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster:
         case _:
             grid, _ = _double_ring(batch, spec, cluster, None, None, None)
     return grid_floor(grid, batch, spec, cluster)
+
+
+def _ulysses(cluster: Cluster) -> Grid:
+    return Grid(np.arange(cluster.num_ranks)[None, :])
 
 
 def _usp(
@@ -169,22 +191,12 @@ def _cells(num_ranks: int, head_degree: int, order: str) -> np.ndarray:
 def _place(
     batch: SequenceBatch,
     spec: AttentionSpec,
-    cluster: Cluster,
     grid: Grid,
     block_size: int | None,
-    notes: dict[str, object],
+    **notes: object,
 ) -> Placement:
     """All sequences on one grid. The original pads each to twice the contexts, times the heads."""
-    degree = grid.num_columns
-    chunks = len(grid.chunk_context) * degree
-    chosen = {"head_degree": degree, "context_degree": grid.num_contexts}
-    return place_on_grids(
-        batch,
-        spec,
-        [grid],
-        np.zeros(len(batch.seqlens), dtype=np.int64),
-        num_ranks=cluster.num_ranks,
-        num_head_groups=head_groups(spec, degree),
-        block_size=block_size,
-        notes=chosen | notes | {"padding_tokens": padding_tokens(batch.seqlens, chunks)},
-    )
+    padding = padding_tokens(batch.seqlens, len(grid.chunk_context) * grid.num_columns)
+    chosen = {"head_degree": grid.num_columns, "context_degree": grid.num_contexts}
+    notes = chosen | notes | {"padding_tokens": padding}
+    return place_on_grid(batch, spec, grid, block_size=block_size, notes=notes)
