@@ -37,7 +37,7 @@ def test_the_workers_of_a_job_are_found_and_killed_and_nobody_elses():
 
 
 def test_sigterm_ends_the_soak_and_its_job():
-    command = [sys.executable, "-m", "dcp.cli", "bench", "soak", "--steps=100000"]
+    command = [sys.executable, "-m", "lab", "soak", "--steps=100000"]
     job = subprocess.Popen(command)
     deadline = time.monotonic() + 80
 
