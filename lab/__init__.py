@@ -1,4 +1,16 @@
 """The laboratory, ``python -m lab`` from a checkout: what proves the library.
 
-Benchmarks, a testbed of shaped links, the experiments of the paper, and figures drawn from them.
+planner  published  peers             plans beside recorded, published and other projects' ones
+testbed  testbed_rank  fleet          nodes out of network namespaces, ranks on shaped links
+attention  train  simulate  soak      what real ranks take, on the testbed
+inference*  selectors                 conversations, and whether keys or queries should travel
+data_centric  video_cost              data-centric parallelism beside its alternatives
+paper/                                the SOSP'25 experiments: cases, and rows of what was found
+figures/                              the paper's figures, drawn from rows alone
+docs/                                 the pictures and tables of docs/
+data/                                 reference batches, recorded and published numbers
 """
+
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]

@@ -19,6 +19,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "published": ("lab.published", "the simulator beside the published microbenchmark"),
     "dryrun": ("lab.paper.dryrun", "plan many batches and run none: volume, time, balance"),
     "figures": ("lab.paper.redraw", "run and draw the paper's experiments"),
+    "draw": ("lab.docs", "draw the pictures of the documentation"),
 }
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
-from dcp.inference.select import SELECTORS, Empirical
 from dcp.launch.ranks import run_ranks
 from lab import inference_paper as paper
+from lab.selectors import SELECTORS, Empirical
 from lab.testbed import open_testbed, why_not
 
 SPEC = AttentionSpec(num_heads=16, num_kv_heads=1, head_dim=64, dtype="float32")

@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(name: str) -> list[dict[str, Any]]:
-    """A JSON list of the package's reference data."""
+def load(name: str) -> Any:
+    """Reference data of the folder ``lab/data``, from JSON."""
     return json.loads(files("lab").joinpath("data", name).read_text())
 
 

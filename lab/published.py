@@ -34,54 +34,13 @@ SYSTEMS = {  # the published name, the strategy that stands for it
     "TE": "a2a_p2p",
     "DCP": "auto",
 }
+_READ_OFF = load("published.json")
 # milliseconds, causal: data set -> (forward, backward) -> system -> scales .5, 1, 2, 4
 PUBLISHED = {
-    "ldc": (
-        {
-            "Ring": (28.3, 52.5, 26.9, 26.8),
-            "ZigZag": (37.2, 32.0, 29.5, 28.8),
-            "LT": (19.4, 14.8, 13.1, 10.4),
-            "TE": (24.4, 15.5, 14.5, 11.7),
-            "DCP": (8.03, 7.00, 8.47, 8.91),
-        },
-        {
-            "Ring": (80.8, 78.6, 77.0, 75.1),
-            "ZigZag": (81.3, 79.9, 76.4, 76.2),
-            "LT": (44.2, 35.6, 33.8, 27.1),
-            "TE": (33.9, 26.8, 25.0, 23.1),
-            "DCP": (16.0, 13.7, 15.6, 18.2),
-        },
-    ),
-    "longalign": (
-        {
-            "Ring": (27.4, 26.9, 27.1, 26.7),
-            "ZigZag": (30.0, 28.8, 28.0, 27.1),
-            "LT": (11.8, 10.1, 9.60, 9.21),
-            "TE": (13.9, 12.6, 11.6, 11.8),
-            "DCP": (7.91, 9.38, 10.96, 13.27),
-        },
-        {
-            "Ring": (77.8, 75.1, 74.8, 73.3),
-            "ZigZag": (79.2, 75.7, 75.9, 73.6),
-            "LT": (30.6, 27.0, 24.2, 22.9),
-            "TE": (25.3, 23.2, 22.7, 23.1),
-            "DCP": (15.5, 19.1, 20.4, 27.7),
-        },
-    ),
+    data: (each["forward"], each["backward"]) for data, each in _READ_OFF["causal_ms"].items()
 }
-# TE ÷ DCP, forward + backward, sparse masks (causal blockwise, streaming, shared question)
-PUBLISHED_SPARSE = {
-    "ldc": {
-        "causal_blockwise": (3.85, 3.57, 3.28, 2.92),
-        "streaming": (3.29, 1.49, 3.07, 3.86),
-        "shared_question": (3.39, 3.08, 2.48, 2.30),
-    },
-    "longalign": {
-        "causal_blockwise": (3.30, 2.92, 2.70, 2.25),
-        "streaming": (3.43, 3.55, 3.72, 3.64),
-        "shared_question": (2.70, 2.21, 1.87, 1.58),
-    },
-}
+# TE ÷ DCP, forward + backward, under sparse masks: data set -> mask -> scales .5, 1, 2, 4
+PUBLISHED_SPARSE = _READ_OFF["sparse_ratio"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import pytest
 from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan, planner
 from dcp.placement import StrategyError, get_strategy, strategies
 from dcp.planner import Planner
-from lab.planner import SPEC, load, long_tailed, make_batch, summarise
+from tests.batches import REFERENCE, SPEC, make_batch
 from tests.oracle import batch_mask
 from tests.symbolic import check_plan
 
@@ -103,14 +103,13 @@ def test_the_first_planning_says_that_it_compiles(monkeypatch, capsys, tmp_path,
 def test_balance_and_volume_on_reference_batches():
     """The promises of docs/planner.md on four of its cases."""
     cluster = Cluster(num_nodes=4, devices_per_node=8)
-    batches = {batch["name"]: batch for batch in load("planner_batches.json")}
     for name, mask in [
         ("ldc-131k-0", "causal"),
         ("longalign-131k-1", "streaming"),
         ("ldc-131k-1", "shared_question"),
         ("short-131k", "causal"),
     ]:
-        stats = plan(make_batch(batches[name]["seqlens"], mask), SPEC, cluster).stats
+        stats = plan(make_batch(REFERENCE[name], mask), SPEC, cluster).stats
         assert stats.compute_balance <= 1.05
         assert stats.token_balance <= 1.20
         ring_bytes = 131072 * SPEC.kv_token_bytes * 31
@@ -138,21 +137,6 @@ def test_uneven_nodes_and_more_devices_than_tokens():
     assert made.stats.compute_balance <= 1.2
     crowded = plan(SequenceBatch([3, 1]), SPEC, Cluster(num_nodes=4, devices_per_node=8))
     assert crowded.rank_tokens.sum() == 4
-
-
-def test_long_tailed_lengths_fill_the_batch():
-    lengths = long_tailed(100_000)
-    assert sum(lengths) == 100_000
-    assert lengths == long_tailed(100_000)
-    assert max(lengths) > 5 * np.median(lengths)
-
-
-def test_the_summary_says_what_is_not_met():
-    row = dict.fromkeys(
-        ("planning_seconds", "compute_balance", "token_balance", "bound_ratio", "bytes_ratio",
-         "recv_ratio"), 0.1)  # fmt: skip
-    assert all(line["met"] for line in summarise([row]))
-    assert not all(line["met"] for line in summarise([row | {"compute_balance": 1.06}]))
 
 
 def test_a_spec_of_one_kv_head_and_head_groups():

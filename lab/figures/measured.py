@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
-from lab.figures.style import (
-    BLUE,
-    COLUMN,
-    DATA_TITLES,
-    MASK_COLORS,
-    MASK_TITLES,
-    ORANGE,
-    SYSTEM_COLORS,
-    Drawing,
-    bars,
-    legend,
-    panels,
-    styled,
-)
-from lab.rows import Row, mean_by
+from lab.figures import style
+from lab.figures.style import Drawing, panels, styled
+from lab.paper.rows import Row, mean_by, mean_of
 
 PASSES = ("forward_ms", "backward_ms")
 
@@ -36,24 +24,29 @@ def attention(rows: Sequence[Row]) -> Drawing:
         mine = [row for row in table if row["data"] == data]
         scales = sorted({row["scale"] for row in mine})
         causal = {
-            system: [_total(mine, mask="causal", scale=scale, system=system) for scale in scales]
-            for system in SYSTEM_COLORS
+            system: [
+                mean_of(mine, "total_ms", mask="causal", scale=scale, system=system)
+                for scale in scales
+            ]
+            for system in style.SYSTEM_COLORS
         }
-        bars(line[0], [f"×{scale:g}" for scale in scales], causal, colors=SYSTEM_COLORS)
-        masks = [mask for mask in MASK_TITLES if mask != "causal"]
+        style.bars(line[0], [f"×{scale:g}" for scale in scales], causal, colors=style.SYSTEM_COLORS)
+        masks = [mask for mask in style.MASK_TITLES if mask != "causal"]
         sparse = {
-            system: [_total(mine, mask=mask, system=system) for mask in masks]
+            system: [mean_of(mine, "total_ms", mask=mask, system=system) for mask in masks]
             for system in ("TE", "DCP")
         }
-        bars(line[1], [MASK_TITLES[mask] for mask in masks], sparse, colors=SYSTEM_COLORS)
-        line[0].set_ylabel(f"{DATA_TITLES[data]}\nforward + backward (ms)")
+        style.bars(
+            line[1], [style.MASK_TITLES[mask] for mask in masks], sparse, colors=style.SYSTEM_COLORS
+        )
+        line[0].set_ylabel(f"{style.DATA_TITLES[data]}\nforward + backward (ms)")
         line[0].set_title("causal")
         line[1].set_title("sparse masks, mean of the scales")
     where = table[0]
     ran = f"{where['ranks']} ranks ({where['device']}), {where['tokens']:,} tokens a batch"
     axes[1][0].set_xlabel("length scale")
     axes[1][1].set_xlabel(ran)
-    legend(figure, axes[0][0], columns=5)
+    style.legend(figure, axes[0][0], columns=5)
     return figure, table
 
 
@@ -61,27 +54,28 @@ def attention(rows: Sequence[Row]) -> Drawing:
 def steps(rows: Sequence[Row]) -> Drawing:
     """Median seconds of a training step by mask, the first tenth of the steps left out."""
     table = []
-    for mask in MASK_TITLES:
+    for mask in style.MASK_TITLES:
         row: Row = {"mask": mask}
         for system in ("static", "dcp"):
             mine = [r for r in rows if (r["mask"], r["system"]) == (mask, system)]
             warm = [r["seconds"] for r in mine if r["step"] >= len(mine) // 10]
             row[f"{system}_seconds"] = median(warm)
         table.append(row | {"speedup": row["static_seconds"] / row["dcp_seconds"]})
-    figure, axes = panels(1, 1, height=2.2, width=COLUMN)
+    figure, axes = panels(1, 1, height=2.2, width=style.COLUMN)
     titles = {"static (zigzag ring)": "static", "dcp": "dcp"}
     series = {
         title: [row[f"{system}_seconds"] * 1e3 for row in table] for title, system in titles.items()
     }
-    groups = [MASK_TITLES[row["mask"]].replace(" ", "\n", 1) for row in table]
-    bars(axes[0][0], groups, series, colors=dict(zip(titles, (ORANGE, BLUE), strict=True)))
+    groups = [style.MASK_TITLES[row["mask"]].replace(" ", "\n", 1) for row in table]
+    style.bars(
+        axes[0][0],
+        groups,
+        series,
+        colors=dict(zip(titles, (style.ORANGE, style.BLUE), strict=True)),
+    )
     axes[0][0].set_ylabel("median training step (ms)")
-    legend(figure, axes[0][0], columns=2)
+    style.legend(figure, axes[0][0], columns=2)
     return figure, table
-
-
-def _total(rows: Sequence[Row], **keys: object) -> float:
-    return mean(row["total_ms"] for row in rows if all(row[k] == v for k, v in keys.items()))
 
 
 @styled
@@ -111,10 +105,12 @@ def shaped(results: Mapping[str, Mapping[str, Any]]) -> Drawing:
                 [r["gain"] for r in table if (r["run"], r["mask"], r["strategy"]) == (run, mask, n)]
                 for n in names
             ]
-            series[MASK_TITLES[mask]] = [median(gain) if gain else float("nan") for gain in gains]
-        colors = {MASK_TITLES[mask]: MASK_COLORS[mask] for mask in masks}
-        bars(each, [name.replace("_", "\n") for name in names], series, colors=colors)
+            series[style.MASK_TITLES[mask]] = [
+                median(gain) if gain else float("nan") for gain in gains
+            ]
+        colors = {style.MASK_TITLES[mask]: style.MASK_COLORS[mask] for mask in masks}
+        style.bars(each, [name.replace("_", "\n") for name in names], series, colors=colors)
         each.axhline(1, color="black", linewidth=0.6)
         each.set(title=run, ylabel="its time ÷ dcp's\n(median of batches)")
-    legend(figure, axes[0][0], columns=4)
+    style.legend(figure, axes[0][0], columns=4)
     return figure, table

@@ -6,20 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lab.figures.style import (
-    BLUE,
-    COLUMN,
-    DATA_TITLES,
-    MASK_TITLES,
-    ORANGE,
-    RED,
-    Drawing,
-    bars,
-    legend,
-    panels,
-    styled,
-)
-from lab.rows import Row, mean_by
+from lab.figures import style
+from lab.figures.style import Drawing, panels, styled
+from lab.paper.lengths import Lengths
+from lab.paper.rows import Row, mean_by
 
 # Share of an iteration that communication of context parallelism takes, per cent, published by
 # (nodes, tokens); which of the last two belongs to which length is not certain.
@@ -28,26 +18,21 @@ PUBLISHED_REDUNDANT = 38 / 48  # published example: a shared question mask's key
 
 
 @styled
-def lengths(tokens: Mapping[str, np.ndarray], sources: Mapping[str, str]) -> Drawing:
+def lengths(known: Mapping[str, Lengths]) -> Drawing:
     """Distribution of document lengths: documents by length, and tokens by length."""
     edges = np.geomspace(64, 131072, 45)
     figure, axes = panels(1, 2, height=2.2)
     table: list[Row] = []
-    for (data, known), color in zip(tokens.items(), (BLUE, ORANGE), strict=True):
-        title = f"{DATA_TITLES[data]}, {sources[data]}"
-        for each, weights in zip(axes[0], (np.ones(len(known)), known), strict=True):
-            share = np.histogram(known, bins=edges, weights=weights)[0] / weights.sum() * 100
+    for (data, of), color in zip(known.items(), (style.BLUE, style.ORANGE), strict=True):
+        title = f"{style.DATA_TITLES[data]}, {of.source}"
+        for each, weights in zip(axes[0], (np.ones(len(of.tokens)), of.tokens), strict=True):
+            share = np.histogram(of.tokens, bins=edges, weights=weights)[0] / weights.sum() * 100
             each.stairs(share, edges, color=color, fill=True, alpha=0.35)
             each.stairs(share, edges, color=color, label=title)
-        counts = np.histogram(known, bins=edges)[0]
+        counts = np.histogram(of.tokens, bins=edges)[0]
         table += [
-            {
-                "data": data,
-                "source": sources[data],
-                "from": round(a),
-                "to": round(b),
-                "documents": int(n),
-            }
+            {"data": data, "source": of.source, "from": round(a), "to": round(b)}
+            | {"documents": int(n)}
             for a, b, n in zip(edges, edges[1:], counts, strict=False)
         ]
     for each, what in zip(axes[0], ("documents", "tokens"), strict=True):
@@ -56,7 +41,7 @@ def lengths(tokens: Mapping[str, np.ndarray], sources: Mapping[str, str]) -> Dra
             [2**n for n in range(6, 18, 2)], ["64", "256", "1 K", "4 K", "16 K", "64 K"]
         )
         each.set(xlabel="document length (tokens)", ylabel=f"share of {what} (%)")
-    legend(figure, axes[0][0], columns=2)
+    style.legend(figure, axes[0][0], columns=2)
     return figure, table
 
 
@@ -68,13 +53,15 @@ def share(rows: Sequence[Row]) -> Drawing:
     for row in table:
         row["simulated_percent"] = 100 * row["exposed"] / sum(row[part] for part in parts)
         row["published_percent"] = PUBLISHED_SHARE.get((row["nodes"], row["tokens"]), float("nan"))
-    figure, axes = panels(1, 1, height=2.2, width=COLUMN)
+    figure, axes = panels(1, 1, height=2.2, width=style.COLUMN)
     series = {
         "simulated": [row["simulated_percent"] for row in table],
         "published": [row["published_percent"] for row in table],
     }
     groups = [f"{row['nodes']} nodes\n{row['tokens'] // 1024} K" for row in table]
-    bars(axes[0][0], groups, series, colors=dict.fromkeys(series, RED), hatched=("published",))
+    style.bars(
+        axes[0][0], groups, series, colors=dict.fromkeys(series, style.RED), hatched=("published",)
+    )
     axes[0][0].set_ylabel("communication (% of iteration)")
     axes[0][0].legend(loc="upper left")
     return figure, table
@@ -85,11 +72,11 @@ def waste(rows: Sequence[Row]) -> Drawing:
     """What a zigzag ring moves in vain, and how uneven it leaves its ranks, by mask."""
     table = mean_by(rows, ("mask",), ("redundant_share", "compute_balance"))
     figure, axes = panels(1, 2, height=2.2)
-    groups = [MASK_TITLES[row["mask"]].replace(" ", "\n", 1) for row in table]
+    groups = [style.MASK_TITLES[row["mask"]].replace(" ", "\n", 1) for row in table]
     redundant = {"simulated": [100 * row["redundant_share"] for row in table]}
     uneven = {"simulated": [row["compute_balance"] for row in table]}
-    bars(axes[0][0], groups, redundant, colors={"simulated": RED})
-    bars(axes[0][1], groups, uneven, colors={"simulated": BLUE})
+    style.bars(axes[0][0], groups, redundant, colors={"simulated": style.RED})
+    style.bars(axes[0][1], groups, uneven, colors={"simulated": style.BLUE})
     axes[0][0].axhline(
         100 * PUBLISHED_REDUNDANT, color="black", linestyle="-.", linewidth=0.8,
         label="published example, shared question",

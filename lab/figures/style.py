@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.rows import Row
+from lab.paper.rows import Row
 
 PAGE, COLUMN = 7.16, 3.5  # inches: two columns, one column
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import geometric_mean, mean
+from statistics import geometric_mean
 
-from lab.figures.style import (
-    BLUE,
-    DATA_TITLES,
-    GREEN,
-    GREY,
-    MASK_TITLES,
-    ORANGE,
-    RED,
-    Drawing,
-    bars,
-    legend,
-    panels,
-    styled,
-)
-from lab.rows import Row, mean_by
+from matplotlib.axes import Axes
+
+from lab.figures import style
+from lab.figures.style import Drawing, panels, styled
+from lab.paper.rows import Row, mean_by, mean_of
 
 TOKENS = (16384, 32768, 65536, 131072)
 MASKS = ("causal", "streaming", "causal_blockwise", "shared_question")  # order of PUBLISHED
@@ -46,9 +36,9 @@ _SHORT = {
 }
 PARTS = {  # column of a row, its title and colour, from the bottom up
     "others": ("others", "#C8C8C8"),
-    "attention_alone": ("attention alone", BLUE),
-    "overlapped": ("attention and communication at once", GREEN),
-    "exposed": ("communication and waiting", RED),
+    "attention_alone": ("attention alone", style.BLUE),
+    "overlapped": ("attention and communication at once", style.GREEN),
+    "exposed": ("communication and waiting", style.RED),
 }
 SYSTEMS = {"static": "static (a2a + p2p)", "dcp": "dcp"}
 
@@ -56,67 +46,49 @@ SYSTEMS = {"static": "static (a2a + p2p)", "dcp": "dcp"}
 @styled
 def end_to_end(rows: Sequence[Row], *, data: str) -> Drawing:
     """Figures 14 and 15: seconds an iteration of one data set, simulated beside published."""
-    table = []
-    for tokens in TOKENS:
-        for mask, (published_static, published_dcp) in zip(
-            MASKS, PUBLISHED[data][tokens], strict=True
-        ):
-            static, ours = (
-                mean(
-                    row["seconds"]
-                    for row in rows
-                    if (row["data"], row["tokens"], row["mask"], row["system"])
-                    == (data, tokens, mask, system)
-                )
-                for system in SYSTEMS
-            )
-            table.append(
-                {
-                    "data": data,
-                    "tokens": tokens,
-                    "mask": mask,
-                    "static_seconds": static,
-                    "dcp_seconds": ours,
-                    "speedup": static / ours,
-                    "published_static_seconds": published_static,
-                    "published_dcp_seconds": published_dcp,
-                    "published_speedup": published_static / published_dcp,
-                }
-            )
+    table = [
+        _iteration_row(rows, published, data=data, tokens=tokens, mask=mask)
+        for tokens in TOKENS
+        for mask, published in zip(MASKS, PUBLISHED[data][tokens], strict=True)
+    ]
     figure, axes = panels(1, 4, height=2.4, sharey=True)
-    names = {
+    for each, tokens in zip(axes[0], TOKENS, strict=True):
+        _iteration_bars(each, [row for row in table if row["tokens"] == tokens])
+        each.set_title(f"{tokens // 1024} K tokens")
+        each.set_ylim(0, 3.75)
+    axes[0][0].set_ylabel(f"{style.DATA_TITLES[data]}\nseconds an iteration")
+    style.legend(figure, axes[0][0], columns=4)
+    return figure, table
+
+
+def _iteration_row(rows: Sequence[Row], published: tuple[float, float], **case: object) -> Row:
+    row: Row = dict(case)
+    static, ours = (mean_of(rows, "seconds", system=system, **case) for system in SYSTEMS)
+    for prefix, (a, b) in (("", (static, ours)), ("published_", published)):
+        row |= {f"{prefix}static_seconds": a, f"{prefix}dcp_seconds": b, f"{prefix}speedup": a / b}
+    return row
+
+
+def _iteration_bars(axes: Axes, chosen: list[Row]) -> None:
+    """Both systems, simulated and published, under each mask; our speed-up stands above ours."""
+    titles = {
         "static_seconds": "static, simulated",
         "dcp_seconds": "dcp, simulated",
         "published_static_seconds": "Megatron-LM, published",
         "published_dcp_seconds": "DCP, published",
     }
-    colors = dict(zip(names.values(), (ORANGE, BLUE, ORANGE, BLUE), strict=True))
-    for each, tokens in zip(axes[0], TOKENS, strict=True):
-        chosen = [row for row in table if row["tokens"] == tokens]
-        series = {title: [row[key] for row in chosen] for key, title in names.items()}
-        hatched = list(names.values())[2:]
-        middles = bars(each, [_SHORT[m] for m in MASKS], series, colors=colors, hatched=hatched)
-        for index, row in enumerate(chosen):
-            for system, key in (
-                ("dcp_seconds", "speedup"),
-                ("published_dcp_seconds", "published_speedup"),
-            ):
-                top = max(row[system], row[system.replace("dcp", "static")])
-                where = middles[names[system]][index]
-                each.text(
-                    where,
-                    top + 0.05,
-                    f"{row[key]:.2f}×",
-                    ha="center",
-                    va="bottom",
-                    fontsize=5.5,
-                    rotation=90,
-                )
-        each.set_title(f"{tokens // 1024} K tokens")
-        each.set_ylim(0, 3.75)
-    axes[0][0].set_ylabel(f"{DATA_TITLES[data]}\nseconds an iteration")
-    legend(figure, axes[0][0], columns=4)
-    return figure, table
+    names = list(titles.values())
+    colors = dict(zip(names, (style.ORANGE, style.BLUE) * 2, strict=True))
+    series = {title: [row[key] for row in chosen] for key, title in titles.items()}
+    groups = [_SHORT[row["mask"]] for row in chosen]
+    middles = style.bars(axes, groups, series, colors=colors, hatched=names[2:])
+    for prefix in ("", "published_"):
+        for row, middle in zip(chosen, middles[titles[f"{prefix}dcp_seconds"]], strict=True):
+            top = max(row[f"{prefix}{system}_seconds"] for system in SYSTEMS)
+            shown = f"{row[f'{prefix}speedup']:.2f}×"
+            axes.text(
+                middle, top + 0.05, shown, ha="center", va="bottom", fontsize=5.5, rotation=90
+            )
 
 
 def headline(rows: Sequence[Row]) -> dict[str, tuple[float, ...]]:
@@ -160,7 +132,7 @@ def decomposition(simulated: Sequence[Row], measured: Sequence[Row]) -> Drawing:
         each.set_xticks(range(len(groups)), [_SHORT[mask] for mask in groups])
         each.set(title=title, ylabel=unit)
         each.margins(y=0.12)
-    legend(figure, axes[0][0], columns=4)
+    style.legend(figure, axes[0][0], columns=4)
     return figure, table
 
 
@@ -177,13 +149,13 @@ def loss(rows: Sequence[Row]) -> Drawing:
         static, ours = curves["static"], curves["dcp"]
         apart = [abs(a - b) for a, b in zip(static, ours, strict=True)]
         axes[0][column].plot(
-            static, color=ORANGE, linewidth=2.4, alpha=0.7, label="static (zigzag ring)"
+            static, color=style.ORANGE, linewidth=2.4, alpha=0.7, label="static (zigzag ring)"
         )
-        axes[0][column].plot(ours, color=BLUE, linewidth=0.9, linestyle="--", label="dcp")
+        axes[0][column].plot(ours, color=style.BLUE, linewidth=0.9, linestyle="--", label="dcp")
         drawn = [max(each, 1e-9) for each in apart]  # equal to the last bit: at the lower edge
-        axes[1][column].plot(drawn, color=GREY, linewidth=0.9)
+        axes[1][column].plot(drawn, color=style.GREY, linewidth=0.9)
         axes[1][column].set_yscale("log")
-        axes[0][column].set_title(MASK_TITLES[mask])
+        axes[0][column].set_title(style.MASK_TITLES[mask])
         axes[1][column].set_xlabel("step")
         table += [
             {"mask": mask, "step": step, "static_loss": a, "dcp_loss": b, "difference": d}
@@ -191,5 +163,5 @@ def loss(rows: Sequence[Row]) -> Drawing:
         ]
     axes[0][0].set_ylabel("training loss")
     axes[1][0].set_ylabel("|difference|")
-    legend(figure, axes[0][0], columns=2)
+    style.legend(figure, axes[0][0], columns=2)
     return figure, table

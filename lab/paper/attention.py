@@ -30,9 +30,9 @@ from dcp.simulate import COMPUTE, TRANSFER, Span
 from dcp.train.trainer import make_cluster
 from lab.paper.campaign import Task
 from lab.paper.micro import TOKENS
+from lab.paper.rows import Row, write_rows
 from lab.paper.workbench import MASKS, SCALES, Workbench
 from lab.published import PUBLISHED, SYSTEMS
-from lab.rows import Row, write_rows
 
 ROWS = "attention_measured"
 FIGURES = ("forward_ms", "backward_ms", "others", "attention_alone", "overlapped", "exposed")

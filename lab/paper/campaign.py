@@ -11,15 +11,16 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from lab.rows import Row, read_rows, write_rows
+from lab.paper.rows import Row, read_rows, write_rows
 
 Task = tuple[Row, list[int]]  # a case's settings and the tokens of each of its documents
+Measure = Callable[[Row, list[int]], Row]  # of these, what was found
 
 
 def run_tasks(
     path: Path,
     tasks: Sequence[Task],
-    measure: Callable[[Row, list[int]], Row],
+    measure: Measure,
     *,
     workers: int | None = None,
     label: str = "",
@@ -58,20 +59,19 @@ def progress(items: Iterable[Row], total: int, label: str) -> Iterator[Row]:
     yield from tqdm(items, total=total, desc=label, file=sys.stderr, mininterval=0.5)
 
 
-def _measured(
-    tasks: list[Task], measure: Callable[[Row, list[int]], Row], workers: int | None
-) -> Iterator[Row]:
+def _measured(tasks: list[Task], measure: Measure, workers: int | None) -> Iterator[Row]:
     work = partial(_run, measure)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers == 0 or len(tasks) == 1:
         yield from map(work, tasks)
         return
-    # spawn: a fork would copy the partitioner's threads without running them
+    # spawn: a fork would copy the partitioner's threads without running them. The pool pickles rows
+    # between this process and its own children; what is kept and read again is CSV.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield from pool.map(work, tasks, chunksize=4)
 
 
-def _run(measure: Callable[[Row, list[int]], Row], task: Task) -> Row:
+def _run(measure: Measure, task: Task) -> Row:
     settings, seqlens = task
     return settings | measure(settings, seqlens)
 

@@ -20,9 +20,9 @@ from dcp.planner import Planner
 from lab.paper.campaign import Task
 from lab.paper.end_to_end import sliced_cluster
 from lab.paper.lengths import DATASETS
+from lab.paper.rows import Row, mean_by
 from lab.paper.workbench import MASKS, Workbench
 from lab.planner import SPEC
-from lab.rows import Row, mean_by
 
 TOKENS = 65536
 TENSOR_PARALLEL = 4

@@ -24,7 +24,7 @@ TRAINING_PASSES = 3  # a matrix product forward is two backward
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
-    """Shape of a decoder. ``gated``: the MLP has three matrices (SwiGLU), else two (GELU)."""
+    """Shape of a decoder whose MLP has two matrices (GELU)."""
 
     num_layers: int
     hidden_size: int
@@ -33,14 +33,12 @@ class Transformer:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    gated: bool = False
 
     @property
     def layer_weights(self) -> int:
         """Parameters of the linear layers of one layer."""
         attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
-        mlp = (3 if self.gated else 2) * self.intermediate_size
-        return self.hidden_size * (attention + mlp)
+        return self.hidden_size * (attention + 2 * self.intermediate_size)
 
     @property
     def head_weights(self) -> int:
@@ -74,7 +72,6 @@ GPT_8B = Transformer(
     num_layers=32, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8,
     head_dim=128, vocab_size=50304,
 )  # fmt: skip
-LLAMA_8B = replace(GPT_8B, vocab_size=128256, gated=True)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ def predict_iteration(
     flops = 2.0 * tokens * weights / tensor_parallel * TRAINING_PASSES
 
     # a layer reads and writes about this many values a token, forward; backward twice as many
-    shared = (2 if model.gated else 1) * 3 * model.intermediate_size / tensor_parallel
+    shared = 3 * model.intermediate_size / tensor_parallel
     values = 2 * 5 * model.hidden_size + shared  # norm, residual, dropout of both halves; MLP
     memory = TRAINING_PASSES * tokens * layers * values * TENSOR_BYTES / cluster.memory_bandwidth
 

@@ -1,7 +1,7 @@
 """Document lengths of the two data sets: from the hub, from local files, or fitted.
 
 Where neither the hub nor files can be had, lengths are drawn from a lognormal distribution whose
-two parameters were fitted to the reference batches (``dcp/bench/data/planner_batches.json``); such
+two parameters were fitted to the reference batches (``lab/data/planner_batches.json``); such
 lengths are labelled ``fitted`` in everything made from them.
 """
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from dcp.train.command import launch
 from dcp.train.config import TrainConfig
 from dcp.train.journal import METRICS
+from lab.paper.rows import Row, write_rows
 from lab.paper.workbench import MASKS, Workbench
-from lab.rows import Row, write_rows
 
 STEPS = 120
 PROCESSES = 2

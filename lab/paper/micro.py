@@ -5,10 +5,10 @@ from __future__ import annotations
 from dcp.cluster import Cluster
 from dcp.planner import plan
 from lab.paper.campaign import Task
+from lab.paper.rows import Row
 from lab.paper.workbench import MASKS, SCALES, Workbench
 from lab.planner import SPEC, make_batch
 from lab.published import PUBLISHED, SYSTEMS
-from lab.rows import Row
 
 TOKENS = 131072
 BATCHES = 12  # a cell is a mean of

@@ -13,11 +13,12 @@ from dcp.planner import plan
 from dcp.plans import Plan
 from dcp.simulate import PassTimeline
 from dcp.tables import Item
+from lab.paper.campaign import Task
 from lab.paper.end_to_end import GPT_8B, predict_iteration, sliced_cluster
+from lab.paper.rows import Row
 from lab.paper.training import STATIC, TENSOR_PARALLEL
 from lab.paper.workbench import MASKS, Workbench
 from lab.planner import make_batch
-from lab.rows import Row
 
 NODES = (4, 8)
 TOKENS = (65536, 131072)
@@ -27,49 +28,36 @@ RING = "zigzag"  # every rank sees all keys and values: what is redundant shows
 
 def share_rows(bench: Workbench) -> list[Row]:
     """Parts of an iteration under static context parallelism, by nodes and tokens."""
-    tasks = [
-        (_named(bench, nodes, tokens, "causal", STATIC, index), seqlens)
-        for nodes in NODES
-        for tokens in TOKENS
-        for index, seqlens in enumerate(_batches(bench, tokens))
-    ]
-    return bench.run("motivation_share", tasks, decompose)
+    cases = [_case(nodes, tokens, "causal", STATIC) for nodes in NODES for tokens in TOKENS]
+    return bench.run("motivation_share", _tasks(bench, cases), decompose)
 
 
 def waste_rows(bench: Workbench) -> list[Row]:
     """What a zigzag ring sends in vain and how uneven its ranks are, by mask."""
-    tasks = [
-        (_named(bench, 8, 65536, mask, RING, index), seqlens)
-        for mask in MASKS
-        for index, seqlens in enumerate(_batches(bench, 65536))
-    ]
-    return bench.run("motivation_waste", tasks, waste)
+    cases = [_case(8, 65536, mask, RING) for mask in MASKS]
+    return bench.run("motivation_waste", _tasks(bench, cases), waste)
 
 
 def decomposition_rows(bench: Workbench) -> list[Row]:
     """Parts of an iteration of 131,072 tokens on 8 nodes, static and ours, by mask."""
-    tasks = [
-        (_named(bench, 8, 131072, mask, strategy, index), seqlens)
-        for mask in MASKS
-        for index, seqlens in enumerate(_batches(bench, 131072))
-        for strategy in (STATIC, "auto")
+    cases = [_case(8, 131072, mask, strategy) for mask in MASKS for strategy in (STATIC, "auto")]
+    return bench.run("decomposition", _tasks(bench, cases), decompose)
+
+
+def _case(nodes: int, tokens: int, mask: str, strategy: str) -> Row:
+    return {"nodes": nodes, "tokens": tokens, "mask": mask, "strategy": strategy}
+
+
+def _tasks(bench: Workbench, cases: list[Row]) -> list[Task]:
+    """Every case with each of its batches."""
+    lengths, count = {"lengths": bench.label("longalign")}, bench.count(BATCHES)
+    return [
+        (lengths | case | {"batch": index}, seqlens)
+        for case in cases
+        for index, seqlens in enumerate(
+            bench.batches("longalign", tokens=case["tokens"], count=count)
+        )
     ]
-    return bench.run("decomposition", tasks, decompose)
-
-
-def _batches(bench: Workbench, tokens: int) -> list[list[int]]:
-    return bench.batches("longalign", tokens=tokens, count=bench.count(BATCHES))
-
-
-def _named(bench: Workbench, nodes: int, tokens: int, mask: str, strategy: str, index: int) -> Row:
-    return {
-        "lengths": bench.label("longalign"),
-        "nodes": nodes,
-        "tokens": tokens,
-        "mask": mask,
-        "strategy": strategy,
-        "batch": index,
-    }
 
 
 def _planned(case: Row, seqlens: list[int]) -> tuple[Plan, Cluster]:

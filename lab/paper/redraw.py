@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 from dcp import doctor
 from lab.figures import dryrun as draw_dryrun
@@ -20,9 +21,8 @@ from lab.figures import training as draw_training
 from lab.figures.page import Entry, write_page
 from lab.figures.style import Drawing, save
 from lab.paper import attention, dryrun, loss, micro, motivation, training
-from lab.paper.lengths import DATASETS
+from lab.paper.rows import Row, write_rows
 from lab.paper.workbench import SHAPED, Workbench
-from lab.rows import Row, write_rows
 
 PLANNED = "planned: real plans, timed on this machine, nothing run"
 SIMULATED = "simulated: real plans played on the rates of a data sheet (docs/simulator.md)"
@@ -32,127 +32,102 @@ PUBLISHED = "published: read off the SOSP'25 artifact's figures"
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """A figure: its title, where its numbers are from, and how it is made from a workbench."""
+    """A figure: its title, where its numbers are from, how it is drawn, and of which rows."""
 
     title: str
     sources: tuple[str, ...]
-    draw: Callable[[Workbench], Drawing]
+    draw: Callable[..., Drawing]
+    rows: Callable[[Workbench], Any]
 
 
-def _lengths(bench: Workbench) -> Drawing:
-    known = bench.lengths
-    return draw_motivation.lengths(
-        {name: known[name].tokens for name in DATASETS}, {n: known[n].source for n in DATASETS}
-    )
-
-
-def _end_to_end(data: str, bench: Workbench) -> Drawing:
-    return draw_training.end_to_end(training.rows(bench), data=data)
-
-
-def _attention_rows(bench: Workbench) -> list[Row]:
+def _measured(bench: Workbench) -> list[Row]:
     """Measured rows: those that are there, of a cluster perhaps, or a small local run."""
     if not bench.rows(attention.ROWS):
         attention.measure_local(bench, attention.LocalSize(batches=bench.count(2)))
     return bench.rows(attention.ROWS)
 
 
-def _shaped(bench: Workbench) -> Drawing:
+def _shaped(bench: Workbench) -> dict[str, Any]:
     """What ``python -m lab attention`` kept: network namespaces need root, so it is run by hand."""
-    return draw_measured.shaped(json.loads(bench.shaped.read_text()))
+    return json.loads(bench.shaped.read_text())
 
 
-def _decomposition(bench: Workbench) -> Drawing:
-    """An iteration of both systems, simulated, beside the operator's measured parts."""
+def _both_parts(bench: Workbench) -> tuple[list[Row], list[Row]]:
+    """Parts of an iteration of both systems, simulated, and of the operator, measured."""
     strategies = {"TE": training.STATIC, "DCP": "auto"}
     measured = [
         row | {"strategy": strategies[row["system"]]}
-        for row in _attention_rows(bench)
+        for row in _measured(bench)
         if row["system"] in strategies
     ]
-    return draw_training.decomposition(motivation.decomposition_rows(bench), measured)
+    return motivation.decomposition_rows(bench), measured
 
 
 FIGURES = {
     "lengths": FigureSpec(
-        "Document lengths of the data sets", ("the lengths' source is in the legend",), _lengths
+        "Document lengths of the data sets", ("the lengths' source is in the legend",),
+        draw_motivation.lengths, lambda bench: bench.lengths,
     ),
     "motivation_share": FigureSpec(
         "Communication share of static context parallelism, 8 B model, TP 4",
-        (SIMULATED, PUBLISHED),
-        lambda bench: draw_motivation.share(motivation.share_rows(bench)),
+        (SIMULATED, PUBLISHED), draw_motivation.share, motivation.share_rows,
     ),
     "motivation_waste": FigureSpec(
         "Redundant transfers and imbalance of a zigzag ring, 8 nodes, 65,536 tokens",
-        (SIMULATED, PUBLISHED),
-        lambda bench: draw_motivation.waste(motivation.waste_rows(bench)),
+        (SIMULATED, PUBLISHED), draw_motivation.waste, motivation.waste_rows,
     ),
     "fig12": FigureSpec(
         "Attention operator, causal, 4 nodes × 8 A100, 131,072 tokens",
-        (SIMULATED, PUBLISHED),
-        lambda bench: draw_micro.causal(micro.causal_rows(bench)),
+        (SIMULATED, PUBLISHED), draw_micro.causal, micro.causal_rows,
     ),
     "fig12_measured": FigureSpec(
-        "Attention operator, all masks, measured",
-        (MEASURED,),
-        lambda bench: draw_measured.attention(_attention_rows(bench)),
+        "Attention operator, all masks, measured", (MEASURED,), draw_measured.attention, _measured
     ),
     "fig12_shaped": FigureSpec(
         "Attention operator on shaped links, by python -m lab attention",
-        (MEASURED,),
-        _shaped,
+        (MEASURED,), draw_measured.shaped, _shaped,
     ),
     "fig13": FigureSpec(
         "Attention operator, sparse masks, 4 nodes × 8 A100, 131,072 tokens",
-        (SIMULATED, PUBLISHED),
-        lambda bench: draw_micro.sparse(micro.sparse_rows(bench)),
+        (SIMULATED, PUBLISHED), draw_micro.sparse, micro.sparse_rows,
     ),
     "fig14": FigureSpec(
         "Training iteration, LongAlign, 8 nodes × 8 A100, TP 4",
-        (SIMULATED, PUBLISHED),
-        partial(_end_to_end, "longalign"),
+        (SIMULATED, PUBLISHED), partial(draw_training.end_to_end, data="longalign"), training.rows,
     ),
     "fig15": FigureSpec(
         "Training iteration, LongDataCollections, 8 nodes × 8 A100, TP 4",
-        (SIMULATED, PUBLISHED),
-        partial(_end_to_end, "ldc"),
+        (SIMULATED, PUBLISHED), partial(draw_training.end_to_end, data="ldc"), training.rows,
     ),
     "fig16": FigureSpec(
         "Inter-node volume over block size, 16 ranks on 8 nodes, 65,536 tokens",
-        (PLANNED,),
-        lambda bench: draw_dryrun.communication(dryrun.block_rows(bench)),
+        (PLANNED,), draw_dryrun.communication, dryrun.block_rows,
     ),
     "fig17": FigureSpec(
         "Planning time over block size, masks and blocks included",
-        (PLANNED, PUBLISHED),
-        lambda bench: draw_dryrun.planning_time(dryrun.block_rows(bench)),
+        (PLANNED, PUBLISHED), draw_dryrun.planning_time, dryrun.block_rows,
     ),
     "fig18": FigureSpec(
         "Inter-node volume over mask sparsity",
-        (PLANNED,),
-        lambda bench: draw_dryrun.sparsity(dryrun.sparsity_rows(bench)),
+        (PLANNED,), draw_dryrun.sparsity, dryrun.sparsity_rows,
     ),
     "fig19": FigureSpec(
         "Inter-node volume over compute imbalance",
-        (PLANNED,),
-        lambda bench: draw_dryrun.balance(dryrun.balance_rows(bench)),
+        (PLANNED,), draw_dryrun.balance, dryrun.balance_rows,
     ),
     "fig20": FigureSpec(
         "Training loss, two local processes, a small Llama on Python sources",
-        (MEASURED,),
-        lambda bench: draw_training.loss(loss.rows(bench)),
+        (MEASURED,), draw_training.loss, loss.rows,
     ),
     "fig14_measured": FigureSpec(
         "Seconds a training step, two local processes (the runs of fig20)",
-        (MEASURED,),
-        lambda bench: draw_measured.steps(loss.rows(bench)),
+        (MEASURED,), draw_measured.steps, loss.rows,
     ),
     "decomposition": FigureSpec(
         "Where the time goes: an iteration, and the attention operator",
-        (SIMULATED, MEASURED),
-        _decomposition,
+        (SIMULATED, MEASURED), lambda both: draw_training.decomposition(*both), _both_parts,
     ),
-}
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,10 +179,11 @@ def run(args: argparse.Namespace) -> int:
             print(f"{name:17} left out: no {bench.shaped}; {remedy}")
             continue
         started = perf_counter()
-        figure, table = FIGURES[name].draw(bench)
+        spec = FIGURES[name]
+        figure, table = spec.draw(spec.rows(bench))
         save(figure, args.out, name)
         write_rows(args.out / f"{name}.csv", table)
-        print(f"{name:17} {FIGURES[name].title} ({perf_counter() - started:.0f} s)", flush=True)
+        print(f"{name:17} {spec.title} ({perf_counter() - started:.0f} s)", flush=True)
     print(f"report: {write_report(bench)}")
     return 0
 

@@ -16,10 +16,10 @@ from dcp.cluster import Cluster
 from dcp.planner import plan
 from lab.paper.campaign import Task
 from lab.paper.end_to_end import GPT_8B, predict_iteration, sliced_cluster
+from lab.paper.rows import Row, mean_by
 from lab.paper.workbench import MASKS, Workbench
 from lab.planner import make_batch
 from lab.published import PUBLISHED
-from lab.rows import Row, mean_by
 
 TENSOR_PARALLEL = 4
 TOKENS = (16384, 32768, 65536, 131072)

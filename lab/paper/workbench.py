@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 from dcp.bench.conditions import conditions
-from lab.paper.campaign import Task, run_tasks
+from lab import CHECKOUT
+from lab.paper.campaign import Measure, Task, run_tasks
 from lab.paper.lengths import DATASETS, Lengths, document_lengths, make_batches
-from lab.rows import Row, read_rows
+from lab.paper.rows import Row, read_rows
 
-SHAPED = Path("benchmarks/results/attention.json")
+SHAPED = CHECKOUT / "benchmarks" / "results" / "attention.json"
 SCALES = (0.5, 1, 2, 4)
 MASKS = ("causal", "streaming", "causal_blockwise", "shared_question")
 
@@ -73,17 +74,10 @@ class Workbench:
             )
         return self._batches[name][:count]
 
-    def run(
-        self, name: str, tasks: list[Task], measure, *, workers: int | None = None
-    ) -> list[Row]:
+    def run(self, name: str, tasks: list[Task], measure: Measure) -> list[Row]:
         """Rows of ``data/NAME.csv``: see :func:`lab.paper.campaign.run_tasks`."""
-        rows = run_tasks(
-            self.data / f"{name}.csv",
-            tasks,
-            measure,
-            workers=self.workers if workers is None else workers,
-            label=name,
-        )
+        path = self.data / f"{name}.csv"
+        rows = run_tasks(path, tasks, measure, workers=self.workers, label=name)
         self._keep(name)
         return rows
 

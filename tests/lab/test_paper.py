@@ -10,9 +10,9 @@ from dcp import AttentionSpec, Cluster, SequenceBatch, plan
 from dcp.simulate import COMPUTE, TRANSFER, Span
 from lab.__main__ import main
 from lab.paper import attention, campaign, dryrun, lengths, loss, motivation
-from lab.paper.end_to_end import GPT_8B, LLAMA_8B, predict_iteration, sliced_cluster
+from lab.paper.end_to_end import GPT_8B, predict_iteration, sliced_cluster
+from lab.paper.rows import mean_by, read_rows
 from lab.paper.workbench import Workbench
-from lab.rows import mean_by, read_rows
 
 
 @pytest.fixture
@@ -128,7 +128,6 @@ def test_an_iteration_is_attention_and_what_surrounds_it():
     # every node passes on all gradients (4 bytes) and parameters (2 bytes) but one rank's part
     assert found.gradients == pytest.approx(weights * 6 * (3 / 4) / full.inter_node_bandwidth)
     assert found.seconds == pytest.approx(found.attention + found.others)
-    assert 7.4e9 < LLAMA_8B.num_parameters < 8.1e9
     with pytest.raises(ValueError, match="tensor_parallel=3"):
         sliced_cluster(full, 3)
     with pytest.raises(ValueError, match="2 devices"):

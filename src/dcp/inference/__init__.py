@@ -6,7 +6,6 @@ Planning a turn needs no torch; the names that do are imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dcp.inference.select import SELECTORS, Empirical, algorithm_1, algorithm_5
 from dcp.inference.turn import STRATEGIES, plan_turn
 
 if TYPE_CHECKING:
@@ -14,26 +13,12 @@ if TYPE_CHECKING:
     from dcp.inference.cache import KVCache
     from dcp.inference.engine import InferenceEngine
 
-__all__ = [
-    "SELECTORS",
-    "STRATEGIES",
-    "CachedAttention",
-    "Empirical",
-    "InferenceEngine",
-    "KVCache",
-    "algorithm_1",
-    "algorithm_5",
-    "plan_turn",
-]
+__all__ = ["STRATEGIES", "CachedAttention", "InferenceEngine", "KVCache", "plan_turn"]
 
-_LAZY = {
-    "CachedAttention": "dcp.inference.attention",
-    "InferenceEngine": "dcp.inference.engine",
-    "KVCache": "dcp.inference.cache",
-}
+_LAZY = {"CachedAttention": "attention", "InferenceEngine": "engine", "KVCache": "cache"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

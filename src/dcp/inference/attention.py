@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcp.inference.cache import KVCache, SequenceId, write_rows
+from dcp.inference.cache import KVCache, SequenceId
 from dcp.inference.paging import in_pages, keys_stay
 from dcp.plans import Plan
 from dcp.program import RankPlan
@@ -78,7 +78,7 @@ class CachedAttention:
             raise ValueError(f"the plan is for {cached} cached tokens, the cache holds {held}")
         self.plan, self._shares = plan, []
         for cache in self.caches:
-            rows = cache.extend(sequences, new, plan.positions(cache.rank))
+            rows = cache.extend(sequences, new)
             self._shares.append(_share(plan, cache, sequences, rows))
         if self._executor is None:
             self._world = LocalWorld(plan, kernel=self.kernel)
@@ -112,7 +112,7 @@ class CachedAttention:
         keys = []
         for share, cache, each in zip(self._shares, self.caches, new, strict=True):
             pool = cache.pools[layer]
-            write_rows(pool, share.new_rows, each)
+            pool.index_copy_(0, share.new_rows, each.to(pool.dtype))
             keys.append(pool if share.all_rows is None else pool[share.all_rows])
         host = self._executor or self._world
         assert host is not None
@@ -140,7 +140,7 @@ def _share(plan: Plan, cache: KVCache, sequences: Sequence[SequenceId], rows: np
     rank_plan, device = plan.rank_plan(cache.rank), cache.pools[0].device
     every = None
     if keys_stay(rank_plan.mask_program()):
-        rank_plan = in_pages(rank_plan, *cache.row_runs(sequences), len(cache.positions))
+        rank_plan = in_pages(rank_plan, *cache.row_runs(sequences), len(cache.pools[0]))
     else:
         every = torch.from_numpy(cache.rows(sequences)).to(device)
     return _Share(PreparedPlan(rank_plan), torch.from_numpy(rows).to(device), every)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.ragged import runs
@@ -30,9 +29,8 @@ class _Sequence:
 class KVCache:
     """A pool of pages per layer, and which sequence each page belongs to.
 
-    A token's keys and values stay in the row where they were written, with the token's position.
-    Every rank knows how many tokens each rank holds, so that all of them find a cache full, or plan
-    a turn, alike.
+    A token's keys and values stay in the row where they were written. Every rank knows how many
+    tokens each rank holds, so that all of them find a cache full, or plan a turn, alike.
 
     Args:
         num_pages, page_size: rows are ``num_pages * page_size`` tokens per layer on this rank. All
@@ -41,7 +39,6 @@ class KVCache:
 
     Attributes:
         pools: of each layer, ``[rows, 2, num_kv_heads, head_dim]``.
-        positions: of the token in each row, int64 ``[rows]``.
     """
 
     def __init__(
@@ -63,7 +60,6 @@ class KVCache:
         shape = (num_pages * page_size, 2, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
         self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.positions = np.zeros(shape[0], dtype=np.int64)
         self._free = list(range(num_pages))  # a heap: low pages first, so that runs are long
         self._sequences: dict[SequenceId, _Sequence] = {}
 
@@ -114,14 +110,10 @@ class KVCache:
 
     # ------------------------------------------------------------------ what changes
 
-    def extend(
-        self, sequences: Sequence[SequenceId], new: np.ndarray, positions: np.ndarray
-    ) -> np.ndarray:
+    def extend(self, sequences: Sequence[SequenceId], new: np.ndarray) -> np.ndarray:
         """Make room for new tokens of some sequences; returns their rows here, int64.
 
-        Args:
-            new: new tokens of each sequence on each rank, int64 ``[n, num_ranks]``.
-            positions: of those on this rank, sequence by sequence, int64.
+        ``new``: of each sequence on each rank, int64 ``[n, num_ranks]``.
 
         Raises ``ValueError`` where any rank's pages do not suffice, on all ranks alike, and leaves
         everything as it was.
@@ -143,9 +135,7 @@ class KVCache:
             known.held = had + adds
             page, row = np.divmod(had[self.rank] + np.arange(adds[self.rank]), self.page_size)
             rows.append(np.array(known.pages, dtype=np.int64)[page] * self.page_size + row)
-        fresh = np.concatenate(rows)
-        self.positions[fresh] = positions
-        return fresh
+        return np.concatenate(rows)
 
     def evict(self, sequence: SequenceId) -> None:
         """Forget a sequence; its pages are free again. ``ValueError`` for an unknown one."""
@@ -167,10 +157,9 @@ class KVCache:
         names = self.sequences
         if unnamed := [name for name in names if not isinstance(name, str | int)]:
             raise ValueError(f"only sequences named by str or int can be saved, not {unnamed[0]!r}")
-        rows = self.rows(names)
-        index = torch.from_numpy(rows)
+        index = torch.from_numpy(self.rows(names))
         meta = self.shape | {"sequences": names}
-        arrays = {"held": self.held(names), "positions": self.positions[rows]}
+        arrays = {"held": self.held(names)}
         for layer, pool in enumerate(self.pools):
             values = pool[index.to(pool.device)].cpu().view(torch.uint8)
             arrays[f"layer {layer}"] = values.numpy()
@@ -183,17 +172,13 @@ class KVCache:
         names = meta.pop("sequences")
         spec = AttentionSpec(**meta.pop("spec"))
         cache = cls(spec, device=device, **meta)
-        held, positions = arrays["held"], arrays["positions"]
-        fits = held.shape == (len(names), cache.num_ranks)
-        if not fits or len(positions) != held[:, cache.rank].sum():
+        held = arrays["held"]
+        layers = [arrays[f"layer {layer}"] for layer in range(len(cache.pools))]
+        if held.shape != (len(names), cache.num_ranks) or any(
+            len(values) != held[:, cache.rank].sum() for values in layers
+        ):
             raise WireError(f"{path}: the tables of the cache do not fit each other")
-        rows = torch.from_numpy(cache.extend(names, held, positions)).to(device)
-        for layer, pool in enumerate(cache.pools):
-            values = torch.from_numpy(arrays[f"layer {layer}"].copy())
-            pool[rows] = values.view(pool.dtype).view(-1, *pool.shape[1:]).to(device)
+        rows = torch.from_numpy(cache.extend(names, held)).to(device)
+        for pool, values in zip(cache.pools, layers, strict=True):
+            pool[rows] = torch.from_numpy(values.copy()).view(pool.dtype).to(device)
         return cache
-
-
-def write_rows(pool: Tensor, rows: Tensor, kv: Tensor) -> None:
-    """Put new keys and values ``[n, 2, num_kv_heads, head_dim]`` in their rows."""
-    pool.index_copy_(0, rows, kv.to(pool.dtype))

@@ -18,8 +18,7 @@ from dcp.cluster import Cluster
 from dcp.inference.attention import CachedAttention
 from dcp.inference.cache import KVCache
 from dcp.inference.model import last_logits, use_cached_attention
-from dcp.inference.select import Selector
-from dcp.inference.turn import plan_turn
+from dcp.inference.turn import Selector, plan_turn
 
 Name = str | int
 
@@ -31,6 +30,32 @@ class _Conversation:
     slot: int
     tokens: list[int] = field(default_factory=list)
     num_pending: int = 0
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """How a token is drawn from logits, see :meth:`InferenceEngine.generate`."""
+
+    temperature: float
+    top_k: int | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
+
+    def draw(self, logits: Tensor, after: _Conversation) -> int:
+        """The next token of a conversation."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.double().cpu().numpy() / self.temperature
+        if self.top_k is not None and self.top_k < len(scores):
+            scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
+        total = np.cumsum(np.exp(scores - scores.max()))
+        random = np.random.default_rng([self.seed, after.slot, len(after.tokens)])
+        return int(np.searchsorted(total, random.random() * total[-1], side="right"))
 
 
 class InferenceEngine:
@@ -113,29 +138,19 @@ class InferenceEngine:
         Raises ``ValueError`` for an empty conversation and, on all ranks alike, where the cache is
         full: then the conversations are as far as they came (:meth:`tokens`).
         """
-        self._check(prompts, max_new_tokens, temperature, top_k)
+        sampling = _Sampling(temperature, top_k, seed)
+        self._check(prompts, max_new_tokens)
         for name, prompt in prompts.items():
-            if name not in self._conversations:
-                self._conversations[name] = _Conversation(self._num_slots)
-                self._num_slots += 1
             self._say(name, prompt)
         replies: dict[Name, list[int]] = {name: [] for name in prompts}
-        live, strategy = list(prompts), self.strategy
-        self.step_seconds = []
-        for _ in range(max_new_tokens):
-            if not live:
-                break
+        live, self.step_seconds = list(prompts), []
+        while live and len(self.step_seconds) < max_new_tokens:
             began = perf_counter()
-            logits = self._forward(live, strategy)
-            drawn = {
-                index: self._draw(live[index], of, temperature, top_k, seed)
-                for index, of in logits.items()
-            }
-            for name, token in zip(live, self._agree(drawn, len(live)), strict=True):
+            strategy = "pass_q" if self.step_seconds else self.strategy
+            for name, token in zip(live, self._next(live, strategy, sampling), strict=True):
                 self._say(name, [token])
                 replies[name].append(token)
             live = [name for name in live if end is None or replies[name][-1] != end]
-            strategy = "pass_q"
             self.step_seconds.append(perf_counter() - began)
         return replies
 
@@ -153,6 +168,9 @@ class InferenceEngine:
                 cache.evict(name)
 
     def _say(self, name: Name, tokens: Sequence[int]) -> None:
+        if name not in self._conversations:
+            self._conversations[name] = _Conversation(self._num_slots)
+            self._num_slots += 1
         conversation = self._conversations[name]
         conversation.tokens += [int(token) for token in tokens]
         conversation.num_pending += len(tokens)
@@ -175,41 +193,18 @@ class InferenceEngine:
             conversation.num_pending = 0
         return last_logits(self.model, new, self.attention)
 
-    def _draw(
-        self, name: Name, logits: Tensor, temperature: float, top_k: int | None, seed: int
-    ) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
-        conversation = self._conversations[name]
-        scores = logits.double().cpu().numpy() / temperature
-        if top_k is not None and top_k < len(scores):
-            scores[scores < np.partition(scores, -top_k)[-top_k]] = -np.inf
-        total = np.cumsum(np.exp(scores - scores.max()))
-        random = np.random.default_rng([seed, conversation.slot, len(conversation.tokens)])
-        return int(np.searchsorted(total, random.random() * total[-1], side="right"))
-
-    def _agree(self, drawn: dict[int, int], count: int) -> list[int]:
-        """The token of every sequence, each drawn by the rank that has its logits."""
-        tokens = torch.zeros(count, dtype=torch.int64, device=self.device)
-        for index, token in drawn.items():
-            tokens[index] = token
+    def _next(self, names: list[Name], strategy: str | Selector, sampling: _Sampling) -> list[int]:
+        """The next token of each conversation, drawn by the rank that has its logits."""
+        tokens = torch.zeros(len(names), dtype=torch.int64, device=self.device)
+        for index, logits in self._forward(names, strategy).items():
+            tokens[index] = sampling.draw(logits, self._conversations[names[index]])
         if self._group is not None:
             dist.all_reduce(tokens, group=self._group)
         return tokens.tolist()
 
-    def _check(
-        self,
-        prompts: Mapping[Any, Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-    ) -> None:
+    def _check(self, prompts: Mapping[Any, Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {top_k}")
         for name, prompt in prompts.items():
             if not isinstance(name, str | int):
                 raise ValueError(f"a conversation is named by a str or an int, not {name!r}")

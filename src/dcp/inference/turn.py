@@ -5,20 +5,21 @@ Every rank plans the same turn from the same numbers, so nothing has to be agree
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
-from dcp.inference.select import SELECTORS, Selector
 from dcp.placement.passing import pass_either, pass_kv, pass_q, place_tokens
 from dcp.plans import Plan
 from dcp.simulate import simulate
 
 PLACEMENTS = {"pass_kv": pass_kv, "pass_q": pass_q, "pass_either": pass_either}
-STRATEGIES = (*PLACEMENTS, *SELECTORS, "planned")
+STRATEGIES = (*PLACEMENTS, "planned")
+# a rule of one's own: (new tokens, cached tokens, spec, cluster) -> one of STRATEGIES
+Selector = Callable[[int, int, AttentionSpec, Cluster], str]
 
 
 def plan_turn(
@@ -35,9 +36,9 @@ def plan_turn(
     Args:
         new: new tokens of each sequence; one each is a step of decoding.
         cached: tokens of each sequence that each rank holds, ``[num_sequences, num_ranks]``.
-        strategy: ``"pass_kv"``, ``"pass_q"``, ``"pass_either"``; a selector of
-            :data:`dcp.inference.select.SELECTORS` or one of your own, which names one of the first
-            two; or ``"planned"``: all three are planned and simulated, the fastest is taken.
+        strategy: ``"pass_kv"``, ``"pass_q"``, ``"pass_either"``; or ``"planned"``: all three are
+            planned and simulated, the fastest is taken; or a function that names one of these,
+            from the totals of new and cached tokens, ``spec`` and ``cluster``.
         shifts: of each sequence, the rank that a lone token goes to (see
             :func:`dcp.placement.passing.place_tokens`); ``0, 1, …`` by default.
 
@@ -52,36 +53,30 @@ def plan_turn(
         )
     if (tokens < 0).any():
         raise ValueError(f"new tokens must be 0 or more, got {tokens.tolist()}")
+    if callable(strategy):
+        strategy = strategy(int(tokens.sum()), int(held.sum()), spec, cluster)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     batch = SequenceBatch(tokens + held.sum(axis=1), cached=held)
     shifts = range(len(tokens)) if shifts is None else shifts
     blocks, owner = place_tokens(batch, spec, cluster.num_ranks, shifts)
-    name = _choose(strategy, int(tokens.sum()), int(held.sum()), spec, cluster)
-    if name != "planned":
-        return next(_plans(name, blocks, owner, cluster))
-    best: Plan | None = None
-    tried: dict[str, float] = {}
-    for each in PLACEMENTS:
-        for plan in _plans(each, blocks, owner, cluster):
+    if strategy == "planned":
+        return _fastest(blocks, owner, cluster)
+    return next(_plans(strategy, blocks, owner, cluster))
+
+
+def _fastest(blocks: BlockTable, owner: np.ndarray, cluster: Cluster) -> Plan:
+    """Of all placements and numbers of divisions, by simulation."""
+    timed: list[tuple[float, str, Plan]] = []
+    for name in PLACEMENTS:
+        for plan in _plans(name, blocks, owner, cluster):
             plan.stats.simulated = simulate(plan, cluster, backward=False).to_json()
-            seconds = plan.stats.simulated["forward_seconds"]
-            tried[each] = min(seconds, tried.get(each, np.inf))
-            if best is None or seconds < best.stats.simulated["forward_seconds"]:
-                best = plan
-    assert best is not None
-    best.stats.notes["candidates"] = tried
+            timed.append((plan.stats.simulated["forward_seconds"], name, plan))
+    _, _, best = min(timed, key=lambda each: each[0])
+    best.stats.notes["candidates"] = {
+        name: min(seconds for seconds, of, _ in timed if of == name) for name in PLACEMENTS
+    }
     return best
-
-
-def _choose(
-    strategy: str | Selector, new: int, cached: int, spec: AttentionSpec, cluster: Cluster
-) -> str:
-    if callable(strategy):
-        return strategy(new, cached, spec, cluster)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
-    if strategy in SELECTORS:
-        return SELECTORS[strategy](new, cached, spec, cluster)
-    return strategy
 
 
 def _plans(name: str, blocks: BlockTable, owner: np.ndarray, cluster: Cluster) -> Iterator[Plan]:

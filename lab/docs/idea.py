@@ -1,4 +1,4 @@
-"""Draws idea.svg, the picture of the README, from a real plan: python docs/images/idea.py"""
+"""Draws idea.svg, the picture of the README, from a real plan."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ STYLE = """
 """
 
 
-def main() -> None:
+def draw(docs: Path) -> None:
     cluster = Cluster(devices_per_node=4, intra_node_bandwidth=160e9, launch_seconds=0)
     spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128)
     made = plan(SequenceBatch(SEQLENS), spec, cluster, block_size=512)
@@ -40,7 +40,7 @@ def main() -> None:
         'aria-label="A batch is cut into blocks, placed on ranks and scheduled in divisions">'
         f"<style>{STYLE}</style>{''.join(parts)}</svg>\n"
     )
-    Path(__file__).with_name("idea.svg").write_text(svg)
+    (docs / "images" / "idea.svg").write_text(svg)
 
 
 def panel(x: int, title: str, line: str) -> str:
@@ -104,7 +104,3 @@ def timeline(made: Plan, left: int) -> str:
                     out.append(rect(left + 50 + a, y + top, b - a, high, colour, True))
     out.append(f'<text x="{left + 50}" y="362" class="soft">time →</text>')
     return "".join(out)
-
-
-if __name__ == "__main__":
-    main()

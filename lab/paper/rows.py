@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 Row = dict[str, Any]  # a case's settings, then what was found
@@ -46,6 +47,11 @@ def mean_by(
         | {"batches": len(members)}
         for group, members in groups.items()
     ]
+
+
+def mean_of(rows: Iterable[Mapping[str, Any]], value: str, **keys: object) -> float:
+    """The mean of ``value`` over the rows that have these settings."""
+    return mean(row[value] for row in rows if all(row[k] == v for k, v in keys.items()))
 
 
 def _number(text: str) -> int | float | str:

@@ -54,7 +54,7 @@ def draw_matrix(axes: Axes, made: Plan, title: str) -> None:
     axes.tick_params(labelsize=7)
 
 
-def main() -> None:
+def draw(docs: Path) -> None:
     spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128)
     cluster = Cluster(num_nodes=4, devices_per_node=8)
     figure = Figure(figsize=(11, 5.6), layout="constrained")
@@ -65,8 +65,4 @@ def main() -> None:
         "left strip = owner of the tokens",
         fontsize=10,
     )
-    figure.savefig(Path(__file__).parents[2] / "docs" / "images" / "planner.png", dpi=130)
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(docs / "images" / "planner.png", dpi=130)

@@ -1,15 +1,16 @@
-"""Whether keys and values or queries go round the ring: rules by totals of the batch.
+"""Whether keys and values or queries go round the ring: published rules by totals of the batch.
 
-The rules see only numbers that all ranks know (new and cached tokens, heads, the cluster's rates),
-so that all ranks choose alike. From arXiv 2411.01783: algorithm 1, algorithm 5 (appendix C), and
-the form of the empirical rule (appendix D), whose coefficients are fitted to measurements of the
-machine at hand; the published ones belong to another.
+Each is a ``strategy`` for :func:`dcp.inference.plan_turn`, and sees only numbers that all ranks
+know (new and cached tokens, heads, the cluster's rates), so that all ranks choose alike. From arXiv
+2411.01783: algorithm 1, algorithm 5 (appendix C), and the form of the empirical rule (appendix D),
+whose coefficients are fitted to measurements of the machine at hand; the published ones belong to
+another.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +18,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
-
-# (new tokens, cached tokens, spec, cluster) -> "pass_kv" or "pass_q"
-Selector = Callable[[int, int, AttentionSpec, Cluster], str]
+from dcp.inference.turn import Selector
 
 
 def algorithm_1(new: int, cached: int, spec: AttentionSpec, cluster: Cluster) -> str:

@@ -1,4 +1,4 @@
-"""Draws docs/images/strategies/*.svg from real plans: python -m lab.figures.docs_strategies
+"""Draws docs/images/strategies/*.svg from real plans.
 
 One batch on two nodes of two devices. Left: who computes which tile, for the first and the last
 head, over a strip of who owns the tokens. Right: what every rank computes in every division.
@@ -6,7 +6,6 @@ head, over a strip of who owns the tokens. Right: what every rank computes in ev
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,12 @@ STYLE = """
 """
 
 
-def main() -> None:
-    folder = Path(__file__).parents[2] / "docs" / "images" / "strategies"
+def draw(docs: Path) -> None:
+    folder = docs / "images" / "strategies"
     folder.mkdir(parents=True, exist_ok=True)
     for name in STRATEGIES:
-        place = partial(get_strategy(name), **OPTIONS.get(name, {}))
-        placement = place(SequenceBatch(SEQLENS), SPEC, CLUSTER)
+        place, options = get_strategy(name), OPTIONS.get(name, {})
+        placement = place(SequenceBatch(SEQLENS), SPEC, CLUSTER, **options)
         plan = Plan.from_placement(placement, CLUSTER, strategy=name, num_divisions=3)
         (folder / f"{name}.svg").write_text(drawing(plan))
 
@@ -107,7 +106,3 @@ def divisions(plan: Plan, x: float) -> list[str]:
 def rect(x: float, y: float, width: float, height: float, colour: str | None = None) -> str:
     look = f'fill="{colour}" class="edge"' if colour else 'class="empty"'
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" {look}/>'
-
-
-if __name__ == "__main__":
-    main()

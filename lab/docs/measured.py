@@ -1,7 +1,5 @@
 """Write the tables of docs/measured.md and its pictures from benchmarks/results/*.json.
 
-    python -m lab.figures.docs_measured
-
 Text outside the page's ``<!-- begin NAME -->`` … ``<!-- end NAME -->`` marks is kept.
 """
 
@@ -13,20 +11,22 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-HOME = Path(__file__).resolve().parents[2]
-RESULTS, PAGE, IMAGES = HOME / "benchmarks/results", HOME / "docs/measured.md", HOME / "docs/images"
+from lab import CHECKOUT
+
+RESULTS = CHECKOUT / "benchmarks" / "results"
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")
 
 
-def main() -> None:
-    page = PAGE.read_text()
-    for name, table, draw in (
+def draw(docs: Path) -> None:
+    path = docs / "measured.md"
+    page = path.read_text()
+    for name, table, picture in (
         ("attention", attention_tables, draw_attention),
         ("train", train_table, draw_losses),
     ):
         results = RESULTS / f"{name}.json"
         if not results.exists():
-            print(f"{results} is not there: run dcp bench {name} --out {RESULTS}")
+            print(f"{results} is not there: run python -m lab {name} --out {RESULTS}")
             continue
         runs = json.loads(results.read_text())
         text = "\n\n".join(table(run_name, run) for run_name, run in runs.items())
@@ -34,8 +34,8 @@ def main() -> None:
         begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
         before, rest = page.split(begin)
         page = before + begin + text + "\n" + end + rest.split(end)[1]
-        draw(runs, IMAGES / f"measured_{name}.png")
-    PAGE.write_text(page)
+        picture(runs, docs / "images" / f"measured_{name}.png")
+    path.write_text(page)
 
 
 def attention_tables(name: str, run: dict[str, Any]) -> str:
@@ -149,7 +149,3 @@ def draw_losses(runs: dict[str, Any], path: Path) -> None:
         axes.set(title=name, xlabel="step", ylabel="loss")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,18 +1,12 @@
-"""Selectors: the paper's own table replayed, fits of measurements, one answer on all ranks."""
+"""Selectors: the paper's own table (4 nodes) replayed, fits, one answer on all ranks."""
 
 import pytest
 
 from dcp import AttentionSpec, Cluster
-from dcp.inference import SELECTORS, Empirical, algorithm_1, algorithm_5, plan_turn
+from dcp.inference import plan_turn
+from lab.inference_paper import TABLE_4
+from lab.selectors import SELECTORS, Empirical, algorithm_1, algorithm_5
 
-# Table 4 of arXiv 2411.01783: new tokens of 128,000 and milliseconds of both ways, on 4 nodes.
-TABLE_4 = [
-    (1280, 1023.39, 898.71), (3200, 1110.18, 1046.43), (4160, 1298.92, 1280.10),
-    (6400, 1305.56, 1302.01), (12800, 2080.67, 2205.27), (25600, 3353.02, 3617.02),
-    (38400, 4629.23, 4922.52), (51200, 5745.08, 6217.83), (64000, 6845.21, 7367.99),
-    (76800, 7890.35, 8468.66), (89600, 8697.27, 9666.62), (102400, 10105.78, 10652.39),
-    (115200, 11136.40, 11571.62), (128000, 11462.15, 12360.57),
-]  # fmt: skip
 SPEC = AttentionSpec(num_heads=128, num_kv_heads=8, head_dim=128)
 
 
@@ -61,7 +55,7 @@ def test_a_rule_fitted_to_measurements_finds_the_faster_way(tmp_path):
 
 def choices_of_rank():
     cluster = nodes(800e12, 50e9)
-    rules = [*SELECTORS, Empirical(0.3, 1.1, -1.0), "planned"]
+    rules = [*SELECTORS.values(), Empirical(0.3, 1.1, -1.0), "planned"]
     made = [plan_turn([5, 700], [[900, 3, 0, 40]] * 2, SPEC, cluster, strategy=r) for r in rules]
     return [(p.stats.strategy, p.to_bytes()) for p in made]
 

@@ -60,7 +60,7 @@ def draw_iteration(axes: Axes, iteration: Iteration, title: str) -> None:
     axes.tick_params(labelsize=7)
 
 
-def main() -> None:
+def draw(docs: Path) -> None:
     cost = VideoCost(Cluster.preset("h100", devices_per_node=WORLD))
     buckets = video_buckets()
     profile = cost.profile(buckets, memory_bytes=MEMORY_BYTES, max_batch=512)
@@ -74,9 +74,4 @@ def main() -> None:
         draw_iteration(axes, shown, title)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]
     figure.legend(handles, COLORS, loc="outside lower center", ncols=5, fontsize=8)
-    path = Path(__file__).parents[2] / "docs" / "images" / "data_centric.png"
-    figure.savefig(path, dpi=130)
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(docs / "images" / "data_centric.png", dpi=130)
