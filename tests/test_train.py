@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from dcp.jobs import main
 from dcp.train import TrainConfig
-from dcp.train.command import main
 
 TINY = {
     "hidden_size": 32,
@@ -199,7 +199,7 @@ def test_a_rank_that_refuses_ends_the_job_with_one_line(tmp_path, texts, capfd, 
 
 def test_a_killed_rank_ends_the_job(tmp_path, texts):
     arguments = tiny_options(texts, tmp_path, steps=100000)
-    command = [sys.executable, "-c", "import sys; from dcp.train.command import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip  # noqa: E501
+    command = [sys.executable, "-c", "import sys; from dcp.jobs import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip  # noqa: E501
     job = subprocess.Popen(
         [*command, "--num-processes=2", "--no-progress", *arguments],
         stderr=subprocess.PIPE,
@@ -230,7 +230,7 @@ def start_ranks(world, folder, values):
     for rank in range(world):
         variables = common | {"MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank}
         environment = os.environ | {name: str(value) for name, value in variables.items()}
-        command = [sys.executable, "-m", "dcp.train.process", str(folder)]
+        command = [sys.executable, "-m", "dcp.jobs", str(folder)]
         ranks.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment))
     return ranks
 

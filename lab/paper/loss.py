@@ -10,9 +10,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from dcp.jobs import launch
 from dcp.train.config import TrainConfig
 from dcp.train.journal import METRICS
-from dcp.train.launch import launch
 from lab.paper.workbench import MASKS, Workbench
 from lab.rows import Row, write_rows
 

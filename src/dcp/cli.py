@@ -66,19 +66,10 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a transformer on this machine or a cluster")
     if command == "train":
-        import dcp.train
+        import dcp.jobs
 
-        dcp.train.add_arguments(train)
-        train.set_defaults(run=dcp.train.run)
-
-    profile_data = commands.add_parser(
-        "profile-data", help="measure what batches of every size cost, for data-centric training"
-    )
-    if command == "profile-data":
-        import dcp.train
-
-        dcp.train.add_arguments(profile_data)
-        profile_data.set_defaults(run=dcp.train.run, profile_only=True)
+        dcp.jobs.add_arguments(train, words[1:])
+        train.set_defaults(run=dcp.jobs.run)
 
     generate = commands.add_parser("generate", help="continue prompts over several ranks")
     if command == "generate":

@@ -42,7 +42,7 @@ def test_sigterm_ends_the_soak_and_its_job():
     deadline = time.monotonic() + 80
 
     def ranks():
-        return [pid for pid in started if "dcp.train.process" in soak._command(pid)]
+        return [pid for pid in started if "dcp.jobs" in soak._command(pid)]
 
     started = soak.family(job.pid)
     while len(ranks()) < 2:

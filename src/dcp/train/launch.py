@@ -8,11 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-
-from dcp.train.config import TrainConfig
 
 PROCESS_BYTES = 400 * 2**20  # of torch, a small model and its batch, in one process
 FAILURE_LOG = "failure.log"
@@ -23,25 +20,15 @@ class JobFailed(RuntimeError):
     """A rank failed; the message is one line that names it."""
 
 
-def launch(config: TrainConfig, *, num_processes: int) -> None:
-    """Train on ``num_processes`` local processes and wait for them.
+def launch_module(module: str, folder: Path, *, num_processes: int, logs: Path) -> None:
+    """``python -m module folder`` as each of ``num_processes`` local ranks; wait for them.
 
-    The first rank keeps the terminal; the others write to ``logs/`` of the output folder.
+    The first rank keeps the terminal; the others write to ``logs``. The module's last line calls
+    :func:`dcp.train.process.main`.
 
     Raises:
         ValueError: more processes than this machine can start, or fewer than one.
         JobFailed: a rank failed; the rest were ended.
-    """
-    with tempfile.TemporaryDirectory(prefix="dcp-train-") as folder:
-        config.save(Path(folder) / "config.json")
-        logs = Path(config.output) / "logs"
-        launch_module("dcp.train.process", Path(folder), num_processes=num_processes, logs=logs)
-
-
-def launch_module(module: str, folder: Path, *, num_processes: int, logs: Path) -> None:
-    """``python -m module folder`` as each of ``num_processes`` local ranks; wait for them.
-
-    The module's last line calls :func:`dcp.train.process.main`. Raises as :func:`launch`.
     """
     _check_count(num_processes)
     logs.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,10 @@
-"""One rank of a training job: ``python -m dcp.train.process``, started by the launcher; torchrun's
-ranks come here from ``dcp train``."""
+"""One rank that the launcher started: its device, its group, and what it leaves when it fails."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -19,27 +17,7 @@ import torch
 import torch.distributed as dist
 
 from dcp.data.planning import PlanningError
-from dcp.datacentric.trainer import DataCentricTrainer
-from dcp.train.config import TrainConfig
-from dcp.train.heartbeat import Heartbeat, RankLost
-from dcp.train.trainer import Trainer
-
-
-def run_rank(config: TrainConfig, *, listen_fd: int | None = None) -> None:
-    """Join the group that the environment describes (as torchrun sets it) and train.
-
-    ``listen_fd`` is the first rank's inherited listening socket for the store, if there is one.
-    Raises ``RankLost`` within ``config.timeout_seconds`` and some seconds where another rank dies.
-    """
-    torch.set_num_threads(config.threads)
-    device = choose_device(config.device)
-    joined = joined_group(device, timeout_seconds=config.timeout_seconds, listen_fd=listen_fd)
-    with joined as group, Heartbeat(group) as heartbeat:
-        try:
-            with open_trainer(config, group, device) as trainer:
-                trainer.train()
-        except RuntimeError as error:  # also what torch raises when communication fails
-            raise heartbeat.explain(error) from error
+from dcp.train.heartbeat import RankLost
 
 
 @contextmanager
@@ -83,14 +61,6 @@ def nccl_options(timeout: timedelta) -> dist.ProcessGroupNCCL.Options:
     return options
 
 
-def open_trainer(
-    config: TrainConfig, group: dist.ProcessGroup, device: torch.device
-) -> Trainer | DataCentricTrainer:
-    """The training loop that the configuration asks for."""
-    make = DataCentricTrainer if config.is_data_centric else Trainer
-    return make(config, group, device)
-
-
 def choose_device(name: str) -> torch.device:
     """``cuda`` with the local rank's number, or ``cpu``; auto asks for a GPU per local rank."""
     local_rank, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -103,12 +73,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def train(folder: Path, listen_fd: int | None) -> None:
-    """The work of a rank that the launcher started for ``dcp train``."""
-    run_rank(TrainConfig.load(folder / "config.json"), listen_fd=listen_fd)
-
-
-def main(argv: list[str], work: Callable[[Path, int | None], None] = train) -> int:
+def main(argv: list[str], work: Callable[[Path, int | None], None]) -> int:
     """Arguments: the launcher's folder, and the listening socket's number on the first rank.
 
     ``work`` is called with both; what it raises reaches the launcher as one line.
@@ -144,7 +109,3 @@ def _end_with_launcher() -> None:
     """The launcher's end of stdin closes when it dies, however it dies."""
     os.read(0, 1)
     os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
