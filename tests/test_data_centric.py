@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 
 from torch import distributed as dist
 
+from dcp import cli
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.clips import CHANNELS, TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
 from dcp.datacentric.config import TextConfig, VideoConfig
@@ -21,7 +22,7 @@ from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.step import IterationRunner
 from dcp.datacentric.workload import keep_activations_of
-from dcp.jobs import JOBS, load_config, main
+from dcp.jobs import JOBS, load_config
 from dcp.runtime.communicator import GroupCommunicator
 
 SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "progress": False}
@@ -293,7 +294,7 @@ JOB = VIDEO | {
 
 def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
-    assert main([*command, "--profile-only"]) == 0
+    assert cli.main(["train", *command, "--profile-only"]) == 0
     profile = (tmp_path / "profile.json").read_text()
     assert not (tmp_path / "checkpoints").exists()
     gloo_pool(2).run(train, JOB | {"output": str(tmp_path)})
@@ -375,7 +376,7 @@ def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
     ],
 )
 def test_mistakes_get_one_line(capfd, match, arguments):
-    assert main(arguments) == 2
+    assert cli.main(["train", *arguments]) == 2
     shown = capfd.readouterr().err
     assert match in shown
     assert len(shown.splitlines()) == 1
@@ -442,7 +443,7 @@ def test_each_job_has_the_keys_it_uses_and_help_shows_no_others(capsys):
     every = set().union(*keys.values())
     for words in (["--help"], *(["--job", name, "--help"] for name in JOBS)):
         with pytest.raises(SystemExit) as ended:
-            main(words)
+            cli.main(["train", *words])
         assert ended.value.code == 0
         shown = set(re.findall(r"--(?!no-)([a-z-]+)", capsys.readouterr().out))
         job = words[1] if len(words) > 1 else "planned"
@@ -451,7 +452,7 @@ def test_each_job_has_the_keys_it_uses_and_help_shows_no_others(capsys):
 
 def test_switches_of_the_command_win_over_the_preset(capfd):
     words = ["--preset=inter", "--no-dynamic-sp", "--sp-size=2", "--num-processes=0"]
-    assert main([DATA_CENTRIC, *words]) == 2
+    assert cli.main(["train", DATA_CENTRIC, *words]) == 2
     assert "--num-processes must be 1" in capfd.readouterr().err  # and nothing before it
     with pytest.raises(ValueError, match="dynamic_sp must be of type"):
         load_config(None, {"dynamic_sp": 1, "job": "data-centric"})

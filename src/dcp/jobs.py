@@ -41,7 +41,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     """
     values, given = {} if path is None else read_values(Path(path)), dict(overrides or {})
     job = {"job": DEFAULT, **values, **given}["job"]
-    if job not in JOBS:
+    if not isinstance(job, str) or job not in JOBS:
         raise ValueError(f"job must be one of {', '.join(JOBS)}, got {job!r}")
     for name in values:
         _refuse_foreign(name, job, f"{path}: config key {name}")
@@ -135,18 +135,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"dcp train: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """Run ``dcp train`` with these arguments; for scripts and tests."""
-    words = sys.argv[1:] if words is None else words
-    parser = argparse.ArgumentParser(prog="dcp train")
-    add_arguments(parser, words)
-    try:
-        return run(parser.parse_args(words))
-    except (ValueError, OSError) as error:
-        print(f"dcp train: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
 
 
 # --------------------------------------------------------------------------- ranks

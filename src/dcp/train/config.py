@@ -142,6 +142,12 @@ class Planning(Keys):
         self.require("max_seqlen", short, f"at most tokens_per_batch={self.tokens_per_batch}")
 
 
+_LOADER_KEYS = (
+    "tokens_per_batch", "over_long", "seed", "packing", "bucket_window", "look_ahead",
+    "planning_pool", "timeout_seconds",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(JobConfig, Planning, Llama, Documents):
     """A Llama on variable-length documents, its attention planned for every batch."""
@@ -159,19 +165,11 @@ class TrainConfig(JobConfig, Planning, Llama, Documents):
 
     @property
     def loader_options(self) -> dict[str, Any]:
-        """Keywords of ``DCPDataLoader`` that are keys of the same meaning."""
+        """Keywords of ``DCPDataLoader`` that are keys here."""
         ranks = [int(part) for part in self.planning_ranks.split(",") if part]
-        return {
-            "tokens_per_batch": self.tokens_per_batch,
+        return {name: getattr(self, name) for name in _LOADER_KEYS} | {
             "max_seqlen": self.max_seqlen or None,
-            "over_long": self.over_long,
-            "seed": self.seed,
-            "packing": self.packing,
-            "bucket_window": self.bucket_window,
-            "look_ahead": self.look_ahead,
             "num_workers": self.planning_workers,
             "planning_ranks": ranks or None,
-            "planning_pool": self.planning_pool,
-            "timeout_seconds": self.timeout_seconds,
             "plan_options": self.plan_options,
         }
