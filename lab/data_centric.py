@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,17 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.data.batching import TokenBudgetBatches
-from dcp.datacentric.buckets import Bucket, draw_buckets, video_buckets
-from dcp.datacentric.iteration import Group, epoch_imbalance
-from dcp.datacentric.planners import make_planner
+from dcp.datacentric.buckets import DISTRIBUTIONS, Bucket, draw_buckets, video_buckets
+from dcp.datacentric.choosers import Chooser, make_chooser
+from dcp.datacentric.config import PRESETS, DataCentric, TextConfig, VideoConfig
+from dcp.datacentric.iteration import RankGroup, epoch_imbalance
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.schedule import epoch_iterations
+from dcp.jobs import launch
 from dcp.planner import plan
-from dcp.train.command import launch
 from dcp.train.config import TrainConfig
-from dcp.train.data_centric import DISTRIBUTIONS, PRESETS, DataCentricKeys
 from dcp.train.journal import METRICS
+from lab.baselines import BASELINES, bucket_sizes, launch_baseline, make_baseline
 from lab.published import draw_lengths
 from lab.video_cost import DEPTH, KINDS, TextCost, VideoCost
 
@@ -39,11 +40,11 @@ PUBLISHED = {
     "balanced": {"intra": 1.23, "inter": 1.68, "inter+PAC": 1.78},
     "long": {"intra": 1.07, "inter": 1.27, "inter+PAC": 1.28},
 }
-WORLDS = (8, 16, 32)
+NUM_RANKS = (8, 16, 32)
 MEMORY_BYTES = 0.65 * 80 * 2**30  # what the original's configurations leave a GPU of 80 GiB
 FIXED_DEGREE, LOCAL_DEGREE = 4, 2  # of the alternatives: what the longest videos need
 TEXT_SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128)
-ORDER = ("bucket", "packed", "fixed", "intra", "inter", "inter+PAC")
+ORDER = (*BASELINES, *PRESETS)
 TEXT_BATCHES, TEXT_TOKENS = 8, 131072
 
 
@@ -66,8 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """Run one part, print it, and add it to the file. Returns the exit status."""
     parts = {
         "simulate": lambda: {
-            "video": [simulate_video(w, d, args.samples) for w in WORLDS for d in DISTRIBUTIONS],
-            "text": [simulate_text(world) for world in WORLDS],
+            "video": [simulate_video(w, d, args.samples) for w in NUM_RANKS for d in DISTRIBUTIONS],
+            "text": [simulate_text(num_ranks) for num_ranks in NUM_RANKS],
         },
         "video": lambda: measure_video(args.num_processes),
         "text": lambda: measure_text(args.num_processes),
@@ -87,29 +88,38 @@ def run(args: argparse.Namespace) -> int:
 
 def preset_keys(preset: str, *, degree: int, steps: int = 5) -> dict[str, Any]:
     """The config keys of a preset: the degree and the longest accumulation where it has a use."""
+    if preset in BASELINES:
+        return {"preset": "", "sp_size": degree}
     keys: dict[str, Any] = {"preset": preset}
-    if "dynamic_sp" not in PRESETS[preset]:
-        keys["sp_size"] = degree
     if "auto_grad_accumulation" in PRESETS[preset]:
         keys["max_grad_accumulation_steps"] = steps
     return keys
 
 
-def simulate_video(world: int, distribution: str, num_samples: int) -> dict[str, Any]:
+def chooser_for(
+    preset: str, profile: Profile, sizes: dict[str, int], *, degree: int, steps: int = 5
+) -> Chooser:
+    """A preset's chooser, or a baseline's."""
+    if preset in BASELINES:
+        return make_baseline(preset, profile, sizes, degree=degree)
+    return make_chooser(profile, DataCentric(**preset_keys(preset, degree=degree, steps=steps)))
+
+
+def simulate_video(num_ranks: int, distribution: str, num_samples: int) -> dict[str, Any]:
     """Tokens per second and imbalance of every preset over one epoch of the same samples."""
-    per_node = min(world, 8)
-    cluster = Cluster.preset("h100", num_nodes=world // per_node, devices_per_node=per_node)
+    per_node = min(num_ranks, 8)
+    cluster = Cluster.preset("h100", num_nodes=num_ranks // per_node, devices_per_node=per_node)
     cost, buckets = VideoCost(cluster), video_buckets()
     profile = cost.profile(buckets, memory_bytes=MEMORY_BYTES, max_batch=512)
     drawn = draw_buckets(buckets, num_samples, distribution)
     tokens = sum(cost.num_tokens(bucket) for bucket in drawn)
     names = [bucket.name for bucket in drawn]
     by_name = {bucket.name: bucket for bucket in buckets}
-    row: dict[str, Any] = {"world": world, "distribution": distribution, "presets": {}}
+    sizes = {bucket.name: bucket.size for bucket in buckets}
+    row: dict[str, Any] = {"world": num_ranks, "distribution": distribution, "presets": {}}
     for preset in ORDER:
-        keys = DataCentricKeys(**preset_keys(preset, degree=FIXED_DEGREE))
-        planner = make_planner(profile, buckets, keys)
-        iterations = list(epoch_iterations(planner, names, world, seed=0, epoch=0))
+        chooser = chooser_for(preset, profile, sizes, degree=FIXED_DEGREE)
+        iterations = list(epoch_iterations(chooser, names, num_ranks, seed=0, epoch=0))
         seconds = [
             np.repeat(
                 [group_seconds(cost, by_name, g, packed=preset == "packed") for g in it.groups],
@@ -123,13 +133,13 @@ def simulate_video(world: int, distribution: str, num_samples: int) -> dict[str,
             "imbalance": epoch_imbalance(seconds),
             "iterations": len(iterations),
             "samples_per_iteration": num_samples / len(iterations),
-            "idle_share": sum(it.idle_ranks for it in iterations) / (world * len(iterations)),
+            "idle_share": sum(it.idle_ranks for it in iterations) / (num_ranks * len(iterations)),
         }
     return row
 
 
 def group_seconds(
-    cost: VideoCost, buckets: dict[str, Bucket], group: Group, *, packed: bool
+    cost: VideoCost, buckets: dict[str, Bucket], group: RankGroup, *, packed: bool
 ) -> float:
     """What a group's micro-batches take; packed ones go through the model as one."""
     batches = [[(buckets[b.bucket], b.batch_size)] for b in group.micro_batches]
@@ -143,23 +153,23 @@ def group_seconds(
     )
 
 
-def simulate_text(world: int) -> dict[str, Any]:
+def simulate_text(num_ranks: int) -> dict[str, Any]:
     """Seconds of a layer per million tokens, the same documents: presets, and planned attention."""
-    per_node = min(world, 8)
-    cluster = Cluster.preset("h100", num_nodes=world // per_node, devices_per_node=per_node)
+    per_node = min(num_ranks, 8)
+    cluster = Cluster.preset("h100", num_nodes=num_ranks // per_node, devices_per_node=per_node)
     rng = np.random.default_rng(0)
     batches = [draw_lengths("ldc", 1, rng) for _ in range(TEXT_BATCHES)]
     lengths = np.array([length for batch in batches for length in batch])
     # every length is a bucket of its own: what batching by rounded lengths loses is left out
     exact = [Bucket(f"{n} tokens", (n,)) for n in sorted(set(lengths.tolist()))]
+    sizes = {bucket.name: bucket.size for bucket in exact}
+    names = [f"{n} tokens" for n in lengths.tolist()]
     cost = TextCost(cluster, TEXT_SPEC)
     profile = cost.profile(exact, max_batch=64)
-    row: dict[str, Any] = {"world": world, "documents": len(lengths), "presets": {}}
+    row: dict[str, Any] = {"world": num_ranks, "documents": len(lengths), "presets": {}}
     for preset in ("bucket", "intra", "inter"):
-        keys = DataCentricKeys(**preset_keys(preset, degree=FIXED_DEGREE))
-        planner = make_planner(profile, exact, keys)
-        names = [f"{n} tokens" for n in lengths.tolist()]
-        iterations = list(epoch_iterations(planner, names, world, seed=0, epoch=0))
+        chooser = chooser_for(preset, profile, sizes, degree=FIXED_DEGREE)
+        iterations = list(epoch_iterations(chooser, names, num_ranks, seed=0, epoch=0))
         seconds = [iteration.rank_seconds() for iteration in iterations]
         total = sum(float(each.max()) for each in seconds)
         row["presets"][preset] = {
@@ -187,8 +197,7 @@ def simulate_text(world: int) -> dict[str, Any]:
 
 def measure_video(num_processes: int) -> dict[str, Any]:
     """One epoch of the small video model with every preset, on local ranks."""
-    config = TrainConfig(
-        model="video",
+    config = VideoConfig(
         hidden_size=64,
         num_layers=3,
         num_heads=4,
@@ -203,8 +212,7 @@ def measure_video(num_processes: int) -> dict[str, Any]:
 
 def measure_text(num_processes: int) -> dict[str, Any]:
     """One epoch of the small Llama with every preset, and with planned attention."""
-    config = TrainConfig(
-        preset="fixed",
+    config = TextConfig(
         hidden_size=64,
         num_layers=3,
         num_heads=4,
@@ -220,7 +228,7 @@ def measure_text(num_processes: int) -> dict[str, Any]:
 
 
 def _measure(
-    config: TrainConfig, presets: tuple[str, ...], num_processes: int, *, degree: int
+    config: VideoConfig | TextConfig, presets: tuple[str, ...], num_processes: int, *, degree: int
 ) -> dict[str, Any]:
     """Train an epoch with each preset from one profile; ``auto`` is planned attention."""
     found: dict[str, Any] = {"config": config.to_json(), "presets": {}}
@@ -232,33 +240,46 @@ def _measure(
         launch(all_degrees, num_processes=num_processes)
         for preset in presets:
             output = folder / preset
-            none = preset == "auto"
-            keys = asdict(DataCentricKeys()) if none else preset_keys(preset, degree=degree)
-            job = replace(config, **keys, output=str(output))
             # enough for an epoch with any preset; what is beyond the first is left out below
-            launch(
-                replace(job, steps=_epoch_steps(job, num_processes)), num_processes=num_processes
-            )
+            steps = _epoch_steps(preset, config, num_processes, degree=degree)
+            job = replace(config, output=str(output), steps=steps)
+            if preset == "auto":
+                launch(planned(job), num_processes=num_processes)
+            elif preset in BASELINES:
+                job = replace(job, **preset_keys(preset, degree=degree))
+                launch_baseline(preset, job, num_processes=num_processes)
+            else:
+                job = replace(job, **preset_keys(preset, degree=degree))
+                launch(job, num_processes=num_processes)
             lines = (output / METRICS).read_text().splitlines()
             found["presets"][preset] = _epoch_figures([json.loads(line) for line in lines])
         found["profile_cases"] = len(Profile.load(path).found)
     return found
 
 
-def _epoch_steps(config: TrainConfig, world: int) -> int:
+def planned(config: VideoConfig | TextConfig) -> TrainConfig:
+    """The same model and documents, trained with planned attention."""
+    shared = TrainConfig.__dataclass_fields__.keys() & config.__dataclass_fields__.keys()
+    return TrainConfig(**{name: getattr(config, name) for name in shared})
+
+
+def _epoch_steps(
+    preset: str, config: VideoConfig | TextConfig, num_ranks: int, *, degree: int
+) -> int:
     """Optimiser steps of the first epoch, which every rank can tell, and so can we."""
     from torch import device
 
     from dcp.datacentric.trainer import open_workload
 
     workload = open_workload(config, device("cpu"))
-    if not config.is_data_centric:
+    if preset == "auto":
         lengths = np.array([workload.num_tokens([i]) for i in range(len(workload.bucket_of))])
-        budget = TokenBudgetBatches(lengths, config.tokens_per_batch, seed=config.seed)
+        budget = TokenBudgetBatches(lengths, planned(config).tokens_per_batch, seed=config.seed)
         return sum(1 for _ in budget.epoch(0))
-    planner = make_planner(Profile.load(config.profile_path), workload.buckets, config)
-    iterations = epoch_iterations(planner, workload.bucket_of, world, seed=config.seed, epoch=0)
-    return sum(1 for _ in iterations)
+    profile = Profile.load(config.profile_path)
+    chooser = chooser_for(preset, profile, bucket_sizes(profile), degree=degree)
+    names = workload.bucket_of
+    return sum(1 for _ in epoch_iterations(chooser, names, num_ranks, seed=config.seed, epoch=0))
 
 
 def _epoch_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:

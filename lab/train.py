@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 def train(bed: Testbed, config: TrainConfig, *, ranks_per_node: int) -> list[dict[str, Any]]:
     """One job on the testbed's ranks; the metrics of its steps."""
     output = Path(config.output)
-    bed.run("dcp.train.rank:train", config.to_json(), ranks_per_node=ranks_per_node)
+    bed.run("dcp.jobs:train", config.to_json(), ranks_per_node=ranks_per_node)
     return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
 
 

@@ -92,19 +92,19 @@ class VideoCost:
 
     def profile(self, buckets: list[Bucket], *, memory_bytes: float, max_batch: int) -> Profile:
         """The profile of these buckets, searched for as a measured one is."""
-        world = self.cluster.num_ranks
+        num_ranks = self.cluster.num_ranks
         everywhere, shared = STATE_BYTES
         profile = Profile(
-            machine={"cluster": self.cluster.name, "num_ranks": world},
+            machine={"cluster": self.cluster.name, "num_ranks": num_ranks},
             model={"kind": "STDiT3-XL/2"},
             depth=dict.fromkeys(KINDS, DEPTH),
             measured_depth=dict.fromkeys(KINDS, DEPTH),
             memory_bytes=int(memory_bytes),
-            static_bytes=int(NUM_WEIGHTS * (everywhere + shared / world)),
+            static_bytes=int(NUM_WEIGHTS * (everywhere + shared / num_ranks)),
             sync_seconds=self.sync_seconds(),
         )
         limits = {bucket.name: max_batch for bucket in buckets}
-        search(profile, buckets, candidate_degrees(world), self.measure, max_batch=limits)
+        search(profile, buckets, candidate_degrees(num_ranks), self.measure, max_batch=limits)
         return profile
 
 

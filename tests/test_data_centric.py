@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +16,25 @@ from torch import distributed as dist
 from dcp import cli
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.clips import CHANNELS, TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
-from dcp.datacentric.iteration import Group, Iteration, MicroBatch
+from dcp.datacentric.config import TextConfig, VideoConfig
+from dcp.datacentric.iteration import Iteration, MicroBatch, RankGroup
 from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.step import IterationRunner
 from dcp.datacentric.workload import keep_activations_of
+from dcp.jobs import JOBS, load_config
 from dcp.runtime.communicator import GroupCommunicator
-from dcp.train import TrainConfig
-from dcp.train.command import main
 
-SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "progress": False}
-VIDEO = SIZE | {"model": "video", "preset": "inter+PAC", "video_samples": 15}
-TEXT = SIZE | {"preset": "inter+PAC", "max_seqlen": 100}
+SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "progress": False}
+VIDEO = SIZE | {"job": "video", "preset": "inter+PAC", "video_samples": 15}
+TEXT = SIZE | {"job": "data-centric", "num_kv_heads": 2, "preset": "inter+PAC", "max_seqlen": 100}
 # sizes that nothing divides: 3 x 5 latents are 2 x 3 patches, the last ones padded
 BUCKETS = [Bucket("a", (1, 2, 2)), Bucket("b", (3, 3, 5)), Bucket("c", (5, 4, 6))]
 
 
 def workload_of(values):
-    config = TrainConfig(**values)
-    if config.model == "video":
+    config = load_config(None, values)
+    if isinstance(config, VideoConfig):
         from dcp.datacentric.video import VideoWorkload
 
         return VideoWorkload(config, buckets=BUCKETS)
@@ -61,7 +62,7 @@ def gradients(values, plan):
     model = workload.build().double().train()
     runner = IterationRunner(workload, model, dist.group.WORLD, torch.device("cpu"))
     groups = tuple(
-        Group(
+        RankGroup(
             degree,
             tuple(
                 MicroBatch(
@@ -268,6 +269,9 @@ def test_a_rank_that_fails_in_a_measurement_fails_it_for_all(gloo_pool, exchange
             assert second == found[0][1] is not None
 
 
+DATA_CENTRIC = "--job=data-centric"
+
+
 def options(values):
     switches = {True: "--{}", False: "--no-{}"}
     return [
@@ -290,7 +294,7 @@ JOB = VIDEO | {
 
 def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
-    assert cli.main(["profile-data", *command]) == 0
+    assert cli.main(["train", *command, "--profile-only"]) == 0
     profile = (tmp_path / "profile.json").read_text()
     assert not (tmp_path / "checkpoints").exists()
     gloo_pool(2).run(train, JOB | {"output": str(tmp_path)})
@@ -311,7 +315,7 @@ def train(values):
     """Losses, learning rate and final weights of a job in this process."""
     from dcp.datacentric.trainer import DataCentricTrainer
 
-    with DataCentricTrainer(TrainConfig(**values), dist.group.WORLD) as trainer:
+    with DataCentricTrainer(load_config(None, values), dist.group.WORLD) as trainer:
         losses = trainer.train()
     dist.barrier()
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
@@ -340,7 +344,7 @@ def test_stopping_and_resuming_changes_nothing(gloo_pool, tmp_path):
     ("match", "values"),
     [
         (r"bucket '\w+ x \d+' does not fit: one sample needs", {"memory_limit_mb": 1}),
-        ("sp_size=2 is more than the 1 ranks", {"preset": "bucket", "sp_size": 2}),
+        ("sp_size=2 is more than the 1 ranks", {"dynamic_sp": False, "sp_size": 2}),
         ("profile of another model: hidden_size is 32 there, 64 here", {"hidden_size": 64}),
     ],
 )
@@ -355,22 +359,27 @@ def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
 @pytest.mark.parametrize(
     ("match", "arguments"),
     [
-        ("mask must be causal in data-centric jobs, got 'full'", ["--preset=intra", "--mask=full"]),
-        ("strategy='ring' has no effect in a job of", ["--preset=intra", "--strategy=ring"]),
-        ("packing='ordered' has no effect in a job of", ["--preset=intra", "--packing=ordered"]),
-        ("planning_pool='ray' has no effect", ["--profile-only", "--planning-pool=ray"]),
-        ("tokens_per_batch=99 has no effect", ["--preset=intra", "--tokens-per-batch=99"]),
-        ("source='x' has no effect in a job of data-centric vid", ["--model=video", "--source=x"]),
-        ("profile_depth=3 has no effect in a job of planned", ["--profile-depth=3"]),
-        ("video_samples=9 has no effect in a job of", ["--preset=intra", "--video-samples=9"]),
-        ("sp_size=2 has no effect where dynamic_sp", ["--preset=intra", "--sp-size=2"]),
-        ("preset must be one of", ["--preset=outer"]),
-        ("alloc_memory_fraction must be above 0", ["--alloc-memory-fraction=0"]),
+        ("--mask belongs to --job planned, this is", [DATA_CENTRIC, "--mask=full"]),
+        ("--strategy belongs to --job planned, this is", [DATA_CENTRIC, "--strategy=ring"]),
+        ("--packing belongs to --job planned, this is", [DATA_CENTRIC, "--packing=ordered"]),
+        ("--planning-pool belongs to --job planned", [DATA_CENTRIC, "--planning-pool=ray"]),
+        ("--tokens-per-batch belongs to --job planned", [DATA_CENTRIC, "--tokens-per-batch=99"]),
+        ("--source belongs to --job planned and data-cen", ["--job=video", "--source=x"]),
+        ("--preset belongs to --job data-centric and video, this is", ["--preset=intra"]),
+        ("--profile-depth belongs to --job data-centric and vid", ["--profile-depth=3"]),
+        ("--profile-only belongs to --job data-centric and video", ["--profile-only"]),
+        ("--video-samples belongs to --job video", [DATA_CENTRIC, "--video-samples=9"]),
+        ("sp_size=2 has no effect where", [DATA_CENTRIC, "--preset=intra", "--sp-size=2"]),
+        ("preset must be one of", [DATA_CENTRIC, "--preset=outer"]),
+        ("preset must be one of", [DATA_CENTRIC, "--preset=bucket"]),
+        ("alloc_memory_fraction must be above 0", ["--job=video", "--alloc-memory-fraction=0"]),
     ],
 )
 def test_mistakes_get_one_line(capfd, match, arguments):
-    assert main(arguments) == 2
-    assert match in capfd.readouterr().err
+    assert cli.main(["train", *arguments]) == 2
+    shown = capfd.readouterr().err
+    assert match in shown
+    assert len(shown.splitlines()) == 1
 
 
 def test_latents_depend_on_the_sample_alone():
@@ -405,21 +414,45 @@ def test_a_sample_is_the_same_in_any_batch():
 
 
 def test_the_example_is_a_configuration():
-    config = TrainConfig.load(Path(__file__).parents[1] / "examples" / "data_centric.yaml")
-    assert config.is_data_centric
+    config = load_config(Path(__file__).parents[1] / "examples" / "data_centric.yaml")
+    assert isinstance(config, VideoConfig)
     assert (config.dynamic_sp, config.dynamic_recompute) == (True, True)
 
 
-def test_long_texts_and_any_heads_need_no_key_of_another_job(tmp_path):
-    assert TrainConfig(preset="inter", max_seqlen=1 << 16).tokens_per_batch < 1 << 16
-    assert TrainConfig(preset="inter", max_seqlen=0, tokens_per_batch=99).is_data_centric
-    config = TrainConfig(model="video", num_heads=3, hidden_size=48, preset="inter")
+def test_a_configuration_names_its_job(tmp_path):
+    assert TextConfig(preset="inter", max_seqlen=1 << 16).max_seqlen == 1 << 16
+    config = VideoConfig(num_heads=3, hidden_size=48, preset="inter")
     config.save(tmp_path / "config.json")
-    assert TrainConfig.load(tmp_path / "config.json") == config
+    assert load_config(tmp_path / "config.json") == config
+    assert VideoConfig.load(tmp_path / "config.json") == config
+    with pytest.raises(ValueError, match="config of job 'video', wanted is one of 'data-centric'"):
+        TextConfig.load(tmp_path / "config.json")
+    foreign = "video_source belongs to --job video, this is --job data-centric"
+    with pytest.raises(ValueError, match=foreign):
+        load_config(tmp_path / "config.json", {"job": "data-centric"})
+
+
+def test_each_job_has_the_keys_it_uses_and_help_shows_no_others(capsys):
+    keys = {name: set(config.__dataclass_fields__) for name, config in JOBS.items()}
+    assert {"strategy", "mask", "source"} <= keys["planned"]
+    assert {"preset", "source", "num_kv_heads"} <= keys["data-centric"]
+    assert {"preset", "video_source"} <= keys["video"]
+    assert not {"preset", "profile_only", "video_source"} & keys["planned"]
+    assert not {"strategy", "mask", "tokens_per_batch", "video_source"} & keys["data-centric"]
+    assert not {"strategy", "source", "num_kv_heads", "max_seqlen"} & keys["video"]
+    every = set().union(*keys.values())
+    for words in (["--help"], *(["--job", name, "--help"] for name in JOBS)):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["train", *words])
+        assert ended.value.code == 0
+        shown = set(re.findall(r"--(?!no-)([a-z-]+)", capsys.readouterr().out))
+        job = words[1] if len(words) > 1 else "planned"
+        assert {name for name in every if name.replace("_", "-") in shown} == keys[job]
 
 
 def test_switches_of_the_command_win_over_the_preset(capfd):
-    assert main(["--preset=inter", "--no-dynamic-sp", "--sp-size=2", "--num-processes=0"]) == 2
+    words = ["--preset=inter", "--no-dynamic-sp", "--sp-size=2", "--num-processes=0"]
+    assert cli.main(["train", DATA_CENTRIC, *words]) == 2
     assert "--num-processes must be 1" in capfd.readouterr().err  # and nothing before it
     with pytest.raises(ValueError, match="dynamic_sp must be of type"):
-        TrainConfig.load(None, {"dynamic_sp": 1})
+        load_config(None, {"dynamic_sp": 1, "job": "data-centric"})

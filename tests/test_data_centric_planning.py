@@ -2,56 +2,24 @@
 
 import csv
 import itertools
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dcp.datacentric.buckets import Bucket, draw_buckets, text_buckets, video_buckets
+from dcp.datacentric.choosers import make_chooser
+from dcp.datacentric.config import PRESETS, DataCentric
 from dcp.datacentric.costs import Costs
 from dcp.datacentric.draw import draw_choices, share_out
 from dcp.datacentric.inter import accumulate
 from dcp.datacentric.intra import retune
 from dcp.datacentric.iteration import epoch_imbalance, imbalance
-from dcp.datacentric.planners import make_planner
-from dcp.datacentric.profile import LayerCost, Measurement, Profile
+from dcp.datacentric.profile import Profile
 from dcp.datacentric.recompute import LayerKind, keep_activations
 from dcp.datacentric.schedule import epoch_iterations
 from dcp.datacentric.search import candidate_degrees, search
-from dcp.train.data_centric import PRESETS, DataCentricKeys
-
-BUCKETS = [Bucket("short", (8,)), Bucket("middle", (64,)), Bucket("long", (512,))]
-
-
-def measured(bucket, degree, batch_size, *, room=4096):
-    """A cost that is known: overhead, work that degrees divide, and their communication."""
-    tokens = bucket.size * batch_size
-    if tokens / degree > room:
-        return None
-    forward = (1 + tokens / degree) * 1e-3
-    layers = {
-        "spatial": LayerCost(forward, 2 * forward, 10 * tokens, 40 * tokens // degree),
-        "temporal": LayerCost(forward / 2, forward, 10 * tokens, 30 * tokens // degree),
-    }
-    seconds = 9 * forward + 2e-3 * (degree - 1)
-    return Measurement(seconds, 100 * tokens // degree, layers)
-
-
-def make_profile(buckets=BUCKETS, *, world=4, memory=400_000, depth=6, max_batch=16):
-    profile = Profile(
-        machine={"name": "none"},
-        model={"name": "fake"},
-        depth={"spatial": depth, "temporal": depth},
-        measured_depth={"spatial": 2, "temporal": 2},
-        memory_bytes=memory,
-        static_bytes=1000,
-        sync_seconds=0.01,
-    )
-    limits = {bucket.name: max_batch for bucket in buckets}
-    search(profile, buckets, candidate_degrees(world), measured, max_batch=limits)
-    return profile
-
+from tests.sample_costs import BUCKETS, checked_epoch, make_profile, measured
 
 # --------------------------------------------------------------------------- balance
 
@@ -101,10 +69,10 @@ def test_accumulation_equals_brute_force(seed):
 @pytest.mark.parametrize("seed", range(20))
 def test_retuning_equals_brute_force(seed):
     rng = np.random.default_rng(seed)
-    world = int(rng.integers(1, 5))
-    costs = Costs(make_profile(world=world, max_batch=4))
+    num_ranks = int(rng.integers(1, 5))
+    costs = Costs(make_profile(num_ranks=num_ranks, max_batch=4))
     remaining = {bucket.name: int(rng.integers(1, 6)) for bucket in BUCKETS}
-    drawn = [str(rng.choice(list(remaining))) for _ in range(int(rng.integers(1, world + 1)))]
+    drawn = [str(rng.choice(list(remaining))) for _ in range(int(rng.integers(1, num_ranks + 1)))]
     drawn = [b for i, b in enumerate(drawn) if drawn[:i].count(b) < remaining[b]]
     share = share_out(drawn, remaining)
 
@@ -123,13 +91,13 @@ def test_retuning_equals_brute_force(seed):
             for b, m in zip(drawn[:count], share, strict=False)
         ]
         for chosen in itertools.product(*options):
-            if sum(d for _, d, _ in chosen) == world:
+            if sum(d for _, d, _ in chosen) == num_ranks:
                 best[count] = max(best.get(count, 0.0), rate(chosen))
-    found = retune(drawn, remaining, world, costs)
+    found = retune(drawn, remaining, num_ranks, costs)
     if found is None:
         assert not best
         return
-    assert sum(choice.degree for choice in found) == world
+    assert sum(choice.degree for choice in found) == num_ranks
     mixed = max(n for n, value in best.items() if value >= 0.95 * max(best.values()))
     assert [choice.bucket for choice in found] == drawn[:mixed]
     chosen = [(c.bucket, c.degree, c.batch_size) for c in found]
@@ -159,55 +127,35 @@ def test_kept_activations_equal_brute_force(seed):
 # --------------------------------------------------------------------------- iterations
 
 
-@pytest.mark.parametrize("world", [1, 3, 4, 6])
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 6])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_rank_every_iteration_and_every_sample_once(preset, world):
-    profile = make_profile(world=world)
-    bucket_of = [bucket.name for bucket in draw_buckets(BUCKETS, 90, "balanced")]
-    planner = make_planner(profile, BUCKETS, DataCentricKeys(preset=preset))
-
-    def epoch(number):
-        return list(epoch_iterations(planner, bucket_of, world, seed=1, epoch=number))
-
-    iterations = epoch(0)
-    assert all(iteration.world == world for iteration in iterations)
-    samples = [sample for iteration in iterations for sample in iteration.samples]
-    assert sorted(samples) == list(range(90))
-    for iteration in iterations:
-        for group in iteration.groups:
-            for batch in group.micro_batches:
-                assert {bucket_of[sample] for sample in batch.samples} == {batch.bucket}
-                assert batch.seconds > 0
-                cost = profile.cost((batch.bucket, group.degree, 1))
-                assert cost is not None, "the bucket fits at that degree"
-    assert iterations == epoch(0), "equal arguments, equal plans"
-    assert iterations != epoch(1)
-    if preset in ("intra", "inter", "inter+PAC"):
-        assert not any(iteration.idle_ranks for iteration in iterations)
+def test_every_rank_every_iteration_and_every_sample_once(preset, num_ranks):
+    profile = make_profile(num_ranks=num_ranks)
+    chooser = make_chooser(profile, DataCentric(preset=preset))
+    iterations = checked_epoch(chooser, profile, num_ranks)
+    assert not any(iteration.idle_ranks for iteration in iterations)
 
 
-def test_the_presets_balance_better_than_a_fixed_degree():
-    bucket_of = [bucket.name for bucket in draw_buckets(BUCKETS, 400, "balanced")]
-    found = {}
-    for preset in ("fixed", "intra", "inter"):
-        planner = make_planner(make_profile(), BUCKETS, DataCentricKeys(preset=preset))
-        iterations = list(epoch_iterations(planner, bucket_of, 4, seed=0, epoch=0))
-        seconds = [iteration.rank_seconds() for iteration in iterations]
-        found[preset] = epoch_imbalance(seconds), sum(each.max() for each in seconds)
-    assert max(found["intra"], found["inter"]) < found["fixed"]
-    assert max(found["intra"][1], found["inter"][1]) < found["fixed"][1]
+@pytest.mark.parametrize(("num_ranks", "sp_size"), [(1, 1), (4, 1), (4, 2), (6, 4)])
+def test_without_switches_all_groups_have_one_degree(num_ranks, sp_size):
+    profile = make_profile(num_ranks=num_ranks)
+    chooser = make_chooser(profile, DataCentric(sp_size=sp_size))
+    for iteration in checked_epoch(chooser, profile, num_ranks):
+        busy = [group for group in iteration.groups if group.micro_batches]
+        assert {group.degree for group in busy} == {sp_size}
+        assert all(len(group.micro_batches) == 1 for group in busy)
 
 
 def test_ranks_that_no_degree_fills_idle_and_say_so():
-    profile = make_profile(world=2, memory=80_000)  # "long" needs two ranks, and has no more
+    profile = make_profile(num_ranks=2, memory=80_000)  # "long" needs two ranks, and has no more
     bucket_of = ["long"] * 5
     for preset in ("intra", "inter"):
-        planner = make_planner(profile, BUCKETS, DataCentricKeys(preset=preset))
-        iterations = list(epoch_iterations(planner, bucket_of, 3, seed=0, epoch=0))
+        chooser = make_chooser(profile, DataCentric(preset=preset))
+        iterations = list(epoch_iterations(chooser, bucket_of, 3, seed=0, epoch=0))
         assert sum(iteration.num_samples for iteration in iterations) == 5
         assert {iteration.idle_ranks for iteration in iterations} == {1}
         with pytest.raises(ValueError, match="no bucket of long runs on 1 ranks"):
-            next(epoch_iterations(planner, bucket_of, 1, seed=0, epoch=0))
+            next(epoch_iterations(chooser, bucket_of, 1, seed=0, epoch=0))
 
 
 def test_draws_follow_the_remaining_work():
@@ -222,40 +170,36 @@ def test_draws_follow_the_remaining_work():
 
 
 def test_presets_are_the_switches_they_stand_for():
-    assert DataCentricKeys(preset="inter+PAC").dynamic_recompute
-    assert not DataCentricKeys(preset="inter").dynamic_recompute
-    assert DataCentricKeys(preset="inter", dynamic_recompute=True).dynamic_recompute
-    assert not DataCentricKeys().is_data_centric
+    assert DataCentric(preset="inter+PAC").dynamic_recompute
+    assert not DataCentric(preset="inter").dynamic_recompute
+    assert DataCentric(preset="inter", dynamic_recompute=True).dynamic_recompute
+    assert not DataCentric().dynamic_sp
 
 
 def test_explicit_switches_win_over_the_preset():
-    keys = DataCentricKeys(preset="inter+PAC", dynamic_sp=False, dynamic_recompute=False, sp_size=2)
+    keys = DataCentric(preset="inter+PAC", dynamic_sp=False, dynamic_recompute=False, sp_size=2)
     switches = (keys.dynamic_sp, keys.auto_grad_accumulation, keys.dynamic_recompute)
     assert switches == (False, True, False)
-    planned = make_planner(make_profile(), BUCKETS, keys)(
+    chosen = make_chooser(make_profile(), keys)(
         {"short": 40, "middle": 8}, 8, np.random.default_rng(0)
     )
-    assert {group.degree for group in planned.groups if group.micro_batches} == {2}
-    assert max(len(group.micro_batches) for group in planned.groups) > 1
-    left_open = replace(DataCentricKeys(preset="fixed"), preset="inter")
-    assert left_open == DataCentricKeys(preset="inter")
+    assert {group.degree for group in chosen.groups if group.micro_batches} == {2}
+    assert max(len(group.micro_batches) for group in chosen.groups) > 1
+    left_open = replace(DataCentric(), preset="inter")
+    assert left_open == DataCentric(preset="inter")
 
 
 def test_keys_without_effect_are_refused():
     with pytest.raises(ValueError, match="preset must be one of"):
-        DataCentricKeys(preset="outer")
-    with pytest.raises(
-        ValueError, match=r"sp_size=2 has no effect in a job of planned .* a preset"
-    ):
-        DataCentricKeys(sp_size=2)
+        DataCentric(preset="outer")
     with pytest.raises(ValueError, match="sp_size=2 has no effect where dynamic_sp chooses"):
-        DataCentricKeys(preset="inter", sp_size=2)
+        DataCentric(preset="inter", sp_size=2)
     with pytest.raises(ValueError, match="max_micro_batches=8 has no effect without auto_grad_ac"):
-        DataCentricKeys(preset="intra", max_micro_batches=8)
-    with pytest.raises(ValueError, match="auto_grad_accumulation cannot go with preset 'bucket'"):
-        DataCentricKeys(preset="bucket", auto_grad_accumulation=True)
+        DataCentric(preset="intra", max_micro_batches=8)
     with pytest.raises(ValueError, match="max_micro_batches must be 1 or more, got 0"):
-        DataCentricKeys(max_micro_batches=0)
+        DataCentric(max_micro_batches=0)
+    with pytest.raises(ValueError, match="alloc_memory_fraction must be above 0 and at most 1"):
+        DataCentric(alloc_memory_fraction=1.5)
 
 
 def test_buckets():
@@ -361,4 +305,3 @@ def test_a_corrupt_or_foreign_profile_is_refused(tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(ValueError, match=message):
         Profile.load(path, machine={"name": "none"}, model={"name": "fake"})
-    assert json.dumps(str(path))

@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+from dcp import cli
 from dcp.train import TrainConfig
-from dcp.train.command import main
 
 TINY = {
     "hidden_size": 32,
@@ -112,11 +112,7 @@ def test_a_checkpoint_is_a_transformers_model(gloo_pool, tmp_path, texts):
 # --------------------------------------------------------------------------- the command
 
 
-COMMAND = [
-    sys.executable,
-    "-c",
-    "import sys; from dcp.train.command import main; sys.exit(main(sys.argv[1:]))",
-]
+COMMAND = [sys.executable, "-m", "dcp.cli", "train"]
 
 
 def options(values):
@@ -155,12 +151,12 @@ def one_line(capfd):
 )  # fmt: skip
 def test_mistakes_in_the_configuration_get_one_line(tmp_path, capfd, match, content, arguments):
     (tmp_path / "job.yaml").write_text(content)
-    assert main([str(tmp_path / "job.yaml"), *arguments]) == 2
+    assert cli.main(["train", str(tmp_path / "job.yaml"), *arguments]) == 2
     assert match in one_line(capfd)
 
 
 def test_a_missing_config_file_gets_one_line(capfd):
-    assert main(["/no/such/job.yaml"]) == 2
+    assert cli.main(["train", "/no/such/job.yaml"]) == 2
     assert "/no/such/job.yaml" in one_line(capfd)
 
 
@@ -176,14 +172,14 @@ def test_files_and_options_make_one_config(tmp_path):
 
 def test_the_command_trains_and_reports(tmp_path, texts, capfd):
     arguments = tiny_options(texts, tmp_path / "run")
-    assert main(["--num-processes=2", *arguments]) == 0
+    assert cli.main(["train", "--num-processes=2", *arguments]) == 0
     shown = capfd.readouterr().err
     assert all(word in shown for word in ("loss", "tokens/s", "balance", "MB moved"))
     (first, second) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert (first["step"], second["step"]) == (0, 1)
     assert first["compute_balance"] >= 1
     assert first["num_tokens"] <= 600
-    assert main(["--num-processes=1", *arguments, "--resume=latest", "--steps=3"]) == 0
+    assert cli.main(["train", "--num-processes=1", *arguments, "--resume=latest", "--steps=3"]) == 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -197,7 +193,7 @@ def test_the_command_trains_and_reports(tmp_path, texts, capfd):
 )
 def test_a_rank_that_refuses_ends_the_job_with_one_line(tmp_path, texts, capfd, match, values):
     arguments = tiny_options(texts, tmp_path, **values)
-    assert main(["--num-processes=2", *arguments]) == 1
+    assert cli.main(["train", "--num-processes=2", *arguments]) == 1
     line = one_line(capfd)
     assert line.startswith("dcp train: rank ")
     assert match in line

@@ -12,13 +12,11 @@ from matplotlib.patches import Rectangle
 from dcp.cluster import Cluster
 from dcp.datacentric.buckets import RESOLUTIONS, draw_buckets, video_buckets
 from dcp.datacentric.iteration import Iteration, imbalance
-from dcp.datacentric.planners import make_planner
 from dcp.datacentric.schedule import epoch_iterations
-from dcp.train.data_centric import DataCentricKeys
-from lab.data_centric import MEMORY_BYTES, preset_keys
+from lab.data_centric import MEMORY_BYTES, chooser_for
 from lab.video_cost import VideoCost
 
-WORLD, SAMPLES, LOOK = 8, 3000, 20  # of the first LOOK iterations, one of most groups is shown
+NUM_RANKS, SAMPLES, LOOK = 8, 3000, 20  # of the first LOOK iterations, one of most groups is shown
 COLORS = dict(
     zip(RESOLUTIONS, ("#bee3f8", "#63b3ed", "#48bb78", "#ed8936", "#c53030"), strict=True)
 )
@@ -55,21 +53,21 @@ def draw_iteration(axes: Axes, iteration: Iteration, title: str) -> None:
             at += batch.seconds
         rank += group.degree
     share = imbalance(iteration.rank_seconds())
-    axes.set(xlim=(0, longest), ylim=(WORLD, 0), ylabel="GPU", xlabel="predicted seconds")
+    axes.set(xlim=(0, longest), ylim=(NUM_RANKS, 0), ylabel="GPU", xlabel="predicted seconds")
     axes.set_title(f"{title}\n{share:.1%} of the time spent waiting", fontsize=9)
     axes.tick_params(labelsize=7)
 
 
 def draw(docs: Path) -> None:
-    cost = VideoCost(Cluster.preset("h100", devices_per_node=WORLD))
+    cost = VideoCost(Cluster.preset("h100", devices_per_node=NUM_RANKS))
     buckets = video_buckets()
     profile = cost.profile(buckets, memory_bytes=MEMORY_BYTES, max_batch=512)
+    sizes = {bucket.name: bucket.size for bucket in buckets}
     names = [bucket.name for bucket in draw_buckets(buckets, SAMPLES, "balanced")]
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     for axes, (preset, title) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        keys = DataCentricKeys(**preset_keys(preset, degree=4, steps=2))
-        planner = make_planner(profile, buckets, keys)
-        iterations = epoch_iterations(planner, names, WORLD, seed=0, epoch=0)
+        chooser = chooser_for(preset, profile, sizes, degree=4, steps=2)
+        iterations = epoch_iterations(chooser, names, NUM_RANKS, seed=0, epoch=0)
         shown = max(islice(iterations, LOOK), key=lambda iteration: len(iteration.groups))
         draw_iteration(axes, shown, title)
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in COLORS.values()]

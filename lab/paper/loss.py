@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcp.train.command import launch
+from dcp.jobs import launch
 from dcp.train.config import TrainConfig
 from dcp.train.journal import METRICS
 from lab.paper.rows import Row, write_rows

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -56,34 +56,27 @@ def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
 class _Later:
     """A command whose module is imported only when it is asked for: it may import torch and more.
 
-    ``defaults`` of its arguments; with ``ending``, SIGTERM ends what the command started, too.
+    SIGTERM ends what it started, too, as Ctrl-C does.
     """
 
     help: str
     module: str
-    defaults: dict[str, Any] = field(default_factory=dict)
-    ending: bool = False
+    has_jobs: bool = False  # its options depend on the words
 
-    def fill(self, parser: argparse.ArgumentParser) -> None:
+    def fill(self, parser: argparse.ArgumentParser, words: list[str]) -> None:
         module = import_module(self.module)
-        module.add_arguments(parser)
-        run = ending_on_sigterm(module.run) if self.ending else module.run
-        parser.set_defaults(run=run, **self.defaults)
+        module.add_arguments(parser, *([words] if self.has_jobs else []))
+        parser.set_defaults(run=ending_on_sigterm(module.run))
 
 
 _COMMANDS = {
-    "train": _Later("train a transformer on this machine or a cluster", "dcp.train"),
-    "profile-data": _Later(
-        "measure what batches of every size cost, for data-centric training",
-        "dcp.train",
-        {"profile_only": True},
-    ),
+    "train": _Later("train a transformer on this machine or a cluster", "dcp.jobs", True),
     "generate": _Later("continue prompts over several ranks", "dcp.inference.command"),
-    "doctor": _Later("check that everything a run needs works here", "dcp.doctor", ending=True),
+    "doctor": _Later("check that everything a run needs works here", "dcp.doctor"),
     "profile": _Later("measure this cluster, write a cluster file", "dcp.profile"),
 }
 _BENCHES = {
-    "kernels": _Later("attention kernels beside torch's", "dcp.bench.kernels", ending=True),
+    "kernels": _Later("attention kernels beside torch's", "dcp.bench.kernels"),
 }
 
 
@@ -116,7 +109,7 @@ def _add_later(commands: Any, known: dict[str, _Later], words: list[str]) -> Non
     for name, later in known.items():
         parser = commands.add_parser(name, help=later.help)
         if words[:1] == [name]:
-            later.fill(parser)
+            later.fill(parser, words[1:])
 
 
 # --------------------------------------------------------------------------- plan and compare

@@ -5,10 +5,15 @@ import json
 import pytest
 
 from dcp import AttentionSpec, Cluster
-from dcp.datacentric.buckets import Bucket, video_buckets
-from dcp.datacentric.iteration import Group, MicroBatch
+from dcp.datacentric.buckets import Bucket, draw_buckets, video_buckets
+from dcp.datacentric.choosers import make_chooser
+from dcp.datacentric.config import DataCentric, VideoConfig
+from dcp.datacentric.iteration import MicroBatch, RankGroup, epoch_imbalance
+from dcp.datacentric.schedule import epoch_iterations
 from lab import data_centric as bench
+from lab.baselines import BASELINES, launch_baseline, make_baseline
 from lab.video_cost import KINDS, TextCost, VideoCost
+from tests import sample_costs
 
 COST = VideoCost(Cluster.preset("h100", devices_per_node=8))
 BUCKETS = {bucket.name: bucket for bucket in video_buckets()}
@@ -37,7 +42,7 @@ def test_the_longest_videos_need_several_ranks():
 def test_packing_saves_launches():
     batches = [MicroBatch("144p x 1", 1, 0.0, (("spatial", 0), ("temporal", 0)))] * 4
     apart, together = (
-        bench.group_seconds(COST, BUCKETS, Group(1, tuple(batches)), packed=packed)
+        bench.group_seconds(COST, BUCKETS, RankGroup(1, tuple(batches)), packed=packed)
         for packed in (False, True)
     )
     assert together < apart / 2
@@ -73,3 +78,55 @@ def test_the_first_step_is_left_out_of_measured_figures():
     figures = bench._epoch_figures(rows)
     assert figures["tokens_per_second"] == 100
     assert figures["measured_imbalance"] == pytest.approx(0.25)
+
+
+# --------------------------------------------------------------------------- baselines
+
+SIZES = {bucket.name: bucket.size for bucket in sample_costs.BUCKETS}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 6])
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_gives_every_rank_a_group_and_every_sample_a_turn(name, num_ranks):
+    profile = sample_costs.make_profile(num_ranks=num_ranks)
+    chooser = make_baseline(name, profile, SIZES, degree=1)
+    iterations = sample_costs.checked_epoch(chooser, profile, num_ranks)
+    busy = [g for iteration in iterations for g in iteration.groups if g.micro_batches]
+    assert {group.degree for group in busy} == {1}
+
+
+def test_the_presets_balance_better_than_a_fixed_degree():
+    buckets, profile = sample_costs.BUCKETS, sample_costs.make_profile()
+    bucket_of = [bucket.name for bucket in draw_buckets(buckets, 400, "balanced")]
+    choosers = {
+        "fixed": make_baseline("fixed", profile, SIZES, degree=1),
+        "intra": make_chooser(profile, DataCentric(preset="intra")),
+        "inter": make_chooser(profile, DataCentric(preset="inter")),
+    }
+    found = {}
+    for name, chooser in choosers.items():
+        iterations = list(epoch_iterations(chooser, bucket_of, 4, seed=0, epoch=0))
+        seconds = [iteration.rank_seconds() for iteration in iterations]
+        found[name] = epoch_imbalance(seconds), sum(each.max() for each in seconds)
+    assert max(found["intra"][0], found["inter"][0]) < found["fixed"][0]
+    assert max(found["intra"][1], found["inter"][1]) < found["fixed"][1]
+
+
+def test_a_baseline_trains_on_real_ranks(tmp_path):
+    config = VideoConfig(
+        hidden_size=32,
+        num_layers=1,
+        num_heads=4,
+        video_samples=4,
+        max_batch_size=1,
+        sp_size=2,
+        steps=1,
+        calculate_imbalance=True,
+        progress=False,
+        output=str(tmp_path),
+    )
+    launch_baseline("packed", config, num_processes=2)
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [group["degree"] for group in row["groups"]] == [2]
+    assert len(row["groups"][0]["micro_batches"]) > 0
+    assert len(row["measured_rank_seconds"]) == 2

@@ -36,6 +36,7 @@ RESOLUTIONS = {  # pixels, height and width
     "720p": (720, 1280),
 }
 FRAMES = (1, 51, 102, 204, 408)
+DISTRIBUTIONS = ("short", "balanced", "long")  # of lengths, for draw_buckets
 
 
 def video_buckets(*, pixels: int = 8, frames: int = 17) -> list[Bucket]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+SOURCES = ("synthetic", "rendered")
 CHANNELS, WORDS, TEXT_SIZE = 4, 4, 16
 RENDERED_PIXELS, RENDERED_FRAMES = 4, 3  # of a rendered clip, each way, that one latent pools
 

@@ -1,4 +1,4 @@
-"""What planners ask of a profile: seconds of any batch size, and each bucket's best choice."""
+"""What a chooser asks of a profile: seconds of any batch size, and each bucket's best choice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dcp.datacentric.iteration import MicroBatch, RankGroup
 from dcp.datacentric.profile import Profile
 
 
@@ -115,6 +116,22 @@ class Costs:
         if max_degree is None or whole.degree <= max_degree:
             return whole
         return max(self.choices(bucket, max_degree=max_degree), key=_merit, default=None)
+
+    def group(self, choice: Choice, num_samples: int) -> RankGroup:
+        """Full micro-batches, and a smaller last one; each with the time of its own size."""
+        bucket, degree = choice.bucket, choice.degree
+        whole, rest = divmod(num_samples, choice.batch_size)
+        sizes = [choice.batch_size] * whole + [rest] * (rest > 0)
+        batches = [
+            MicroBatch(
+                bucket,
+                size,
+                self.seconds(bucket, degree, size),
+                tuple(self.keep(bucket, degree, size).items()),
+            )
+            for size in sizes
+        ]
+        return RankGroup(degree, tuple(batches))
 
     def sample_rank_seconds(self, bucket: str) -> float:
         """Ranks' time of a sample at the bucket's best choice: what a sample is worth."""

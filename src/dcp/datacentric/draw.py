@@ -10,7 +10,7 @@ from dcp.datacentric.costs import Choice, Costs
 
 
 def draw_choices(
-    costs: Costs, remaining: Mapping[str, int], world: int, rng: np.random.Generator
+    costs: Costs, remaining: Mapping[str, int], num_ranks: int, rng: np.random.Generator
 ) -> tuple[list[Choice], int]:
     """Choices that fill the ranks, and how many ranks nothing fits on.
 
@@ -19,7 +19,7 @@ def draw_choices(
     """
     left = {bucket: count for bucket, count in sorted(remaining.items()) if count > 0}
     drawn: list[Choice] = []
-    free = world
+    free = num_ranks
     while free:
         fitting = {b: c for b in left if (c := costs.best(b, max_degree=free)) is not None}
         if not fitting:
@@ -34,7 +34,7 @@ def draw_choices(
     return drawn, free
 
 
-def shares(count: int, parts: int) -> list[int]:
+def split_evenly(count: int, parts: int) -> list[int]:
     """``count`` in ``parts`` nearly equal pieces, the larger ones first."""
     whole, more = divmod(count, parts)
     return [whole + (part < more) for part in range(parts)]
@@ -42,5 +42,5 @@ def shares(count: int, parts: int) -> list[int]:
 
 def share_out(choices: list[str], remaining: Mapping[str, int]) -> list[int]:
     """Samples that each of the groups may use, given their buckets: equal parts of what is left."""
-    parts = {b: shares(remaining[b], choices.count(b)) for b in sorted(set(choices))}
+    parts = {b: split_evenly(remaining[b], choices.count(b)) for b in sorted(set(choices))}
     return [parts[bucket].pop(0) for bucket in choices]

@@ -10,11 +10,11 @@ from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.draw import share_out
 
 MOST_LENGTHS = 2048  # of an iteration that are tried; beyond that, evenly spread ones
-MIX = 0.95  # share of the best rate at which the plan with more groups is preferred
+MIX = 0.95  # share of the best rate at which the choice with more groups is preferred
 
 
 def retune(
-    drawn: Sequence[str], remaining: Mapping[str, int], world: int, costs: Costs
+    drawn: Sequence[str], remaining: Mapping[str, int], num_ranks: int, costs: Costs
 ) -> list[Choice] | None:
     """Choices for the first groups drawn, that exactly fill the ranks and do most per second.
 
@@ -32,21 +32,21 @@ def retune(
         return None
     share = share_out(list(drawn), remaining)
     lengths = _lengths(drawn, share, costs)
-    value = np.full((len(lengths), world + 1), -np.inf)  # of the groups so far, by ranks used
+    value = np.full((len(lengths), num_ranks + 1), -np.inf)  # of the groups so far, by ranks used
     value[:, 0] = 0.0
     found: list[tuple[float, int]] = []  # best rate with so many groups, and its length
     taken: list[tuple[np.ndarray, dict[int, np.ndarray]]] = []
     for bucket, most in zip(drawn, share, strict=True):
         value, degree, counts = _add(value, bucket, most, lengths, costs)
         taken.append((degree, counts))
-        rate = value[:, world] / (lengths + costs.sync_seconds)
+        rate = value[:, num_ranks] / (lengths + costs.sync_seconds)
         found.append((float(rate.max()), int(rate.argmax())))
     best = max((rate for rate, _ in found), default=0.0)
     if best <= 0:
         return None
     num_groups = max(n for n, (rate, _) in enumerate(found, start=1) if rate >= MIX * best)
     at = found[num_groups - 1][1]
-    chosen, used = [], world
+    chosen, used = [], num_ranks
     for bucket, (degree, counts) in zip(
         drawn[:num_groups][::-1], taken[:num_groups][::-1], strict=True
     ):

@@ -12,7 +12,7 @@ import numpy as np
 class MicroBatch:
     """Samples of one bucket that go through the model together.
 
-    ``keep``: (kind, layers that keep their activations). ``samples`` are filled in last: a planner
+    ``keep``: (kind, layers that keep their activations). ``samples`` are filled in last: a chooser
     counts, a schedule names.
     """
 
@@ -24,7 +24,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """``degree`` ranks that share every sample of their micro-batches; without any they idle."""
 
     degree: int
@@ -40,10 +40,17 @@ class Group:
 class Iteration:
     """One optimiser step. Groups lie on consecutive ranks, in their order."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[RankGroup, ...]
+
+    @classmethod
+    def of(cls, groups: Sequence[RankGroup], *, idle: int = 0) -> Iteration:
+        """Groups by descending degree, so that those of powers of two keep inside nodes; then
+        ``idle`` ranks, as a group without samples."""
+        ordered = sorted(groups, key=lambda group: -group.degree)
+        return cls((*ordered, *([RankGroup(idle, ())] if idle else [])))
 
     @property
-    def world(self) -> int:
+    def num_ranks(self) -> int:
         return sum(group.degree for group in self.groups)
 
     @property
@@ -59,17 +66,17 @@ class Iteration:
     def samples(self) -> list[int]:
         return [s for g in self.groups for b in g.micro_batches for s in b.samples]
 
-    def group_of(self, rank: int) -> tuple[int, Group]:
+    def group_of(self, rank: int) -> tuple[int, RankGroup]:
         """The first rank of a rank's group, and the group."""
         first = 0
         for group in self.groups:
             if rank < first + group.degree:
                 return first, group
             first += group.degree
-        raise ValueError(f"rank {rank} is not one of the {self.world} of this iteration")
+        raise ValueError(f"rank {rank} is not one of the {self.num_ranks} of this iteration")
 
     def rank_seconds(self) -> np.ndarray:
-        """Predicted seconds of every rank, ``[world]``."""
+        """Predicted seconds of every rank, ``[ranks]``."""
         return np.repeat([g.seconds for g in self.groups], [g.degree for g in self.groups])
 
 

@@ -110,7 +110,7 @@ class Meter:
         autocast: bool = False,
     ) -> None:
         self.workload, self.group, self.device, self.autocast = workload, group, device, autocast
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self.model = workload.build(depth).train()
         self.layers = workload.layers(self.model)
         self._communicator = GroupCommunicator(group)
@@ -118,12 +118,12 @@ class Meter:
     def measure(self, bucket: Bucket, degree: int, batch_size: int) -> Measurement | None:
         """The slowest rank's figures; None where memory ran out on one.
 
-        As many groups as the world holds run side by side; ranks left over wait.
+        As many groups as there are ranks for run side by side; ranks left over wait.
         """
         first = self.rank // degree * degree
         numbers = [0.0] * (2 + len(_FIELDS) * len(self.layers))
         error: Exception | None = None
-        if first + degree <= self.world:
+        if first + degree <= self.num_ranks:
             ranks = (first, degree, self.rank, self._communicator)
             try:
                 self._rehearse(bucket, batch_size, CheckedGroup(*ranks))

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dcp.datacentric.config import DataCentricConfig
 from dcp.datacentric.measure import Meter, memory_cap
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.search import candidate_degrees, search
 from dcp.datacentric.workload import Workload
-from dcp.train.config import TrainConfig
+from dcp.launch.environment import local_world_size
 
 FILE = "profile.json"
 STATES = 4  # of a weight: itself, its gradient, and two moments
 
 
 def job_profile(
-    config: TrainConfig,
+    config: DataCentricConfig,
     workload: Workload,
     model: nn.Module,
     group: dist.ProcessGroup,
@@ -38,26 +40,66 @@ def job_profile(
 
     Raises ``ValueError`` for a damaged or foreign file, and for a bucket that does not fit.
     """
-    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    num_ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
+    if config.sp_size > num_ranks and not config.dynamic_sp:
+        raise ValueError(f"config key sp_size={config.sp_size} is more than the {num_ranks} ranks")
     path = Path(config.profile_path or Path(config.output) / FILE)
-    degrees = candidate_degrees(world) if config.dynamic_sp else [config.sp_size]
-    if config.sp_size > world and not config.dynamic_sp:
-        raise ValueError(f"config key sp_size={config.sp_size} is more than the {world} ranks")
-    limit = memory_bytes(config, device)
+    profile = _empty_profile(config, workload, model, num_ranks, device)
+    if first and path.exists():
+        profile = _read_profile(config, path, expected=profile)
+    profile = _spread(profile, group, device)
+    known = len(profile.found)
+
+    def save() -> None:
+        if first:
+            profile.save(path)
+            _show(config, f"{len(profile.found)} cases", end="")
+
+    _measure_missing(config, profile, workload, model, group, device, save)
+    if first and len(profile.found) > known:
+        _show(config, f"{len(profile.found)} cases in {path}")
+    return profile
+
+
+def _empty_profile(
+    config: DataCentricConfig,
+    workload: Workload,
+    model: nn.Module,
+    num_ranks: int,
+    device: torch.device,
+) -> Profile:
+    """The job's profile before anything is measured."""
     depth = {kind: min(config.profile_depth, count) for kind, count in workload.depth.items()}
-    profile = Profile(
-        machine=_machine(config, world, device),
+    return Profile(
+        machine=_machine(config, num_ranks, device),
         model={**workload.identity, "max_batch_size": config.max_batch_size},
         depth=dict(workload.depth),
         measured_depth=depth,
-        memory_bytes=limit,
+        memory_bytes=memory_bytes(config, device),
         static_bytes=STATES * sum(p.numel() * p.element_size() for p in model.parameters()),
     )
-    if rank == 0 and path.exists():
-        profile = Profile.load(path, machine=profile.machine, model=profile.model)
-        if config.memory_limit_mb:
-            profile.memory_bytes = limit
-    profile = _spread(profile, group, device)
+
+
+def _read_profile(config: DataCentricConfig, path: Path, *, expected: Profile) -> Profile:
+    """The file's profile, of this machine and model; a configured memory limit wins over its."""
+    profile = Profile.load(path, machine=expected.machine, model=expected.model)
+    if config.memory_limit_mb:
+        profile.memory_bytes = expected.memory_bytes
+    return profile
+
+
+def _measure_missing(
+    config: DataCentricConfig,
+    profile: Profile,
+    workload: Workload,
+    model: nn.Module,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    save: Callable[[], None],
+) -> None:
+    """Measure what the profile lacks of the buckets that occur; ``save`` after every case."""
+    num_ranks = dist.get_world_size(group)
+    degrees = candidate_degrees(num_ranks) if config.dynamic_sp else [config.sp_size]
     meter = Meter(
         workload,
         group,
@@ -65,14 +107,6 @@ def job_profile(
         depth=max(profile.measured_depth.values()),
         autocast=config.dtype == "bfloat16",
     )
-
-    def save() -> None:
-        if rank == 0:
-            profile.save(path)
-            if config.progress:
-                print(f"\rprofile: {len(profile.found)} cases", end="", file=sys.stderr, flush=True)
-
-    before = len(profile.found)
     if not profile.sync_seconds:
         profile.sync_seconds = meter.measure_sync(model)
     present = set(workload.bucket_of)
@@ -85,12 +119,14 @@ def job_profile(
             max_batch=dict.fromkeys(present, config.max_batch_size),
             save=save,
         )
-    if rank == 0 and config.progress and len(profile.found) > before:
-        print(f"\rprofile: {len(profile.found)} cases in {path}", file=sys.stderr)
-    return profile
 
 
-def memory_bytes(config: TrainConfig, device: torch.device) -> int:
+def _show(config: DataCentricConfig, text: str, *, end: str = "\n") -> None:
+    if config.progress:
+        print(f"\rprofile: {text}", end=end, file=sys.stderr, flush=True)
+
+
+def memory_bytes(config: DataCentricConfig, device: torch.device) -> int:
     """What a rank may use: as configured, or a share of its GPU or of the free memory here."""
     if config.memory_limit_mb:
         return config.memory_limit_mb << 20
@@ -98,16 +134,16 @@ def memory_bytes(config: TrainConfig, device: torch.device) -> int:
         whole = torch.cuda.get_device_properties(device).total_memory
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        whole = free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        whole = free // local_world_size(1)
     return int(config.alloc_memory_fraction * whole)
 
 
-def _machine(config: TrainConfig, world: int, device: torch.device) -> dict[str, Any]:
+def _machine(config: DataCentricConfig, num_ranks: int, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": f"{device.type} {name or platform.machine()}",
-        "num_ranks": world,
-        "ranks_per_node": int(os.environ.get("LOCAL_WORLD_SIZE", world)),
+        "num_ranks": num_ranks,
+        "ranks_per_node": local_world_size(num_ranks),
         "threads": config.threads,
     }
 

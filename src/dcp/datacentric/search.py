@@ -10,10 +10,12 @@ from dcp.datacentric.profile import Key, Measurement, Profile
 Measure = Callable[[Bucket, int, int], Measurement | None]
 
 
-def candidate_degrees(world: int) -> list[int]:
-    """Degrees that are tried on ``world`` ranks: powers of two, three times those, and all."""
-    powers = {2**power for power in range(world.bit_length())}
-    return sorted(d for d in powers | {3 * power for power in powers} | {world} if d <= world)
+def candidate_degrees(num_ranks: int) -> list[int]:
+    """Degrees that are tried on ``num_ranks`` ranks: powers of two, three times those, and all."""
+    powers = {2**power for power in range(num_ranks.bit_length())}
+    return sorted(
+        d for d in powers | {3 * power for power in powers} | {num_ranks} if d <= num_ranks
+    )
 
 
 def search(

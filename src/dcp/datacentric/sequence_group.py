@@ -1,8 +1,8 @@
 """Ranks that share samples for one iteration: all-to-all exchanges without a communicator of their
 own.
 
-Messages go point to point over the world's process group, so that a group of any ranks exists the
-moment it is named, and costs nothing to switch to.
+Messages go point to point over the process group of all ranks, so that a group of any ranks exists
+the moment it is named, and costs nothing to switch to.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dcp.datacentric.draw import shares
+from dcp.datacentric.draw import split_evenly
 from dcp.runtime.communicator import Communicator
 
 
@@ -20,7 +20,7 @@ class SequenceGroup:
     """Ranks ``first`` to ``first + size - 1``; this process is number ``index`` among them.
 
     Args:
-        communicator: carries messages between ranks of the world; not used by a group of one.
+        communicator: carries messages between all ranks; not used by a group of one.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class SequenceGroup:
 
     def part(self, total: int) -> slice:
         """This rank's rows of ``total``: nearly equal parts, some of them perhaps empty."""
-        sizes = shares(total, self.size)
+        sizes = split_evenly(total, self.size)
         start = sum(sizes[: self.index])
         return slice(start, start + sizes[self.index])
 
@@ -52,11 +52,13 @@ class SequenceGroup:
 
     def exchange(self, x: Tensor, gather: int, split: int, total: int) -> Tensor:
         """:meth:`switch` of values alone."""
-        sends = [part.contiguous() for part in x.split(shares(x.shape[split], self.size), split)]
+        sends = [
+            part.contiguous() for part in x.split(split_evenly(x.shape[split], self.size), split)
+        ]
         shape = list(x.shape)
         shape[split] = sends[self.index].shape[split]
         receives = []
-        for size in shares(total, self.size):
+        for size in split_evenly(total, self.size):
             shape[gather] = size
             receives.append(x.new_empty(shape))
         receives[self.index] = sends[self.index]

@@ -41,7 +41,7 @@ class IterationRunner:
     ) -> None:
         self.workload, self.model, self.group = workload, model, group
         self.device, self.autocast = device, autocast
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
         self._layers = workload.layers(model)
         self._communicator = GroupCommunicator(group)
 
@@ -54,7 +54,7 @@ class IterationRunner:
         weight = max(self.workload.weight(iteration.samples), 1)
         started = perf_counter()
         loss = self._accumulate(iteration, epoch, weight)
-        busy = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        busy = torch.zeros(self.num_ranks, dtype=torch.float64, device=self.device)
         busy[self.rank] = now(self.device) - started
         for parameter in self.model.parameters():
             if parameter.grad is None:  # of a rank whose group had no samples

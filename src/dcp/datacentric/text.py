@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from dcp.data.datasets import IGNORED, TokenDataset, shifted_labels
-from dcp.data.sources import open_documents
-from dcp.data.tokenizers import open_tokenizer
+from dcp.data.datasets import IGNORED, shifted_labels
 from dcp.datacentric.buckets import Bucket, text_buckets
+from dcp.datacentric.config import TextConfig
 from dcp.datacentric.sequence_group import SequenceGroup
-from dcp.train.config import TrainConfig
-from dcp.train.model import build_model, summed_loss
+from dcp.train.model import build_llama, open_dataset, summed_loss
 
 NAME = "dcp_group"
 
@@ -38,19 +36,11 @@ class TextWorkload:
     The loss is a mean over all tokens that have a label.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
         AttentionInterface.register(NAME, group_attention)
         self.config, self.device = config, torch.device(device)
-        tokenizer = open_tokenizer(config.tokenizer)
-        documents = open_documents(
-            config.source,
-            text_field=config.text_field,
-            split=config.split,
-            limit=config.max_documents or None,
-        )
-        self._dataset, self._vocab_size = TokenDataset(documents, tokenizer), tokenizer.vocab_size
-        longest = config.max_seqlen or config.tokens_per_batch
-        lengths = self._dataset.lengths
+        self._dataset, self._vocab_size = open_dataset(config)
+        longest, lengths = config.max_seqlen, self._dataset.lengths
         if not len(lengths):
             raise ValueError(f"source {config.source!r} has no documents")
         if config.over_long == "raise" and lengths.max() > longest:
@@ -80,8 +70,14 @@ class TextWorkload:
 
     def build(self, depth: int | None = None) -> nn.Module:
         config = self.config if depth is None else replace(self.config, num_layers=depth)
-        model: Any = build_model(config, vocab_size=self._vocab_size, device=self.device)
-        model.set_attn_implementation(NAME)
+        model: Any = build_llama(
+            config,
+            seed=config.seed,
+            vocab_size=self._vocab_size,
+            max_positions=config.max_seqlen,
+            attention=NAME,
+            device=self.device,
+        )
         # transformers 5 renamed it on the way
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})

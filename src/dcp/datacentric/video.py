@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from dcp.datacentric.buckets import Bucket, draw_buckets, video_buckets
 from dcp.datacentric.clips import TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
+from dcp.datacentric.config import VideoConfig
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.video_model import SpaceTimeTransformer, VideoModelConfig
-from dcp.train.config import TrainConfig
 
 # Small latents for a small model: 64 x 64 pixels, 17 frames; the largest bucket has 1,440 patches.
 PIXELS, FRAMES = 64, 85
@@ -41,7 +41,7 @@ class VideoWorkload:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: VideoConfig,
         device: torch.device | str = "cpu",
         *,
         buckets: Sequence[Bucket] | None = None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from typing import Any
 
 from dcp.batch import DTYPE_BYTES
 from dcp.inference.turn import STRATEGIES
+from dcp.launch.environment import is_launched
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate; the exit status."""
     job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:  # a rank that torchrun started
+    if is_launched():  # a rank that torchrun started
         from dcp.inference.rank import generate
 
         found = generate(job)

@@ -1,9 +1,20 @@
-"""What a child process is given, so that it finds what its parent found."""
+"""What passes through the environment: from a launcher (torchrun's, or ours) to a rank, and from a
+process to its children."""
 
 from __future__ import annotations
 
 import os
 import sys
+
+
+def is_launched() -> bool:
+    """Whether this process is a rank that a launcher started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_world_size(default: int) -> int:
+    """Ranks on this machine; ``default`` where no launcher has said."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
 
 
 def child_environment(**variables: str) -> dict[str, str]:

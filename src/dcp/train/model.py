@@ -1,4 +1,4 @@
-"""The model, its optimiser and its loss."""
+"""The documents, the model, its optimiser and its loss."""
 
 from __future__ import annotations
 
@@ -9,16 +9,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcp.data.datasets import IGNORED
-from dcp.integrations.transformers import NAME, register_attention
-from dcp.train.config import TrainConfig
+from dcp.data.datasets import IGNORED, TokenDataset
+from dcp.data.sources import open_documents
+from dcp.data.tokenizers import open_tokenizer
+from dcp.train.config import Documents, JobConfig, Llama
 
 
-def build_model(config: TrainConfig, *, vocab_size: int, device: torch.device) -> torch.nn.Module:
-    """A Llama with random weights that depend on ``config.seed`` alone."""
+def open_dataset(config: Documents) -> tuple[TokenDataset, int]:
+    """The documents that the configuration names, and the size of their vocabulary."""
+    tokenizer = open_tokenizer(config.tokenizer)
+    documents = open_documents(
+        config.source,
+        text_field=config.text_field,
+        split=config.split,
+        limit=config.max_documents or None,
+    )
+    return TokenDataset(documents, tokenizer), tokenizer.vocab_size
+
+
+def build_llama(
+    config: Llama,
+    *,
+    seed: int,
+    vocab_size: int,
+    max_positions: int,
+    attention: str,
+    device: torch.device,
+) -> torch.nn.Module:
+    """A Llama with random weights that depend on ``seed`` alone.
+
+    Args:
+        attention: name of an attention that transformers knows.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    register_attention()
     mlp = config.intermediate_size or (config.hidden_size * 8 // 3 + 31) // 32 * 32
     architecture = LlamaConfig(
         vocab_size=vocab_size,
@@ -28,17 +52,18 @@ def build_model(config: TrainConfig, *, vocab_size: int, device: torch.device) -
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.spec.head_dim,
-        max_position_embeddings=max(config.tokens_per_batch, config.max_seqlen),
+        max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,
     )
-    torch.manual_seed(config.seed)
-    return AutoModelForCausalLM.from_config(architecture, attn_implementation=NAME).to(device)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention)
+    return model.to(device)
 
 
-def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, config: JobConfig) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors do not."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -49,7 +74,7 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: JobConfig, step: int) -> float:
     """Linear warm-up, then a cosine down to a tenth. ``step`` counts from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps

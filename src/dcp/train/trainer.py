@@ -1,9 +1,8 @@
-"""The training loop: one batch, planned for all ranks, per optimiser step."""
+"""The planned job: one batch of documents, its attention planned for all ranks, per step."""
 
 from __future__ import annotations
 
-import os
-import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,25 +12,18 @@ import torch
 import torch.distributed as dist
 
 from dcp.cluster import PRESETS, Cluster
-from dcp.data.datasets import TokenDataset
 from dcp.data.loader import DCPDataLoader, LocalBatch
-from dcp.data.sources import open_documents
-from dcp.data.tokenizers import open_tokenizer
-from dcp.integrations.transformers import local_logits
+from dcp.integrations.transformers import NAME, local_logits, register_attention
+from dcp.launch.environment import local_world_size
+from dcp.plan import Plan
 from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
-from dcp.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from dcp.train.config import TrainConfig
-from dcp.train.journal import Journal
-from dcp.train.model import (
-    build_model,
-    build_optimizer,
-    learning_rate,
-    sum_over_ranks,
-    summed_loss,
-)
+from dcp.train.loop import TrainingLoop
+from dcp.train.model import build_llama, open_dataset, sum_over_ranks, summed_loss
 
+PLAN_PAGE = "plan.html"
 _PLAN_FIGURES = (
     "strategy",
     "block_size",
@@ -42,34 +34,38 @@ _PLAN_FIGURES = (
 )
 
 
-class Trainer:
-    """One rank's side of a job. Weights are the same on all ranks; tokens are shared out.
+class Trainer(TrainingLoop[TrainConfig, tuple[LocalBatch, RankPlan]]):
+    """One rank's side of a planned job. Tokens are shared out as each batch's plan says.
 
     Args:
-        config: the job.
-        group: the ranks, one process each.
-        device: where this rank computes.
+        config, group, device: as :class:`TrainingLoop`.
+        draw_plan: writes the picture of a plan to a file; it is given the first one.
     """
 
     def __init__(
-        self, config: TrainConfig, group: dist.ProcessGroup, device: torch.device | str = "cpu"
+        self,
+        config: TrainConfig,
+        group: dist.ProcessGroup,
+        device: torch.device | str = "cpu",
+        *,
+        draw_plan: Callable[[Plan, Path], object] | None = None,
     ) -> None:
-        self.config, self.group, self.device = config, group, torch.device(device)
-        self.rank, self.num_ranks = dist.get_rank(group), dist.get_world_size(group)
-        tokenizer = open_tokenizer(config.tokenizer)
-        documents = open_documents(
-            config.source,
-            text_field=config.text_field,
-            split=config.split,
-            limit=config.max_documents or None,
+        device = torch.device(device)
+        dataset, vocab_size = open_dataset(config)
+        register_attention()
+        model = build_llama(
+            config,
+            seed=config.seed,
+            vocab_size=vocab_size,
+            max_positions=config.tokens_per_batch,
+            attention=NAME,
+            device=device,
         )
-        self.model = build_model(config, vocab_size=tokenizer.vocab_size, device=self.device)
-        for parameter in self.model.parameters():
-            dist.broadcast(parameter.data, src=dist.get_global_rank(group, 0), group=group)
-        self.optimizer = build_optimizer(self.model, config)
+        super().__init__(config, group, device, model)
+        self._draw_plan = draw_plan
         self.executor = AttentionExecutor(group)
         self.loader = DCPDataLoader(
-            TokenDataset(documents, tokenizer),
+            dataset,
             config.mask,
             spec=config.spec,
             cluster=make_cluster(config.cluster, self.num_ranks, self.device),
@@ -77,103 +73,41 @@ class Trainer:
             device=self.device,
             **config.loader_options,
         )
-        self.step, self._clock = 0, time.perf_counter()
-        if config.resume:
-            self._resume(find_checkpoint(config.resume, Path(config.output)))
-        self.journal = Journal(config, first_step=self.step) if self.rank == 0 else None
 
-    def __enter__(self) -> Trainer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.loader.close()
-        if self.journal:
-            self.journal.close()
 
     def train(self) -> list[float]:
-        """Train to ``config.steps``; returns the loss of each step that was run here."""
-        losses: list[float] = []
-        self.model.train()
         self._draw_next_plan()
-        self._clock = time.perf_counter()
-        while self.step < self.config.steps:
-            for batch, rank_plan in self.loader:
-                losses.append(self._train_step(batch, rank_plan))
-                every = self.config.checkpoint_every
-                if self.step == self.config.steps or (every and self.step % every == 0):
-                    self.save()
-                if self.step == self.config.steps:
-                    break
-        return losses
+        return super().train()
 
-    def save(self) -> None:
-        """Write a checkpoint, from the first rank."""
-        if self.rank == 0:
-            folder = Path(self.config.output) / "checkpoints" / f"step-{self.step:08d}"
-            state = {
-                "step": self.step,
-                "loader": self.loader.state_dict(),
-                "config": self.config.to_json(),
-            }
-            save_checkpoint(folder, self.model, self.optimizer, state)
+    def batches(self) -> Iterator[tuple[LocalBatch, RankPlan]]:
+        while True:
+            yield from self.loader
 
-    # ------------------------------------------------------------------ one step
-
-    def _train_step(self, batch: LocalBatch, rank_plan: RankPlan) -> float:
+    def gradients(self, batch: tuple[LocalBatch, RankPlan]) -> tuple[float, dict[str, Any]]:
+        local, rank_plan = batch
         self.executor.prepare(rank_plan)
-        loss = self._accumulate_gradients(batch)
-        norm = self._clip()
-        rate = learning_rate(self.config, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.step += 1
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        if self.journal:
-            self.journal.step(self._metrics(batch, rank_plan, loss, norm, rate, seconds))
-        return loss
-
-    def _accumulate_gradients(self, batch: LocalBatch) -> float:
-        """Gradients of the mean loss over all ranks' labels; returns that loss."""
         autocast = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
-            logits = local_logits(self.model, batch.tokens, batch.positions, self.executor)
-        loss = summed_loss(logits, batch.labels) / max(batch.num_loss_tokens, 1)
+            logits = local_logits(self.model, local.tokens, local.positions, self.executor)
+        loss = summed_loss(logits, local.labels) / max(local.num_loss_tokens, 1)
         self.optimizer.zero_grad()
         loss.backward()
         total = loss.detach()
         with torch.no_grad():
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             sum_over_ranks([*gradients, total], self.group)
-        return float(total)
+        return float(total), self._figures(local, rank_plan)
 
-    def _clip(self) -> float:
-        """Clip the gradient, equal on all ranks by now; returns its norm before."""
-        limit = self.config.grad_clip or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-
-    def _metrics(
-        self,
-        batch: LocalBatch,
-        rank_plan: RankPlan,
-        loss: float,
-        norm: float,
-        rate: float,
-        seconds: float,
-    ) -> dict[str, Any]:
+    def _figures(self, batch: LocalBatch, rank_plan: RankPlan) -> dict[str, Any]:
         stats, layers = rank_plan.stats, self.config.num_layers
         return {
-            "step": self.step - 1,
-            "loss": loss,
-            "gradient_norm": norm,
-            "learning_rate": rate,
             "epoch": batch.epoch,
             "batch": batch.index,
             "num_sequences": len(batch.seqlens),
             "num_tokens": batch.num_tokens,
             "num_loss_tokens": batch.num_loss_tokens,
-            "seconds": seconds,
-            "tokens_per_second": batch.num_tokens / seconds,
             "plan_wait_seconds": batch.plan_wait_seconds,
             "planned_ahead": batch.planned_ahead,
             **{name: getattr(stats, name) for name in _PLAN_FIGURES},
@@ -182,26 +116,31 @@ class Trainer:
             "intra_node_bytes": stats.intra_node_bytes * layers,
         }
 
-    # ------------------------------------------------------------------ around the loop
+    def describe(self, metrics: dict[str, Any]) -> str:
+        moved = metrics["inter_node_bytes"] + metrics["intra_node_bytes"]
+        depth, waited = metrics["planned_ahead"], metrics["plan_wait_seconds"]
+        ahead = "" if depth is None else f", {depth} planned ahead"
+        return (
+            f"loss {metrics['loss']:.3f}, {metrics['tokens_per_second']:,.0f} tokens/s, "
+            f"balance {metrics['compute_balance']:.2f}, {moved / 1e6:.1f} MB moved"
+            f"{ahead}, {waited / metrics['seconds']:.1%} waiting for plans"
+        )
 
-    def _resume(self, folder: Path) -> None:
-        state = load_checkpoint(folder, self.model, self.optimizer)
-        self.loader.load_state_dict(state["loader"])
-        self.step = state["step"]
-        if self.step >= self.config.steps:
-            raise ValueError(
-                f"{folder} is already at step {self.step} of steps={self.config.steps}"
-            )
+    def position(self) -> dict[str, Any]:
+        return {"loader": self.loader.state_dict()}
+
+    def go_to(self, position: dict[str, Any]) -> None:
+        self.loader.load_state_dict(position["loader"])
 
     def _draw_next_plan(self) -> None:
         """Draw the plan of the batch that comes next (the planner repeats itself)."""
-        if self.journal is None or not self.loader.plans:
+        if self.journal is None or self._draw_plan is None or not self.loader.plans:
             return
         state = self.loader.state_dict()
         with suppress(ValueError):  # which the loader will raise on all ranks, not just here
             batch = self.loader.sequence_batch(state["epoch"], state["position"])
             made = plan(batch, self.config.spec, self.loader.cluster, **self.config.plan_options)
-            self.journal.draw(made)
+            self._draw_plan(made, self.journal.folder / PLAN_PAGE)
 
 
 def make_cluster(name: str, num_ranks: int, device: torch.device) -> Cluster:
@@ -209,7 +148,7 @@ def make_cluster(name: str, num_ranks: int, device: torch.device) -> Cluster:
     if name == "auto":
         name = _preset_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else "laptop"
     rates = Cluster.preset(name) if name in PRESETS else Cluster.load(name)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    here = local_world_size(num_ranks)
     nodes, rest = divmod(num_ranks, here)
     if rest:  # machines of different sizes: full ones, and a last one
         sizes = (here,) * nodes + (rest,)

@@ -1,0 +1,138 @@
+"""Configurations as dataclasses: a field is a key of a file and an option of the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_type_hints
+
+
+def key(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    one_of: tuple[str, ...] = (),
+) -> Any:
+    """A field of a configuration: its default, its help, and the values that it may have."""
+    return field(
+        default=default,
+        metadata={"help": text, "least": least, "above": above, "one_of": one_of},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """Some keys, checked; parts of a job's configuration are composed by inheriting them all."""
+
+    job: ClassVar[str] = ""  # what ``--job`` calls it; a part is no job
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            self._check_range(each)
+        self.check()
+
+    def check(self) -> None:
+        """Refuse what does not go together; every part calls the next one's."""
+
+    def require(self, name: str, holds: bool, wanted: str) -> None:
+        """``ValueError`` that says what a key must be, unless that ``holds``."""
+        if not holds:
+            raise ValueError(f"config key {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def require_default(self, name: str, where: str, how: str) -> None:
+        """``ValueError`` for a key that was set and does nothing ``where``."""
+        value = getattr(self, name)
+        if value != self.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"config key {name}={value!r} has no effect {where}: leave it out, or {how}"
+            )
+
+    def _check_range(self, each: Field[Any]) -> None:
+        value, may = getattr(self, each.name), each.metadata
+        least, above, one_of = may["least"], may["above"], may["one_of"]
+        if least is not None:
+            self.require(each.name, value >= least, f"{least} or more")
+        if above is not None:
+            self.require(each.name, value > above, f"above {above}")
+        if one_of:
+            self.require(each.name, value in one_of, f"one of {', '.join(map(repr, one_of))}")
+
+    # ------------------------------------------------------------------ reading and writing
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, where: str) -> Self:
+        """A config of checked keys and types; ``where`` names the origin in errors."""
+        kinds = {name: kind for name, kind, *_ in cls.options()}
+        given = dict(values)
+        job = given.pop("job", cls.job)
+        if job != cls.job:
+            raise ValueError(f"{where}: a config of job {job!r}, wanted is one of {cls.job!r}")
+        for name in [name for name in given if name not in kinds]:
+            near = difflib.get_close_matches(str(name), kinds, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: unknown config key {name!r}{hint}")
+        what = f"{where}: config key "
+        return cls(
+            **{name: _as_kind(value, kinds[name], what + name) for name, value in given.items()}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Read a YAML or JSON file (None: the defaults); ``overrides`` win over it."""
+        values = {} if path is None else read_values(Path(path))
+        return cls.from_mapping({**values, **(overrides or {})}, where=str(path or "options"))
+
+    def to_json(self) -> dict[str, Any]:
+        """All keys and the job's name, as :meth:`from_mapping` takes them."""
+        return {"job": self.job, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write all keys as JSON, which :meth:`load` reads."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
+
+    @classmethod
+    def options(cls) -> list[tuple[str, type, Any, str]]:
+        """(key, type, default, help) of every key, in order; a default of None is left open."""
+        kinds = get_type_hints(cls)
+        return [
+            (each.name, kinds[each.name], each.default, each.metadata["help"])
+            for each in fields(cls)
+        ]
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Keys and values of a YAML or JSON file, as yet unchecked."""
+    text = path.read_text()
+    try:
+        if path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            import yaml
+
+            values = yaml.safe_load(text)
+    except ImportError:
+        raise ValueError(f"{path}: YAML needs the pyyaml package; or write JSON") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
+    return values or {}
+
+
+def _as_kind(value: Any, kind: type, what: str) -> Any:
+    """The value in the field's type: an int is a float, YAML's ``3e-3`` text is one too."""
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{what} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
