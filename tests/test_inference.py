@@ -168,7 +168,9 @@ def test_a_ring_has_one_transfer_in_flight_and_outputs_come_home_together(strate
     a_plan = plan_turn([40, 9], np.full((2, 4), 6), SPEC, cluster_of(4), strategy=strategy)
     sends = a_plan.masks["default"].sends
     ring, home = sends[sends[:, Move.BUFFER] < OUT], sends[sends[:, Move.BUFFER] == OUT]
-    assert set(map(tuple, ring[:, :2])) == {(rank, step) for rank in range(4) for step in (1, 2, 3)}
+    assert set(map(tuple, ring[:, [Move.RANK, Move.STEP]])) == {
+        (rank, step) for rank in range(4) for step in (1, 2, 3)
+    }
     assert (ring[:, Move.PEER] == (ring[:, Move.RANK] + 1) % 4).all()
     assert len(set(home[:, Move.STEP])) == (1 if strategy == "pass_q" else 0)
     tables = a_plan.masks["default"]

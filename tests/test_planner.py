@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan, planner
-from dcp.placement import StrategyError, get_strategy, strategies
+from dcp.placement import StrategyError, strategies
 from dcp.planner import Planner
 from tests.batches import REFERENCE, SPEC, make_batch
 from tests.oracle import batch_mask
@@ -72,17 +72,6 @@ def test_a_remembered_plan_is_not_the_callers_to_change():
     assert again.stats.notes.keys() == notes.keys()
     assert again.stats.notes["candidates"]
     assert again.stats.simulated
-
-
-def test_auto_does_without_a_strategy_that_cannot_run_here(monkeypatch):
-    def without_partitioner(name):
-        if name == "hypergraph":
-            raise StrategyError("no partitioner is installed")
-        return get_strategy(name)
-
-    monkeypatch.setattr(planner, "get_strategy", without_partitioner)
-    made = plan(SequenceBatch([3000, 900, 200]), SPEC, CLUSTER)
-    assert made.stats.notes["candidates"]["hypergraph"] == "no partitioner is installed"
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -8,6 +8,7 @@ from dcp import AttentionSpec, Cluster, LocalWorld, SequenceBatch, plan
 from dcp.program import Wait
 from dcp.report.trace import simulated_spans, write_trace
 from dcp.simulate import COMPUTE, TRANSFER
+from dcp.tables import Item
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
 
@@ -28,7 +29,9 @@ def test_a_trace_holds_every_division_and_transfer(tmp_path):
     end = max(event["ts"] + event["dur"] for event in drawn)
     assert end <= (timeline.forward_seconds + timeline.backward_seconds) * 1e6 * (1 + 1e-6)
     divisions = [s for s in spans if s.track == COMPUTE and "forward" in s.name]
-    assert len(divisions) == len({(item[0], item[1]) for item in made.masks["default"].items})
+    assert len(divisions) == len(
+        {(i[Item.RANK], i[Item.STEP]) for i in made.masks["default"].items}
+    )
 
 
 def test_an_executed_run_records_its_instructions():

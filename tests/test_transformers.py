@@ -30,7 +30,7 @@ def run_rank(message, seqlens):
 
 @pytest.mark.parametrize(
     ("strategy", "seqlens", "most_idle"),
-    [("zigzag", [40, 0, 1, 17, 64], 0), ("bisection", [3], 2)],
+    [("zigzag", [40, 0, 1, 17, 64], 0), ("data_parallel", [3], 2)],
 )
 def test_ranks_together_equal_one_model(gloo_pool, strategy, seqlens, most_idle):
     cluster = Cluster(devices_per_node=3)

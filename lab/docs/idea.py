@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from dcp import AttentionSpec, Cluster, Plan, SequenceBatch, plan
+from dcp.tables import Item
 
 SEQLENS = [6144, 3584, 2560, 1536]
 COLOURS = ("#3f6fd8", "#d9912b", "#2f9e6e", "#b4519f")
@@ -63,7 +64,7 @@ def matrices(made: Plan, left: int, *, coloured: bool) -> str:
     scale, out = 190 / SEQLENS[0], []
     corner = [(left, 64), (left + 215, 64), (left, 284), (left + 215, 196)]
     tables = made.masks["default"]
-    rank = tables.items[np.argsort(tables.items[:, 9]), 0]
+    rank = tables.items[np.argsort(tables.items[:, Item.TILE]), Item.RANK]
     position, length, sequence = made.block_position, made.block_length, made.block_sequence
     for (x, y), seqlen in zip(corner, SEQLENS, strict=True):
         out.append(rect(x + 9, y + 9, seqlen * scale, seqlen * scale, ".empty"))

@@ -22,6 +22,7 @@ from dcp.data.ray_pool import RayPool
 from dcp.data.worker import ATTEMPTS, answer_or_refusal
 from dcp.launch.environment import child_environment
 
+END_SECONDS = 5.0  # for the threads to see that their workers are gone
 _COMMAND = [sys.executable, "-m", "dcp.data.worker"]
 
 
@@ -124,6 +125,9 @@ class _Jobs:
                 self.waiting.put(None)
         for worker in self.workers:
             worker.process.kill()
+        for worker in self.workers:  # a thread that the interpreter ends in torch's code aborts it
+            if worker.thread is not threading.current_thread():
+                worker.thread.join(END_SECONDS)
 
 
 class _Worker:
@@ -132,7 +136,8 @@ class _Worker:
     def __init__(self, jobs: _Jobs) -> None:
         self._jobs = jobs
         self.process = _start_process()
-        threading.Thread(target=self._serve, name="dcp-planning", daemon=True).start()
+        self.thread = threading.Thread(target=self._serve, name="dcp-planning", daemon=True)
+        self.thread.start()
 
     def _serve(self) -> None:
         while (job := self._jobs.waiting.get()) is not None:

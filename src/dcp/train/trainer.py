@@ -15,8 +15,8 @@ from dcp.cluster import PRESETS, Cluster
 from dcp.data.loader import DCPDataLoader, LocalBatch
 from dcp.integrations.transformers import NAME, local_logits, register_attention
 from dcp.launch.environment import local_world_size
-from dcp.plan import Plan
 from dcp.planner import plan
+from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.train.config import TrainConfig
