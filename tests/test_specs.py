@@ -18,7 +18,7 @@ NOT_WHOLE = ("8", 2.5, 3.0, NAN, INF, None, True, np.True_, [4], (), b"8", 1j, n
 NOT_POSITIVE = ("1e9", None, NAN, INF, -INF, -1, 0, 0.0, True, [1.0], 10**400, np.nan)
 BAD_LENGTHS = [
     *("35", b"35", "", None, 35, 3.7, NAN, {}, {3: 4}, True, object()),
-    *([3.7], [3.0], [True], [np.True_], [-1], [5, -1], [2**31], [2**40], [2**63], [2**70], [10**400]),
+    *([3.7], [3.0], [True], [np.True_], [-1], [5, -1], [2**31], [2**40], [2**63], [2**70], [10**400]),  # noqa: E501
     *([[3, 4]], [[]], [[3], [4, 5]], [NAN], [INF], [None], ["3"], [b"3"], [3, "4"], [1j]),
     *([MOST_TOKENS, 1], range(-1, 3), (n / 2 for n in (1, 2)), iter("35")),
     *(np.array([3.0]), np.array([NAN]), np.array([True]), np.array([[3]]), np.array(3)),
@@ -125,7 +125,7 @@ def test_weights_of_no_mask_or_of_another_kind():
 @pytest.mark.parametrize(
     "cached",
     [
-        *(3, "1", [1, 2], [[1, 2]], [[1], [2], [3]], [[1], [2, 3]], [[1.5], [0]], [[True], [False]]),
+        *(3, "1", [1, 2], [[1, 2]], [[1], [2], [3]], [[1], [2, 3]], [[1.5], [0]], [[True], [False]]),  # noqa: E501
         *([[-1], [0]], [[5], [0]], [[3, 2], [0, 0]], [["1"], ["0"]], [[None], [0]], [[NAN], [0]]),
         *([[2**70], [0]], [[2**62, 2**62], [0, 0]], {}, [[[1]], [[0]]]),
     ],
@@ -193,11 +193,11 @@ def test_sizes_of_clusters_that_are_none(field, value):
         ({"num_nodes": 2, "devices_per_node": (4, 0)}, "devices_per_node[1] must be 1 or more"),
         ({"num_nodes": 2, "devices_per_node": (4, 2.5)}, "devices_per_node[1] must be a whole"),
         ({"num_nodes": 2, "devices_per_node": "44"}, "devices_per_node must be a whole number"),
-        ({"num_nodes": 10_000, "devices_per_node": 8}, f"80,000 ranks are too many (at most {MOST_RANKS:,})"),
+        ({"num_nodes": 10_000, "devices_per_node": 8}, f"80,000 ranks are too many (at most {MOST_RANKS:,})"),  # noqa: E501
         ({"kernel_rates": None}, "kernel_rates must be (side, rate) pairs, got None"),
         ({"kernel_rates": [128]}, "kernel_rates must be (side, rate) pairs"),
         ({"kernel_rates": "ab"}, "kernel_rates must be (side, rate) pairs"),
-        ({"kernel_rates": [(128, 1e9), (64, 1e9)]}, "kernel_rates must have ascending sides, got [128, 64]"),
+        ({"kernel_rates": [(128, 1e9), (64, 1e9)]}, "kernel_rates must have ascending sides, got [128, 64]"),  # noqa: E501
         ({"kernel_rates": [(64, 1e9), (64, 2e9)]}, "kernel_rates must have ascending sides"),
         ({"kernel_rates": [(0, 1e9)]}, "kernel_rates side[0] must be 1 or more, got 0"),
         ({"kernel_rates": [(64.5, 1e9)]}, "kernel_rates side[0] must be a whole number, got 64.5"),
