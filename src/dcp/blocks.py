@@ -100,7 +100,7 @@ def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> li
         raise ValueError(f"block_size must be 1 or more, got {block_size}")
     seqlens = np.asarray(seqlens, dtype=np.int64)
     counts = (-(-seqlens // block_size)).astype(np.int64)
-    _check_blocks(int(counts.sum()))
+    check_blocks(int(counts.sum()))
     sequence, index = expand(counts)
     seqlen, count = seqlens[sequence], counts[sequence]
     start, end = (
@@ -193,5 +193,6 @@ def _met(
     return run, first[run] + index
 
 
-def _check_blocks(count: int) -> None:
+def check_blocks(count: int) -> None:
+    """Refuse more data blocks than can be planned, before any is made."""
     not_too_many("data blocks", count, MOST_BLOCKS, "give a larger block_size or smaller batches")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.blocks import check_blocks
 from dcp.checks import TooMany, number, positive, whole
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
@@ -124,6 +125,8 @@ class Planner:
         return _relabelled(plan, batch, order, seconds)
 
     def _best(self, batch: SequenceBatch) -> Plan:
+        if self.block_size is not None:
+            check_blocks(int((-(-batch.seqlens // self.block_size)).sum()))
         if self.strategy != "auto":
             strategy = get_strategy(self.strategy)
             placement = self._place(strategy, batch)
