@@ -170,7 +170,7 @@ def test_no_division_is_a_dump():
     ("options", "message"),
     [
         ({"strategy": "magic"}, "strategy 'magic' is not one of auto, "),
-        ({"block_size": 0}, "block_size must be 'auto' or 1 or more, got 0"),
+        ({"block_size": 0}, "block_size must be 1 or more, got 0; or give 'auto'"),
         ({"num_divisions": 0}, "num_divisions must be 1 or more, got 0"),
     ],
 )
@@ -180,7 +180,7 @@ def test_mistakes_are_named(options, message):
 
 
 def test_wrong_batches_and_specs_are_named():
-    with pytest.raises(ValueError, match="seqlens must be 0 or more, got -4"):
+    with pytest.raises(ValueError, match=r"seqlens\[1\] must be 0 or more, got -4"):
         SequenceBatch([3, -4])
     with pytest.raises(ValueError, match="mask 'default' of sequence 0 is 4 x 4, the sequence has"):
         SequenceBatch([5], [AttnMask.causal(4)])

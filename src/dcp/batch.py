@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from dcp.checks import positive, shown, whole, whole_numbers
 from dcp.masks import AttnMask, named_mask
 from dcp.slices import shift_slices
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 4, "float16": 4}
+MOST_TOKENS = 2**31 - 1  # of a batch: pairs, up to their square, are counted in 64 bits
+MOST_WIDTH = 2**16  # heads, and numbers of a head: rows, bytes and pairs stay within 64 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,8 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+            size = whole(name, getattr(self, name), least=1, most=MOST_WIDTH)
+            object.__setattr__(self, name, size)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
@@ -75,7 +78,8 @@ class SequenceBatch:
             (seqlen - cached) x seqlen. They are numbered rank by rank, whatever positions they
             hold, so masks should show all of them alike, as causality does.
 
-    Raises ``ValueError`` for a negative length or a mask of the wrong size.
+    Raises ``ValueError`` for a length that is no whole number, 0 or more, for more than
+    :data:`MOST_TOKENS` tokens, and for a mask of the wrong size.
     """
 
     def __init__(
@@ -86,20 +90,21 @@ class SequenceBatch:
         weights: Mapping[str, float] | None = None,
         cached: Sequence[Sequence[int]] | np.ndarray | None = None,
     ) -> None:
-        self.seqlens = np.array(list(seqlens), dtype=np.int64)
-        if (self.seqlens < 0).any():
-            raise ValueError(f"seqlens must be 0 or more, got {int(self.seqlens.min())}")
+        self.seqlens = whole_numbers("seqlens", seqlens, most=MOST_TOKENS)
+        if self.seqlens.sum() > MOST_TOKENS:
+            raise ValueError(
+                f"a batch has at most {MOST_TOKENS:,} tokens, these seqlens sum to "
+                f"{int(self.seqlens.sum()):,}: give several batches"
+            )
         none = np.zeros((len(self.seqlens), 0), dtype=np.int64)
-        self.cached = none if cached is None else np.array(cached, dtype=np.int64)
-        self._check_cached()
+        self.cached = none if cached is None else self._checked_cached(cached)
         named = masks if isinstance(masks, Mapping) else {"default": masks}
         if not named:
             raise ValueError("masks is an empty mapping: name at least one mask")
+        if wrong := [name for name in named if not isinstance(name, str)]:
+            raise ValueError(f"masks must have strings as names, got {shown(wrong[0])}")
         self.masks = {name: self._one_per_sequence(name, given) for name, given in named.items()}
-        weights = dict(weights or {})
-        if unknown := set(weights) - set(self.masks):
-            raise ValueError(f"weights name unknown masks: {', '.join(sorted(unknown))}")
-        self.weights = {name: float(weights.get(name, 1.0)) for name in self.masks}
+        self.weights = self._checked_weights({} if weights is None else weights)
 
     @property
     def num_tokens(self) -> int:
@@ -127,13 +132,16 @@ class SequenceBatch:
 
     def global_bands(self, name: str) -> np.ndarray:
         """All sequences' slices of one mask in global token coordinates: int64 ``[n, 6]``."""
-        first_key = self.offsets[:-1]
-        starts = zip((first_key + self.num_cached).tolist(), first_key.tolist(), strict=True)
-        shifted = [
-            shift_slices(mask.bands, query, key)
-            for mask, (query, key) in zip(self.masks[name], starts, strict=True)
-        ]
-        return np.concatenate(shifted) if shifted else np.zeros((0, 6), dtype=np.int64)
+        sequence, bands = self.local_bands(name)
+        key = self.offsets[sequence]
+        return shift_slices(bands, key + self.num_cached[sequence], key)
+
+    def local_bands(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """All sequences' slices of one mask: the sequence of each ``[n]``, and they ``[n, 6]``."""
+        bands = [mask.bands for mask in self.masks[name]]
+        counts = np.array([len(of) for of in bands], dtype=np.int64)
+        sequence = np.repeat(np.arange(len(bands)), counts)
+        return sequence, np.concatenate([np.zeros((0, 6), dtype=np.int64), *bands])
 
     def reordered(self, order: np.ndarray) -> SequenceBatch:
         """The same sequences and masks in another order."""
@@ -142,15 +150,33 @@ class SequenceBatch:
             self.seqlens[order], masks, weights=self.weights, cached=self.cached[order]
         )
 
-    def _check_cached(self) -> None:
-        shape, count = self.cached.shape, len(self.seqlens)
-        if len(shape) != 2 or shape[0] != count:
-            raise ValueError(f"cached must be [{count} sequences, num_ranks], its shape is {shape}")
-        if (self.cached < 0).any() or (self.num_cached > self.seqlens).any():
+    def _checked_weights(self, weights: Mapping[str, float]) -> dict[str, float]:
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"weights must map mask names to numbers, got {shown(weights)}")
+        if unknown := {str(name) for name in weights if name not in self.masks}:
+            raise ValueError(f"weights name unknown masks: {', '.join(sorted(unknown))}")
+        return {name: positive(f"weights[{name!r}]", weights.get(name, 1.0)) for name in self.masks}
+
+    def _checked_cached(self, given: Any) -> np.ndarray:
+        count = len(self.seqlens)
+        try:
+            cached = np.asarray(given)
+        except ValueError:  # rows of different lengths
+            cached = np.zeros(0)
+        if cached.ndim != 2 or len(cached) != count:
+            raise ValueError(
+                f"cached must be [{count} sequences, num_ranks], its shape is {cached.shape}"
+            )
+        if cached.size and cached.dtype.kind not in "iu":
+            raise ValueError(f"cached must be whole numbers, got {shown(cached.tolist())}")
+        if cached.size and not (
+            (cached >= 0).all() and (cached.sum(axis=1, dtype=float) <= self.seqlens).all()
+        ):
             raise ValueError(
                 f"cached tokens must be 0 or more and at most the seqlens {self.seqlens.tolist()}, "
-                f"got {self.cached.tolist()}"
+                f"got {cached.tolist()}"
             )
+        return cached.astype(np.int64)
 
     def _one_per_sequence(self, name: str, given: Any) -> list[AttnMask]:
         sizes = list(zip(self.seqlens.tolist(), self.num_cached.tolist(), strict=True))
@@ -158,13 +184,16 @@ class SequenceBatch:
             made = {size: _named(given, *size) for size in dict.fromkeys(sizes)}
             return [made[size] for size in sizes]  # equal lengths share one mask
         given = [given] if isinstance(given, AttnMask) else given
+        if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
+            raise ValueError(f"mask {name!r} must be a name or one mask a sequence, got {given!r}")
+        given = list(given)
         if len(given) != len(self.seqlens):
             raise ValueError(f"mask {name!r}: {len(given)} masks for {len(self.seqlens)} sequences")
         masks = []
         for index, ((seqlen, cached), mask) in enumerate(zip(sizes, given, strict=True)):
             mask = _named(mask, seqlen, cached) if isinstance(mask, str) else mask
             if not isinstance(mask, AttnMask):
-                mask = AttnMask.from_ranges(mask)
+                mask = _ranged(mask, f"mask {name!r} of sequence {index}")
             if (mask.q_len, mask.k_len) != (seqlen - cached, seqlen):
                 of_them = f", {cached} of them cached" if cached else ""
                 raise ValueError(
@@ -181,3 +210,11 @@ class SequenceBatch:
 
 def _named(name: str, seqlen: int, cached: int) -> AttnMask:
     return named_mask(name, seqlen, cached=cached) if cached else named_mask(name, seqlen)
+
+
+def _ranged(ranges: Any, what: str) -> AttnMask:
+    """The mask of key ranges per query; ``what`` says which it is where they are none."""
+    try:
+        return AttnMask.from_ranges(ranges)
+    except ValueError as error:
+        raise ValueError(f"{what} is neither a mask nor a name nor key ranges: {error}") from None

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.ragged import expand, starts
+from dcp.checks import not_too_many
+from dcp.ragged import expand, split, starts
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, restrict_slices, slice_area
+
+MOST_BLOCKS = 2_000_000  # data blocks: tables by block and rank have to fit in memory
+MOST_TILES = 4_000_000  # and tiles: a plan's tables take about half a kilobyte for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,14 +98,18 @@ def cut_evenly(seqlens: np.ndarray, block_size: int, *, multiple: int = 1) -> li
     """
     if block_size < 1:
         raise ValueError(f"block_size must be 1 or more, got {block_size}")
-    cuts = []
-    for seqlen in np.asarray(seqlens).tolist():
-        count = -(-seqlen // block_size)
-        edges = np.arange(count + 1) * seqlen // max(count, 1)
-        edges = np.minimum(-(-edges // multiple) * multiple, seqlen)
-        lengths = np.diff(edges)
-        cuts.append(lengths[lengths > 0])
-    return cuts
+    seqlens = np.asarray(seqlens, dtype=np.int64)
+    counts = (-(-seqlens // block_size)).astype(np.int64)
+    check_blocks(int(counts.sum()))
+    sequence, index = expand(counts)
+    seqlen, count = seqlens[sequence], counts[sequence]
+    start, end = (
+        np.minimum(-(-(at * seqlen // count) // multiple) * multiple, seqlen)
+        for at in (index, index + 1)
+    )
+    keep = end > start
+    counts = np.bincount(sequence[keep], minlength=len(seqlens))
+    return split((end - start)[keep], counts)
 
 
 def build_blocks(
@@ -130,11 +138,12 @@ def build_blocks(
         block_lengths = cut_evenly(batch.seqlens, block_size)
     counts = np.array([len(lengths) for lengths in block_lengths], dtype=np.int64)
     length = np.concatenate([*block_lengths, np.zeros(0, dtype=np.int64)]).astype(np.int64)
-    assert [int(np.sum(x)) for x in block_lengths] == batch.seqlens.tolist(), "blocks miss tokens"
+    sequence, _ = expand(counts)
+    tokens = np.bincount(sequence, weights=length, minlength=len(counts))
+    assert np.array_equal(tokens, batch.seqlens), "blocks miss tokens"
     assert (length > 0).all(), "empty data block"
     offset = starts(length)
     tiles = {name: _tiles(batch.global_bands(name), offset, length) for name in batch.mask_names}
-    sequence, _ = expand(counts)
     table = BlockTable(batch, spec, groups, sequence, offset, length, tiles)
     cached = length[table.is_cached].sum()
     assert cached == batch.cached.sum(), "a block is cached in part"
@@ -177,5 +186,13 @@ def _met(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The blocks that each range of tokens meets: range and block of every meeting."""
     first = np.searchsorted(end, start, side="right")
-    run, index = expand(np.searchsorted(offset, stop, side="left") - first)
+    counts = np.searchsorted(offset, stop, side="left") - first
+    remedy = "give a larger block_size, smaller batches or a mask of fewer slices"
+    not_too_many("parts of a mask", int(counts.sum()), MOST_TILES, remedy)
+    run, index = expand(counts)
     return run, first[run] + index
+
+
+def check_blocks(count: int) -> None:
+    """Refuse more data blocks than can be planned, before any is made."""
+    not_too_many("data blocks", count, MOST_BLOCKS, "give a larger block_size or smaller batches")

@@ -10,6 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from dcp.checks import not_too_many, number, positive, shown, whole, whole_numbers
+
+MOST_RANKS = 2**16  # of a cluster that can be described: arrays by rank stay small
+_POSITIVE = (
+    "inter_node_bandwidth", "device_network_bandwidth", "intra_node_bandwidth", "device_flops",
+    "memory_bandwidth", "backward_ratio",
+)  # fmt: skip
+_NOT_NEGATIVE = ("inter_node_latency", "intra_node_latency", "launch_seconds")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
@@ -57,21 +66,18 @@ class Cluster:
     name: str = "a100-p4de"
 
     def __post_init__(self) -> None:
-        if isinstance(self.devices_per_node, list):
-            object.__setattr__(self, "devices_per_node", tuple(self.devices_per_node))
-        rates = tuple((int(side), float(rate)) for side, rate in self.kernel_rates)
-        object.__setattr__(self, "kernel_rates", rates)
-        if self.num_nodes < 1:
-            raise ValueError(f"num_nodes must be 1 or more, got {self.num_nodes}")
-        counts = self.node_sizes
-        if len(counts) != self.num_nodes:
-            raise ValueError(f"devices_per_node names {len(counts)} of {self.num_nodes} nodes")
-        if counts.min() < 1:
-            raise ValueError(f"devices_per_node must be 1 or more, got {int(counts.min())}")
-        positive = ("inter_node_bandwidth", "device_network_bandwidth", "intra_node_bandwidth")
-        for field in (*positive, "device_flops", "memory_bandwidth"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be positive, got {getattr(self, field)}")
+        checked: dict[str, Any] = {name: positive(name, getattr(self, name)) for name in _POSITIVE}
+        checked |= {name: number(name, getattr(self, name)) for name in _NOT_NEGATIVE}
+        checked["num_nodes"] = whole("num_nodes", self.num_nodes, least=1, most=MOST_RANKS)
+        checked["devices_per_node"] = _devices(self.devices_per_node, checked["num_nodes"])
+        checked["kernel_tile"] = whole("kernel_tile", self.kernel_tile, least=1, most=MOST_RANKS)
+        checked["kernel_rates"] = _rates(self.kernel_rates)
+        if self.pack_bandwidth is not None:
+            checked["pack_bandwidth"] = positive("pack_bandwidth", self.pack_bandwidth)
+        if not isinstance(self.name, str):
+            raise ValueError(f"name must be a string, got {shown(self.name)}")
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def node_sizes(self) -> np.ndarray:
@@ -125,6 +131,34 @@ class Cluster:
             return cls(**fields)
         except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a cluster file: {error}") from None
+
+
+def _devices(given: Any, num_nodes: int) -> int | tuple[int, ...]:
+    """Devices of every node, or of each, none of them without any, and not too many in all."""
+    if isinstance(given, (list, tuple, np.ndarray)):
+        counts = whole_numbers("devices_per_node", given, least=1, most=MOST_RANKS)
+        if len(counts) != num_nodes:
+            raise ValueError(f"devices_per_node names {len(counts)} of {num_nodes} nodes")
+        devices: int | tuple[int, ...] = tuple(counts.tolist())
+        ranks = int(counts.sum())
+    else:
+        devices = whole("devices_per_node", given, least=1, most=MOST_RANKS)
+        ranks = num_nodes * devices
+    not_too_many("ranks", ranks, MOST_RANKS, "give fewer nodes or devices_per_node")
+    return devices
+
+
+def _rates(given: Any) -> tuple[tuple[int, float], ...]:
+    """Measured sides and rates, the sides ascending."""
+    try:
+        pairs = [(side, rate) for side, rate in given]
+    except (TypeError, ValueError):
+        raise ValueError(f"kernel_rates must be (side, rate) pairs, got {shown(given)}") from None
+    sides = whole_numbers("kernel_rates side", [side for side, _ in pairs], least=1)
+    if (np.diff(sides) <= 0).any():
+        raise ValueError(f"kernel_rates must have ascending sides, got {sides.tolist()}")
+    rates = [positive("kernel_rates rate", rate) for _, rate in pairs]
+    return tuple(zip(sides.tolist(), rates, strict=True))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -16,13 +16,26 @@ from typing import Any
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.blocks import check_blocks
+from dcp.checks import TooMany, number, positive, whole
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.events import play
-from dcp.placement import Placement, Strategy, StrategyError, get_strategy, strategies
+from dcp.placement import (
+    Placement,
+    Strategy,
+    StrategyError,
+    get_strategy,
+    strategies,
+    strategies_for_many,
+)
 from dcp.placement.improve import TOLERANCE
 from dcp.plans import Plan
+from dcp.schedule import MOST_DIVISIONS
 
+MOST_SEED = 2**31 - 1  # what the partitioner takes
+MANY_SEQUENCES = 2_000  # beyond which few strategies are tried: whole sequences even out alone
+WORTH = 1.001  # least gain, of a batch of many sequences, that another strategy is planned for
 MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
 COMPILING = (  # said after so many seconds, where nothing is compiled yet
     2.0, "dcp: compiling the planner for this machine, once; this takes about half a minute",
@@ -67,22 +80,23 @@ class Planner:
         model_width: int | None = None,
         cache_size: int = 64,
     ) -> None:
-        if block_size != "auto" and (not isinstance(block_size, int) or block_size < 1):
-            raise ValueError(f"block_size must be 'auto' or 1 or more, got {block_size!r}")
-        if num_divisions is not None and num_divisions < 1:
-            raise ValueError(f"num_divisions must be 1 or more, got {num_divisions}")
-        if model_width is not None and model_width < 0:
-            raise ValueError(f"model_width must be 0 or more, got {model_width}")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance must be more than 0, got {tolerance}")
+        if not isinstance(spec, AttentionSpec) or not isinstance(cluster, Cluster):
+            raise ValueError(
+                f"spec and cluster must be a dcp.AttentionSpec and a dcp.Cluster, got a "
+                f"{type(spec).__name__} and a {type(cluster).__name__}"
+            )
         if strategy != "auto":
             get_strategy(strategy)
         self.spec, self.cluster = spec, cluster
-        self.strategy, self.seed, self.time_budget = strategy, seed, time_budget
-        self.block_size = block_size if isinstance(block_size, int) else None
-        self.num_divisions, self.tolerance = num_divisions, tolerance
-        self.model_width = model_width
-        self.cache_size = cache_size
+        self.strategy, self.seed = strategy, whole("seed", seed, most=MOST_SEED)
+        self.time_budget = number("time_budget", time_budget)
+        self.tolerance = positive("tolerance", tolerance)
+        self.block_size = _block_size(block_size)
+        self.num_divisions = num_divisions
+        if num_divisions is not None:
+            self.num_divisions = whole("num_divisions", num_divisions, least=1, most=MOST_DIVISIONS)
+        self.model_width = None if model_width is None else whole("model_width", model_width)
+        self.cache_size = whole("cache_size", cache_size)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
     def plan(self, batch: SequenceBatch) -> Plan:
@@ -111,6 +125,8 @@ class Planner:
         return _relabelled(plan, batch, order, seconds)
 
     def _best(self, batch: SequenceBatch) -> Plan:
+        if self.block_size is not None:
+            check_blocks(int((-(-batch.seqlens // self.block_size)).sum()))
         if self.strategy != "auto":
             strategy = get_strategy(self.strategy)
             placement = self._place(strategy, batch)
@@ -118,9 +134,12 @@ class Planner:
         tried: dict[str, float | str] = {}
         best: Plan | None = None
         spent = 0.0
-        for strategy in strategies():
+        many = len(batch.seqlens) > MANY_SEQUENCES
+        for strategy in strategies_for_many() if many else strategies():
             try:
-                if best is not None:
+                if best is not None and many:
+                    _need_gain(best)
+                elif best is not None:
                     spent += _expected_seconds(strategy.name, best)
                     if strategy.searching and spent > self.time_budget:
                         raise _Skipped("beyond the time budget")
@@ -131,14 +150,15 @@ class Planner:
                 placement = self._place(strategy, batch)
                 if best is not None:
                     self._need_chance(self._placed_floor(placement), best)
-            except (_Skipped, StrategyError) as error:
+            except (_Skipped, StrategyError, TooMany) as error:
                 tried[strategy.name] = str(error)
                 continue
             candidate = min(self._candidates(strategy, placement), key=_by_layer)
             tried[strategy.name] = candidate.stats.layer_seconds
             if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
                 best = candidate
-        assert best is not None, "no strategy served the batch"
+        if best is None:
+            raise StrategyError("; ".join(dict.fromkeys(map(str, tried.values()))))
         best.stats.notes["candidates"] = tried
         return best
 
@@ -198,6 +218,14 @@ class _Skipped(Exception):
     """A candidate is not planned; the message says why."""
 
 
+def _need_gain(best: Plan) -> None:
+    """Skip what could gain next to nothing: no bytes move and all ranks have the same to do."""
+    stats = best.stats
+    uneven = max(stats.compute_balance, stats.token_balance)
+    if stats.max_rank_recv_bytes == 0 and uneven <= WORTH:
+        raise _Skipped(f"nothing moves, and ranks differ by less than {WORTH - 1:.1%}")
+
+
 def _need_size(strategy: Strategy, batch: SequenceBatch, cluster: Cluster) -> None:
     """Skip rules that would cut every sequence over more ranks than can be planned in time."""
     hops = len(batch.seqlens) * cluster.num_ranks**2
@@ -229,6 +257,15 @@ def plan(
         model_width=model_width,
     )
     return planner.plan(batch)
+
+
+def _block_size(given: int | str) -> int | None:
+    if isinstance(given, str) and given == "auto":
+        return None
+    try:
+        return whole("block_size", given, least=1)
+    except ValueError as error:
+        raise ValueError(f"{error}; or give 'auto'") from None
 
 
 @cache

@@ -188,8 +188,8 @@ class Plan:
 
     def _blocks_of(self, rank: int) -> np.ndarray:
         """Data blocks with tokens that ``rank`` owns."""
-        if not 0 <= rank < self.num_ranks:
-            raise ValueError(f"rank {rank} is not one of the plan's {self.num_ranks} ranks")
+        if isinstance(rank, bool) or rank not in range(self.num_ranks):
+            raise ValueError(f"rank {rank!r} is not one of the plan's {self.num_ranks} ranks")
         return np.flatnonzero((self.owner == rank) & ~self.is_cached)
 
     # ------------------------------------------------------------------ programs

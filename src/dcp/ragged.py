@@ -24,6 +24,12 @@ def runs(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return values
 
 
+def split(values: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """The runs of ``counts`` values, one array each."""
+    ends = np.cumsum(counts).tolist()
+    return [values[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)] if ends else []
+
+
 def offsets_in(group: np.ndarray, length: np.ndarray, num_groups: int) -> np.ndarray:
     """For runs dealt to groups, in order: the lengths before each run in its own group."""
     order = np.argsort(group, kind="stable")

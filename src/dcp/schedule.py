@@ -26,6 +26,8 @@ from dcp.ragged import starts
 # (backward: dQ); DKV is used by the backward pass alone.
 Q, KV, OUT, DKV = range(4)
 
+MOST_DIVISIONS = 4096  # every rank takes every step: a table of steps x ranks is kept
+
 
 @dataclass(frozen=True, eq=False)
 class Transfers:

@@ -156,6 +156,12 @@ def strategies() -> tuple[Strategy, ...]:
     return _STRATEGIES
 
 
+def strategies_for_many() -> tuple[Strategy, ...]:
+    """Those of :func:`strategies` whose cost hardly grows with the number of sequences, in the
+    order in which ``auto`` tries them for thousands of sequences."""
+    return _BY_NAME["data_parallel"], _BY_NAME["bisection"]
+
+
 def strategy_names() -> list[str]:
     """Names of :func:`strategies`, in the same order."""
     return list(_BY_NAME)
@@ -163,7 +169,7 @@ def strategy_names() -> list[str]:
 
 def get_strategy(name: str) -> Strategy:
     """The strategy called ``name``. Raises ``ValueError`` that lists all names for any other."""
-    if name not in _BY_NAME:
+    if not isinstance(name, str) or name not in _BY_NAME:
         raise ValueError(f"strategy {name!r} is not one of auto, {', '.join(_BY_NAME)}")
     return _BY_NAME[name]
 

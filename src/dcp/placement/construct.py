@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from dcp.placement.refine import INTER, INTRA, State
+from dcp.ragged import split, starts
 
 _PACKINGS = 64  # packings drawn in a bisection
 _TRIED = 6  # packings whose best cut is computed exactly
@@ -46,14 +47,13 @@ def construct(
     rng = np.random.default_rng(seed)
     query, key = state.piece_block[state.pins[:, 0]], state.piece_block[state.pins[:, 1]]
     by_query = np.argsort(query * len(state.owner) + key, kind="stable")
-    edges = np.flatnonzero(np.diff(sequence[query[by_query]])) + 1
-    items = [item for item in np.split(by_query, edges) if len(item)]
+    _, counts = np.unique(sequence[query[by_query]], return_counts=True)
+    items = split(by_query, counts)
     stack = [(0, len(state.load), items, np.arange(len(state.owner)))]
     while stack:
         low, high, items, blocks = stack.pop()
         if high - low == 1:
-            for item in items:
-                state.rank[item] = low
+            state.rank[_joined(items)] = low
             state.owner[blocks] = low
             continue
         middle = _middle(state.node, low, high)
@@ -61,9 +61,9 @@ def construct(
         prices = _prices(state, low, middle, high, seconds, free)
         room = np.array([share, 1 - share]) * (slack * state.tokens[blocks].sum())
         halves = _bisect(state, items, blocks, share, room, prices, rng)
-        split = _split_blocks(state, halves, blocks, room)
-        stack.append((middle, high, halves[1], split[1]))
-        stack.append((low, middle, halves[0], split[0]))
+        near, far = _split_blocks(state, halves, blocks, room)
+        stack.append((middle, high, halves[1], far))
+        stack.append((low, middle, halves[0], near))
 
 
 def _middle(node: np.ndarray, low: int, high: int) -> int:
@@ -95,8 +95,12 @@ def _bisect(
         return [], []
     here = np.zeros(len(state.owner), dtype=np.bool_)
     here[blocks] = True
-    work = np.array([state.work[item].sum() for item in items])
-    tokens = np.array([_query_tokens(state, here, item) for item in items])
+    sizes = np.array([len(item) for item in items])
+    joined = _joined(items)
+    work = state.work[joined[starts(sizes)]]  # thousands of short sequences have one block each
+    for index in np.flatnonzero(sizes > 1).tolist():
+        work[index] = state.work[items[index]].sum()
+    tokens = _query_tokens(state, here, joined, np.append(0, np.cumsum(sizes)))
     cuts = []
     for whole, cut in _packings(work, tokens, share, rng):
         held = (whole * tokens).sum()
@@ -135,16 +139,23 @@ def _window(
     return inside, half
 
 
+def _joined(items: list[np.ndarray]) -> np.ndarray:
+    """The compute blocks of all items, item after item."""
+    return np.concatenate([np.zeros(0, dtype=np.int64), *items])
+
+
 @njit(cache=True)
-def _query_tokens(s: State, here: np.ndarray, item: np.ndarray) -> float:
-    """Tokens of the data blocks marked ``here`` whose queries the item has (in their order)."""
-    total, last = 0.0, -1
-    for v in item:
-        block = s.piece_block[s.pins[v, 0]]
-        if block != last and here[block]:
-            total += s.tokens[block]
-        last = block
-    return total
+def _query_tokens(s: State, here: np.ndarray, joined: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Tokens of the data blocks marked ``here`` whose queries each item has (in their order)."""
+    totals = np.zeros(len(start) - 1)
+    for item in range(len(totals)):
+        last = -1
+        for v in joined[start[item] : start[item + 1]]:
+            block = s.piece_block[s.pins[v, 0]]
+            if block != last and here[block]:
+                totals[item] += s.tokens[block]
+            last = block
+    return totals
 
 
 def _packings(
@@ -293,8 +304,7 @@ def _split_blocks(
     """Data blocks to the half that needs them more, within its room for tokens."""
     need = np.zeros((2, len(state.piece_block)))
     for half in range(2):
-        for item in halves[half]:
-            need[half, state.pins[item]] = 1.0
+        need[half, state.pins[_joined(halves[half])]] = 1.0
     pieces = state.block_pieces[blocks]
     gain = ((need[0] - need[1]) * (state.in_bytes + state.out_bytes))[pieces].sum(axis=1)
     tokens = state.tokens[blocks]

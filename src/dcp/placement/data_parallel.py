@@ -62,14 +62,16 @@ def _bucketed(batch: SequenceBatch, num_ranks: int) -> np.ndarray:
     """Rank of each sequence: longest bucket first, in each the least served rank of least load."""
     areas, bucket = sequence_areas(batch), _buckets(batch.seqlens)
     owner = np.zeros(len(areas), dtype=np.int64)
-    load = np.zeros(num_ranks)
+    load = [0.0] * num_ranks
     for each in np.unique(bucket)[::-1].tolist():
-        served = np.zeros(num_ranks, dtype=np.int64)
+        ranks = [(0, load[rank], rank) for rank in range(num_ranks)]  # served in this bucket, load
+        heapq.heapify(ranks)
         members = np.flatnonzero(bucket == each)
         for index in members[np.argsort(-areas[members], kind="stable")].tolist():
-            owner[index] = rank = int(np.lexsort((load, served))[0])
-            served[rank] += 1
-            load[rank] += areas[index]
+            served, _, rank = ranks[0]
+            owner[index] = rank
+            load[rank] += float(areas[index])
+            heapq.heapreplace(ranks, (served + 1, load[rank], rank))
     return owner
 
 

@@ -15,10 +15,8 @@ def sequence_areas(batch: SequenceBatch) -> np.ndarray:
     """(query, key) pairs of each sequence over the weighted masks, ``[num_sequences]``."""
     total = np.zeros(len(batch.seqlens))
     for name, weight in batch.weights.items():
-        bands = [mask.bands for mask in batch.masks[name]]
-        sequence = np.repeat(np.arange(len(bands)), [len(of) for of in bands])
-        area = slice_area(np.concatenate([np.zeros((0, 6), dtype=np.int64), *bands]))
-        total += weight * np.bincount(sequence, weights=area, minlength=len(bands))
+        sequence, bands = batch.local_bands(name)
+        total += weight * np.bincount(sequence, weights=slice_area(bands), minlength=len(total))
     return total
 
 
@@ -126,17 +124,13 @@ def last_chunk_area(batch: SequenceBatch, num_chunks: int) -> float:
 def _at_least_causal(batch: SequenceBatch, name: str) -> np.ndarray:
     """Which sequences let every query see all keys before it, as causal and full masks do."""
 
-    def sees_all(seqlen: int, bands: np.ndarray) -> bool:
-        whole = [0, seqlen, 0, seqlen, 1 - seqlen]
-        return len(bands) == 1 and bands[0, :HI].tolist() == whole and bands[0, HI] >= 0
-
-    return np.array(
-        [
-            sees_all(seqlen, mask.bands)
-            for seqlen, mask in zip(batch.seqlens.tolist(), batch.masks[name], strict=True)
-        ],
-        dtype=bool,
-    )
+    sequence, bands = batch.local_bands(name)
+    alone = (np.bincount(sequence, minlength=len(batch.seqlens)) == 1)[sequence]
+    seqlen, none = batch.seqlens[sequence], np.zeros(len(bands), dtype=np.int64)
+    whole = np.stack([none, seqlen, none, seqlen, 1 - seqlen], axis=1)
+    sees_all = np.zeros(len(batch.seqlens), dtype=bool)
+    sees_all[sequence] = alone & (bands[:, :HI] == whole).all(axis=1) & (bands[:, HI] >= 0)
+    return sees_all
 
 
 def grid_estimate(

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable, ComputeBlocks, build_blocks, cut_evenly
 from dcp.placement import Placement, Route
-from dcp.ragged import expand, offsets_in, starts
+from dcp.ragged import expand, offsets_in, split, starts
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,17 +194,17 @@ def join_routes(routes: Sequence[Route]) -> Route:
 
 def cut_at(batch: SequenceBatch, edges: np.ndarray) -> list[np.ndarray]:
     """Block lengths of each sequence: the packed batch cut at ``edges`` (token indices)."""
-    lengths = []
-    for start, stop in zip(batch.offsets[:-1].tolist(), batch.offsets[1:].tolist(), strict=True):
-        inner = edges[(edges > start) & (edges < stop)]
-        lengths.append(np.diff(np.unique([start, *inner, stop])))
-    return lengths
+    every = np.unique(np.concatenate([batch.offsets, edges[edges < batch.seqlens.sum()]]))
+    counts = np.diff(np.searchsorted(every, batch.offsets))
+    return split(np.diff(every), counts)
 
 
-def deal_chunks(seqlen: int, num_chunks: int, *, first: int) -> np.ndarray:
-    """Lengths of ``num_chunks`` chunks; those from ``first`` on, cyclically, get a token more."""
-    longer = (np.arange(num_chunks) - first) % num_chunks < seqlen % num_chunks
-    return seqlen // num_chunks + longer
+def deal_chunks(seqlen: Any, num_chunks: Any, chunk: np.ndarray, *, first: Any = 0) -> np.ndarray:
+    """Lengths of these of ``num_chunks`` chunks; those from ``first`` on, cyclically, get a token
+    more."""
+    longer = (chunk - first) % num_chunks < seqlen % num_chunks
+    length: np.ndarray = seqlen // num_chunks + longer
+    return length
 
 
 def _deal(
@@ -235,8 +236,7 @@ def _deal(
 
     order = np.lexsort((begin_of_piece, chunk))
     counts = np.bincount(sequence[chunk], minlength=len(seqlens))
-    lengths = np.split(pieces[order], np.cumsum(counts)[:-1]) if len(seqlens) else []
-    return lengths, contexts[stream[chunk[order]]], piece_column[order]
+    return split(pieces[order], counts), contexts[stream[chunk[order]]], piece_column[order]
 
 
 def _chunks(
@@ -245,16 +245,14 @@ def _chunks(
     """Sequence, stream (context, counted over all grids) and length of every chunk."""
     streams = np.cumsum([0, *(grid.num_contexts for grid in grids)])
     context = [grid.chunk_context + start for grid, start in zip(grids, streams, strict=False)]
-    first = [0] * len(grids)  # the chunk that gets the next odd token
-    lengths = [np.zeros(0, dtype=np.int64)]
-    stream = [np.zeros(0, dtype=np.int64)]
-    for seqlen, index in zip(seqlens.tolist(), grid_of_sequence, strict=True):
-        count = len(context[index])
-        lengths.append(deal_chunks(seqlen, count, first=first[index]))
-        stream.append(context[index])
-        first[index] = (first[index] + seqlen) % count
-    sequence = np.repeat(np.arange(-1, len(seqlens)), [len(of) for of in lengths])
-    return sequence, np.concatenate(stream), np.concatenate(lengths)
+    num_chunks = np.array([len(of) for of in context])
+    counts = num_chunks[grid_of_sequence]
+    sequence, chunk = expand(counts)
+    # the chunk that gets the first odd token: after that of the grid's sequence before
+    first = offsets_in(grid_of_sequence, seqlens, len(grids)) % counts
+    length = deal_chunks(seqlens[sequence], counts[sequence], chunk, first=first[sequence])
+    stream = np.concatenate(context)[starts(num_chunks)[grid_of_sequence[sequence]] + chunk]
+    return sequence, stream, length
 
 
 def _route(

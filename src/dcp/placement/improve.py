@@ -164,7 +164,7 @@ def improve_owners(state: State, seconds: float, cluster: Cluster, *, seed: int 
     """Refine the owners alone, quickly."""
     scale = max(seconds, _busiest_receiver(state, cluster) / 2)
     _charge(state, 30.0 * scale, cluster, (1 + TOLERANCE / 2, TOKEN_LIMIT))
-    steps = 4000 + 20 * len(state.owner)
+    steps = min(4000 + 20 * len(state.owner), 200_000)
     anneal(state, steps, 0.0, 0.0, _mix(_OWNERS), _random_state(seed))
 
 

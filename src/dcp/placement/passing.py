@@ -38,7 +38,7 @@ def place_tokens(
     cached = batch.cached if batch.cached.shape[1] else np.zeros((len(batch.seqlens), num_ranks))
     new = batch.seqlens - batch.num_cached
     for held, tokens, shift in zip(cached.astype(np.int64), new.tolist(), shifts, strict=True):
-        length = np.concatenate([held, deal_chunks(tokens, 2 * num_ranks, first=0)])
+        length = np.concatenate([held, deal_chunks(tokens, 2 * num_ranks, chunks)])
         owner = np.concatenate([np.arange(num_ranks), (chunk_rank + shift) % num_ranks])
         lengths.append(length[length > 0])
         owners.append(owner[length > 0])
