@@ -220,5 +220,5 @@ def test_a_bound_plan_is_kept_as_long_as_it_is_held_and_no_longer():
     del bound
     gc.collect()
     assert prepared() is None
-    with pytest.raises(ValueError, match="is gone before its backward pass.* at most 64 plans"):
+    with pytest.raises(ValueError, match=r"is gone before its backward pass.* at most 64 plans"):
         executor.bound(ticket)
