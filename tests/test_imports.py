@@ -21,6 +21,7 @@ PLANNING = (
         "ragged",
         "slices",
         "mask_mod",
+        "mask_names",
         "packing",
         "masks",
         "batch",

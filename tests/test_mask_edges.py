@@ -4,8 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dcp.masks import MOST_TOKENS, AttnMask, named_mask
+from dcp.slices import restrict_slices, slice_area
 
 HUGE = MOST_TOKENS
 HEADS = np.tri(6, dtype=bool)[None].repeat(12, 0)  # of 12 heads, the last one sees less
@@ -31,6 +34,26 @@ HEADS[11, 5, 0] = False
 )
 def test_areas_are_exact_however_large_a_parameter_is(mask, area):
     assert mask.area == area
+
+
+@given(
+    st.sampled_from(["window", "streaming", "prefix"]),
+    st.integers(1, HUGE),
+    st.integers(0, HUGE - 8),
+    st.integers(0, HUGE - 8),
+)
+def test_far_pairs_follow_the_rule(kind, size, q0, distance):
+    """Eight queries and eight keys, anywhere in the longest sequence, pair by pair."""
+    mask, rule = {
+        "window": (AttnMask.sliding_window(HUGE, size), lambda q, k: q - size < k <= q),
+        "streaming": (AttnMask.streaming(HUGE, 9, size),
+            lambda q, k: k <= q and (k < 9 or k > q - size)),
+        "prefix": (AttnMask.prefix_lm(HUGE, size), lambda q, k: k <= q or max(q, k) < size),
+    }[kind]  # fmt: skip
+    for k0 in {max(q0 - distance, 0), max(q0 - size - 3, 0), q0, min(q0 + 3, HUGE - 8)}:
+        cut = restrict_slices(mask.bands, q0, q0 + 8, k0, k0 + 8)
+        want = sum(rule(q, k) for q in range(q0, q0 + 8) for k in range(k0, k0 + 8))
+        assert slice_area(cut).sum() == want
 
 
 @pytest.mark.parametrize("wrong", [True, 3.7, 3.0, "3", None, float("nan"), -1, [3]])
@@ -114,8 +137,11 @@ def test_segments(mask, segments):
 
 def test_masks_of_other_segments_are_not_equal():
     packed = AttnMask.documents([2, 3])
-    assert AttnMask.from_slices(5, 5, packed.slices) != packed
-    assert AttnMask.from_slices(5, 5, packed.slices, segments=packed.segments) == packed
+    slices = [(0, 2, 0, 2, "causal"), (2, 5, 2, 5, "causal")]
+    assert AttnMask.from_slices(5, 5, slices) != packed
+    again = AttnMask.from_slices(5, 5, slices, segments=packed.segments)
+    assert again == packed
+    assert hash(again) == hash(packed)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 
 from dcp.checks import not_too_many, number, shown, whole, whole_numbers
 from dcp.mask_mod import ranges_of
+from dcp.mask_names import parse_mask
 from dcp.packing import (
     MOST_SLICES,
     MOST_TOKENS,
@@ -27,6 +28,7 @@ from dcp.slices import (
     kinds_of_slice,
     make_slices,
     merge_ranges,
+    picture,
     ranges_to_slices,
     read_ranges,
     restrict_slices,
@@ -43,7 +45,7 @@ class AttnMask:
 
     Make one with a named constructor (:meth:`causal`, :meth:`streaming`, …), from slices, from
     key ranges per query, or from a FlexAttention mask function. Masks are values: comparable,
-    hashable, never changed. Equal masks have the same pairs and the same segments.
+    hashable, never changed. Equal masks have the same slices and the same segments.
 
     A mask knows the *segments* of its sequence, int64 ``[n, 2]``: rows (first token, position of
     that token), ascending; ``[[0, 0]]`` where all is one. A token's position is its segment's and
@@ -167,12 +169,8 @@ class AttnMask:
         prompt, seqlen = int(prompt), int(end[-1]) if len(end) else int(prompt)
         rows = [(0, prompt, 0, prompt, None, 0), (prompt, seqlen, 0, prompt, None, None)]
         segments = [(0, 0)] * (prompt > 0) + [(first, prompt) for first in start.tolist()]
-        return cls(
-            seqlen,
-            seqlen,
-            np.concatenate([make_slices(rows), triangles(start, end)]),
-            segments if len(start) > 1 else None,
-        )
+        bands = np.concatenate([make_slices(rows), triangles(start, end)])
+        return cls(seqlen, seqlen, bands, segments if len(start) > 1 else None)
 
     @classmethod
     def documents(cls, lengths: Sequence[int] | np.ndarray) -> AttnMask:
@@ -299,17 +297,7 @@ class AttnMask:
         ``width``: its columns, 1 to 1024.
         """
         width = whole("width", width, least=1, most=1024)
-        rows = max(1, min(width, self.q_len) // 2)
-        q = np.linspace(0, self.q_len, rows + 1).astype(np.int64)
-        k = np.linspace(0, self.k_len, max(1, min(width, self.k_len)) + 1).astype(np.int64)
-        area = np.zeros((len(q) - 1, len(k) - 1), dtype=np.int64)
-        for i, j in np.ndindex(area.shape):
-            area[i, j] = slice_area(
-                restrict_slices(self.bands, q[i], q[i + 1], k[j], k[j + 1])
-            ).sum()
-        size = np.diff(q)[:, None] * np.diff(k)[None, :]
-        cells = np.where(area == 0, "·", np.where(area == size, "█", "░"))
-        return "\n".join("".join(row) for row in cells)
+        return picture(self.bands, self.q_len, self.k_len, width)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttnMask) and self._key() == other._key()
@@ -354,23 +342,6 @@ def named_mask(name: str, seqlen: int, **parameters: Any) -> AttnMask:
         takes = ", ".join(list(inspect.signature(make).parameters)[1:]) or "no parameters"
         raise ValueError(f"mask {name!r}: {error}; it takes {takes}") from None
     return make(seqlen, **given, **parameters)
-
-
-def parse_mask(text: str) -> tuple[str, dict[str, Any]]:
-    """``"streaming:sink=64,window=4096"`` -> ``("streaming", {"sink": 64, "window": 4096})``."""
-    if not isinstance(text, str):
-        raise ValueError(f"a mask's name must be a string, got {shown(text)}")
-    name, _, rest = text.partition(":")
-    parameters: dict[str, int | float] = {}
-    for item in filter(None, rest.split(",")):
-        key, _, value = (part.strip() for part in item.partition("="))
-        if key in parameters:
-            raise ValueError(f"mask {text!r}: {key} is given twice")
-        try:
-            parameters[key] = int(value) if value.lstrip("+-").isdecimal() else float(value)
-        except ValueError:
-            raise ValueError(f"mask parameter {item!r} is not KEY=NUMBER") from None
-    return name, parameters
 
 
 def _of(seqlen: int, rows: Sequence[SliceRow]) -> AttnMask:

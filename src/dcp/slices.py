@@ -121,6 +121,19 @@ def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list
     return pieces
 
 
+def picture(bands: np.ndarray, q_len: int, k_len: int, width: int) -> str:
+    """What :meth:`dcp.AttnMask.draw` returns."""
+    rows = max(1, min(width, q_len) // 2)
+    q = np.linspace(0, q_len, rows + 1).astype(np.int64)
+    k = np.linspace(0, k_len, max(1, min(width, k_len)) + 1).astype(np.int64)
+    area = np.zeros((len(q) - 1, len(k) - 1), dtype=np.int64)
+    for i, j in np.ndindex(area.shape):
+        area[i, j] = slice_area(restrict_slices(bands, q[i], q[i + 1], k[j], k[j + 1])).sum()
+    size = np.diff(q)[:, None] * np.diff(k)[None, :]
+    cells = np.where(area == 0, "·", np.where(area == size, "█", "░"))
+    return "\n".join("".join(row) for row in cells)
+
+
 def check_disjoint(bands: np.ndarray) -> None:
     """Raise for the first pair of slices that share a (query, key) pair."""
     bands = bands[np.argsort(bands[:, Q0], kind="stable")]
