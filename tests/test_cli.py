@@ -9,7 +9,8 @@ import pytest
 import dcp
 from dcp import AttentionSpec, Cluster, Plan, SequenceBatch, plan
 from dcp.cli import main
-from dcp.masks import named_mask, parse_mask
+from dcp.mask_names import parse_mask
+from dcp.masks import named_mask
 from dcp.placement import strategy_names
 
 SMALL = ["--seqlens", "3000,500,1,0", "--devices-per-node", "2", "--head-dim", "16"]

@@ -21,11 +21,13 @@ analysis: see :func:`restrict_slices`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+
+from dcp.checks import shown, whole
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
 Q0, Q1, K0, K1, LO, HI = range(6)
@@ -91,11 +93,17 @@ def shift_slices(slices: np.ndarray, q: Any, k: Any) -> np.ndarray:
 
 
 def make_slices(rows: Sequence[SliceRow]) -> np.ndarray:
-    """Slices given as (q0, q1, k0, k1, lo, hi) where None means no bound."""
-    bands = [
-        (q0, q1, k0, k1, k0 - q1 if lo is None else lo, k1 - q0 if hi is None else hi)
-        for q0, q1, k0, k1, lo, hi in rows
-    ]
+    """Slices given as (q0, q1, k0, k1, lo, hi) where None means no bound.
+
+    A bound of any size will do: it is moved to the rectangle's diagonals, ``k0 - q1 < k - q <
+    k1 - q0``, so that all sums with it stay within 64 bits.
+    """
+    bands = []
+    for q0, q1, k0, k1, lo, hi in rows:
+        least, most = k0 - q1, k1 - q0
+        lo = least if lo is None else min(max(lo, least), most)
+        hi = most if hi is None else min(max(hi, least), most)
+        bands.append((q0, q1, k0, k1, lo, hi))
     return np.array(bands, dtype=np.int64).reshape(-1, 6)
 
 
@@ -111,6 +119,19 @@ def kinds_of_slice(q0: int, q1: int, k0: int, k1: int, lo: int, hi: int) -> list
         kind = KINDS[2 * left + right]
         pieces.append((a, b, start, end, kind))
     return pieces
+
+
+def picture(bands: np.ndarray, q_len: int, k_len: int, width: int) -> str:
+    """What :meth:`dcp.AttnMask.draw` returns."""
+    rows = max(1, min(width, q_len) // 2)
+    q = np.linspace(0, q_len, rows + 1).astype(np.int64)
+    k = np.linspace(0, k_len, max(1, min(width, k_len)) + 1).astype(np.int64)
+    area = np.zeros((len(q) - 1, len(k) - 1), dtype=np.int64)
+    for i, j in np.ndindex(area.shape):
+        area[i, j] = slice_area(restrict_slices(bands, q[i], q[i + 1], k[j], k[j + 1])).sum()
+    size = np.diff(q)[:, None] * np.diff(k)[None, :]
+    cells = np.where(area == 0, "·", np.where(area == size, "█", "░"))
+    return "\n".join("".join(row) for row in cells)
 
 
 def check_disjoint(bands: np.ndarray) -> None:
@@ -136,7 +157,55 @@ def check_disjoint(bands: np.ndarray) -> None:
             )
 
 
+def slices_of_kinds(
+    q_len: int, k_len: int, given: Iterable[tuple[int, int, int, int, str]]
+) -> np.ndarray:
+    """Slices given as (q0, q1, k0, k1, kind), checked but for being disjoint."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(f"slices must be a list of (q0, q1, k0, k1, kind), got {shown(given)}")
+    rows: list[SliceRow] = []
+    for row in given:
+        if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 5:
+            raise ValueError(f"a slice is (q0, q1, k0, k1, kind), got {shown(row)}")
+        *edges, kind = row
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise ValueError(f"slice kind {shown(kind)} is not one of {', '.join(KINDS)}")
+        if any(type(edge) is not int for edge in edges):
+            edges = [
+                whole(f"an edge of slice {shown(row)}", edge, least=-(2**63)) for edge in edges
+            ]
+        q0, q1, k0, k1 = edges
+        if not (0 <= q0 <= q1 <= q_len and 0 <= k0 <= k1 <= k_len):
+            raise ValueError(
+                f"slice ({q0}, {q1}, {k0}, {k1}) lies outside {q_len} queries x {k_len} keys"
+            )
+        lo = k0 - q0 if kind in ("inv_causal", "bi_causal") else None
+        hi = k1 - q1 if kind in ("causal", "bi_causal") else None
+        rows.append((q0, q1, k0, k1, lo, hi))
+    return make_slices(rows)
+
+
 # --------------------------------------------------------------------------- ranges per query
+
+
+def read_ranges(ranges: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and ends, int64 ``[q_len, R]``, of what :meth:`dcp.AttnMask.from_ranges` takes."""
+    try:
+        array = np.asarray(ranges)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged; on another device
+        raise ValueError(
+            f"ranges must be integers of shape [q_len, R, 2], got {shown(ranges)} ({error})"
+        ) from None
+    if array.ndim == 2:
+        array = array[:, None, :]
+    if array.ndim != 3 or array.shape[2] != 2 or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"ranges must be integers of shape [q_len, R, 2], got {array.dtype} {array.shape}"
+        )
+    if array.dtype.kind == "u":  # the largest of them would turn negative
+        array = np.minimum(array, np.uint64(2**62))
+    array = array.astype(np.int64)
+    return array[..., 0], array[..., 1]
 
 
 def merge_ranges(start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

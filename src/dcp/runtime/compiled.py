@@ -1,8 +1,8 @@
 """Planned attention as a registered operator, so that ``torch.compile`` of a model has no break.
 
-A compiled graph holds tensors and numbers only. The executor is therefore named by its handle, and
-the plan that a forward call used by a ticket, a tensor saved for the backward call. An executor
-keeps its last plans by ticket (:data:`dcp.runtime.executor.KEPT_PLANS`).
+A compiled graph holds tensors and numbers only. So the executor is named by its handle, and a plan
+by its ticket, a tensor: a bound plan gives it, a bare executor lets the operator choose, and it is
+saved for backward. An executor keeps its last plans (:data:`dcp.runtime.regions.KEPT_PLANS`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,25 @@ from dcp.runtime.session import Call, Session
 
 
 class Executor(Protocol):
-    """What operators need of a :class:`dcp.AttentionExecutor`: its name here, its plan in use."""
+    """What operators need of a :class:`dcp.AttentionExecutor` and of a plan bound to one."""
 
     handle: int
-    ticket: int
+    ticket: Tensor | None
 
-    def session(self, call: Call, *, ticket: int | None = None) -> Session: ...
+    def session(self, call: Call) -> Session: ...
 
 
-_executors: WeakValueDictionary[int, Executor] = WeakValueDictionary()
+class Registered(Protocol):
+    """An executor that finds its plans by their tickets."""
+
+    def bound(self, ticket: Tensor | None) -> Executor: ...
+
+
+_executors: WeakValueDictionary[int, Registered] = WeakValueDictionary()
 _handles = count()
 
 
-def register(executor: Executor) -> int:
+def register(executor: Registered) -> int:
     """A handle by which operators find the executor for as long as it lives."""
     handle = next(_handles)
     _executors[handle] = executor
@@ -41,9 +47,8 @@ def attention(
     executor: Executor, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
 ) -> tuple[Tensor, Tensor]:
     """As :meth:`dcp.DCPAttention.apply_with_lse`, for code that is being compiled."""
-    out, lse, _ = _attention(
-        q, kv, sink, executor.handle, call.mask, call.scale, call.softcap, call.deterministic
-    )
+    options = call.mask, call.scale, call.softcap, call.deterministic
+    out, lse, _ = _attention(q, kv, sink, executor.ticket, executor.handle, *options)
     return out, lse
 
 
@@ -52,16 +57,18 @@ def _attention(
     q: Tensor,
     kv: Tensor,
     sink: Tensor | None,
+    ticket: Tensor | None,
     executor: int,
     mask: str | None,
     scale: float | None,
     softcap: float | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call, ticket = Call(mask, scale, softcap, deterministic), _executors[executor].ticket
-    session = _executors[executor].session(call)
+    bound = _executors[executor].bound(ticket)
+    session = bound.session(Call(mask, scale, softcap, deterministic))
     out, lse = session.forward(q, kv, sink, needs_grad=True)
-    return out, lse, torch.tensor([ticket])
+    assert bound.ticket is not None
+    return out, lse, bound.ticket
 
 
 @_attention.register_fake
@@ -86,7 +93,7 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     call = Call(mask, scale, softcap, deterministic)
-    session = _executors[executor].session(call, ticket=int(ticket))
+    session = _executors[executor].bound(ticket).session(call)
     return session.backward(grad_out=grad_out, q=q, kv=kv, out=out, lse=lse)
 
 
@@ -97,7 +104,7 @@ def _(grad_out: Tensor, q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 
 def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, kv, sink, *ctx.call = inputs
+    q, kv, sink, _, *ctx.call = inputs
     out, lse, ticket = output
     ctx.save_for_backward(q, kv, sink, out, lse, ticket)
     ctx.mark_non_differentiable(lse, ticket)
@@ -107,7 +114,7 @@ def _gradients(ctx: Any, grad_out: Tensor, *_: Any) -> tuple:
     q, kv, sink, out, lse, ticket = ctx.saved_tensors
     grad_q, grad_kv = _backward(grad_out.contiguous(), q, kv, out, lse, ticket, *ctx.call)
     grad_sink = None if sink is None else sink_gradient(grad_out, sink, out, lse)
-    return grad_q, grad_kv, grad_sink, *(None for _ in ctx.call)
+    return grad_q, grad_kv, grad_sink, None, *(None for _ in ctx.call)
 
 
 _attention.register_autograd(_gradients, setup_context=_remember)

@@ -18,11 +18,9 @@ from dcp.runtime.compiled import sink_gradient
 from dcp.runtime.group import resolve_group
 from dcp.runtime.kernels import get_kernel
 from dcp.runtime.prepared import PreparedPlan
+from dcp.runtime.regions import Plans
 from dcp.runtime.session import Call, CallOptions, Session
 from dcp.simulate import Span
-
-# Plans that an executor keeps for backward passes of compiled code, which cannot hold their plan.
-KEPT_PLANS = 64
 
 
 class AttentionExecutor:
@@ -43,30 +41,48 @@ class AttentionExecutor:
         self.kernel = kernel
         self.spans: list[Span] | None = None  # set to a list to record every call's instructions
         self.handle = compiled.register(self)
-        self.ticket = 0  # number of the plan in use, counted from 1
-        self._prepared: PreparedPlan | None = None
-        self._kept: dict[int, PreparedPlan] = {}
-        self._communicator = GroupCommunicator(group) if group else LocalPost().rank(0)
+        self.ticket: Tensor | None = None  # compiled code runs the plan in use, see BoundPlan
+        self._plans = Plans()
+        self.communicator = GroupCommunicator(group) if group else LocalPost().rank(0)
 
     @property
     def plan(self) -> RankPlan | None:
         """The plan in use."""
-        return self._prepared.plan if self._prepared else None
+        prepared = self._plans.last_used
+        if prepared is not None and not torch.compiler.is_compiling():
+            prepared = self._plans.in_use()
+        return prepared.plan if prepared else None
 
-    def prepare(self, plan: Plan | RankPlan | PreparedPlan) -> None:
+    def prepare(self, plan: Plan | RankPlan | PreparedPlan | BoundPlan) -> None:
         """Use ``plan`` from now on. Calls already begun keep the plan they began with.
 
         What the kernel needs is built, and copied to the device, at the first call with a mask, or
         beforehand by :meth:`ready`. Raises ``ValueError`` for another rank's plan.
         """
+        bound = plan if isinstance(plan, BoundPlan) else self.bind(plan)
+        self._plans.use(bound.prepared)
+
+    def bind(self, plan: Plan | RankPlan | PreparedPlan) -> BoundPlan:
+        """``plan`` and this executor as one, to be given to a model in the executor's place.
+
+        For whoever has several batches on the way, as pipelines do: nothing depends on the order of
+        :meth:`prepare`, which need not be called. Where activation checkpointing repeats calls of
+        the bare executor during backward, they get the plan of their forward pass if the region is
+        one that :mod:`dcp.runtime.regions` knows, else they are refused.
+
+        Raises ``ValueError`` for another rank's plan.
+        """
         prepared = plan if isinstance(plan, PreparedPlan) else PreparedPlan(self._mine(plan))
         self._mine(prepared.plan)
         if prepared.copied is not None:
             prepared.copied.wait()  # holds the current stream, not the host
-        self._prepared = prepared
-        self.ticket += 1
-        self._kept[self.ticket] = prepared
-        self._kept.pop(self.ticket - KEPT_PLANS, None)
+        self._plans.add(prepared)
+        return BoundPlan(self, prepared)
+
+    def bound(self, ticket: Tensor | None = None) -> BoundPlan:
+        """The plan that has ``ticket``; without one, that in use."""
+        plans = self._plans
+        return BoundPlan(self, plans.in_use() if ticket is None else plans.numbered(int(ticket)))
 
     def ready(
         self, plan: Plan | RankPlan, like: Tensor, *, call: Call | None = None
@@ -128,38 +144,60 @@ class AttentionExecutor:
         if q.device.type != "cuda":
             raise ValueError(f"CUDA graphs capture tensors on a CUDA device, q is on {q.device}")
 
+        bound = self.bound()
+
         def attend(q: Tensor, kv: Tensor) -> Tensor:
-            return self.attention(q, kv, sink=sink, **options)
+            return bound.attention(q, kv, sink=sink, **options)
 
         graphs = cast(
             Callable[[Tensor, Tensor], Tensor],
             torch.cuda.make_graphed_callables(attend, (q, kv)),
         )
-        prepared = self._prepared
 
         def replay(q: Tensor, kv: Tensor) -> Tensor:
-            assert prepared is not None, "the graphs read its tables: it must live as long"
+            assert bound.prepared, "the graphs read its tables: it must live as long"
             return graphs(q, kv)
 
         return replay
 
-    def session(self, call: Call, *, ticket: int | None = None) -> Session:
-        """A call with the prepared plan, or with the one that had ``ticket``."""
-        if self._prepared is None:
-            raise ValueError("the executor has no plan yet: call executor.prepare(plan) first")
-        if ticket is not None and ticket not in self._kept:
-            raise ValueError(
-                f"the backward pass of plan {ticket} began after plan {self.ticket} was prepared: "
-                f"compiled code may be at most {KEPT_PLANS} plans behind"
-            )
+    def session(self, call: Call) -> Session:
+        """A call with the plan in use."""
+        return self.bound().session(call)
+
+
+class BoundPlan:
+    """One plan on an executor, from :meth:`AttentionExecutor.bind`.
+
+    Given to a model where an executor is expected. Its calls run under its plan, in forward, in
+    backward and when checkpointing repeats them, whatever the executor has prepared meanwhile.
+    """
+
+    def __init__(self, executor: AttentionExecutor, prepared: PreparedPlan) -> None:
+        self.executor, self.prepared = executor, prepared
+        self.handle = executor.handle
+        self.ticket: Tensor | None = torch.tensor([prepared.number])  # names it in compiled code
+
+    @property
+    def plan(self) -> RankPlan:
+        """The rank's plan."""
+        return self.prepared.plan
+
+    def attention(
+        self, q: Tensor, kv: Tensor, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
+    ) -> Tensor:
+        """:meth:`DCPAttention.apply` under this plan."""
+        return DCPAttention.apply(self, q, kv, sink=sink, **options)
+
+    def session(self, call: Call) -> Session:
+        """A call with this plan."""
         return Session(
-            plans=[self._prepared if ticket is None else self._kept[ticket]],
-            communicators=[self._communicator],
+            plans=[self.prepared],
+            communicators=[self.executor.communicator],
             drive=_exhaust,
             split=lambda tensor, keys=False: [tensor],
             join=lambda tensors, keys=False: tensors[0],
-            kernel=self.kernel,
-            spans=self.spans,
+            kernel=self.executor.kernel,
+            spans=self.executor.spans,
             call=call,
         )
 
@@ -240,7 +278,11 @@ _attention = _Attention.apply
 
 
 def _attend(
-    executor: AttentionExecutor, q: Tensor, kv: Tensor, sink: Tensor | None, call: Call
+    executor: AttentionExecutor | BoundPlan,
+    q: Tensor,
+    kv: Tensor,
+    sink: Tensor | None,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     if torch.compiler.is_compiling():
         return compiled.attention(executor, q, kv, sink, call)
@@ -252,7 +294,7 @@ class DCPAttention:
 
     @staticmethod
     def apply(
-        executor: AttentionExecutor,
+        executor: AttentionExecutor | BoundPlan,
         q: Tensor,
         kv: Tensor,
         *,
@@ -264,6 +306,7 @@ class DCPAttention:
         Every rank of the group calls it, ranks without tokens too.
 
         Args:
+            executor: with a prepared plan, or a plan bound to one: :meth:`AttentionExecutor.bind`.
             q: ``[local, heads, head_dim]``, rows in the order of ``plan.token_indices(rank)``.
             kv: ``[local keys, 2, kv_heads, head_dim]``, keys first; as many rows as ``q``, and
                 those of the rank's cached tokens, as ``plan.key_indices(rank)`` orders them.
@@ -279,7 +322,7 @@ class DCPAttention:
 
     @staticmethod
     def apply_with_lse(
-        executor: AttentionExecutor,
+        executor: AttentionExecutor | BoundPlan,
         q: Tensor,
         kv: Tensor,
         *,

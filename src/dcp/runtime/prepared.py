@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dcp.tables import Move
 # To or from a peer: its rows of each buffer, in the order of buffers.
 Message = tuple[int, list[tuple[int, Rows]]]
 Runs = tuple[np.ndarray, np.ndarray]  # first row, rows
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PreparedPlan:
 
     def __init__(self, plan: RankPlan) -> None:
         self.plan = plan
+        self.number = next(_numbers)  # its name in compiled code
         self.copied: torch.cuda.Event | None = None  # when tables made ahead are on the device
         self._instructions: dict[tuple[str, bool, torch.device], list[Instruction | Exchange]] = {}
         self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
