@@ -209,7 +209,8 @@ class PlacedBatch:
     Attributes:
         pieces: (document, start, stop) of every sequence, int64 ``[n, 3]``.
         last: the batch ends its epoch.
-        num_batches: batches of the epoch to which the next batch belongs.
+        num_batches: batches of the epoch to which the next batch belongs; of a stream, 0.
+        error: why there is no such batch.
     """
 
     epoch: int
@@ -217,6 +218,7 @@ class PlacedBatch:
     pieces: np.ndarray
     last: bool
     num_batches: int
+    error: Exception | None = None
 
 
 class BatchesFrom(Iterator[PlacedBatch]):
