@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class TokenBudgetBatches:
         seed: of the order, which differs from epoch to epoch; None keeps the documents' own order.
         packing: ``"first_fit"`` or ``"ordered"``.
         bucket_window: documents that are sorted by length together; 0 sorts none.
+        first: number of the first document.
     """
 
     lengths: np.ndarray
@@ -49,34 +51,41 @@ class TokenBudgetBatches:
     seed: int | None = 0
     packing: str = "first_fit"
     bucket_window: int = 0
+    first: int = 0
 
     def __post_init__(self) -> None:
-        if self.tokens_per_batch < 1:
-            raise ValueError(f"tokens_per_batch must be 1 or more, got {self.tokens_per_batch}")
-        if self.over_long not in ("raise", "split"):
-            raise ValueError(f"over_long must be 'raise' or 'split', got {self.over_long!r}")
-        if self.packing not in ("first_fit", "ordered"):
-            raise ValueError(f"packing must be 'first_fit' or 'ordered', got {self.packing!r}")
-        if self.bucket_window < 0 or (self.bucket_window and self.packing == "ordered"):
-            raise ValueError(
-                f"bucket_window must be 0 or more, and 0 for packing='ordered', "
-                f"got {self.bucket_window}"
-            )
+        self._check_options()
+        checked_lengths(self.lengths)
         if not len(self.lengths):
             raise ValueError("the dataset is empty: there are no documents to batch")
-        if (self.lengths < 0).any():
-            raise ValueError(f"document lengths must be 0 or more, got {self.lengths.min()}")
-        if not 1 <= self.longest <= self.tokens_per_batch:
-            raise ValueError(
-                f"max_seqlen must lie between 1 and tokens_per_batch={self.tokens_per_batch}, "
-                f"got {self.max_seqlen}"
-            )
         worst = int(np.argmax(self.lengths))
         if self.over_long == "raise" and self.lengths[worst] > self.longest:
             limit = "tokens_per_batch" if self.max_seqlen is None else "max_seqlen"
             raise ValueError(
-                f"document {worst} has {self.lengths[worst]} tokens, more than "
+                f"document {self.first + worst} has {self.lengths[worst]} tokens, more than "
                 f"{limit}={self.longest}: raise the limit or set over_long='split'"
+            )
+
+    def _check_options(self) -> None:
+        least = {"tokens_per_batch": 1, "max_seqlen": 1, "seed": 0, "bucket_window": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is None and name in ("max_seqlen", "seed"):
+                continue
+            if not is_whole(value) or value < lowest:
+                raise ValueError(f"{name} must be a whole number, {lowest} or more, got {value!r}")
+        if self.over_long not in ("raise", "split"):
+            raise ValueError(f"over_long must be 'raise' or 'split', got {self.over_long!r}")
+        if self.packing not in ("first_fit", "ordered"):
+            raise ValueError(f"packing must be 'first_fit' or 'ordered', got {self.packing!r}")
+        if self.bucket_window and self.packing == "ordered":
+            raise ValueError(
+                f"bucket_window must be 0 for packing='ordered', got {self.bucket_window}"
+            )
+        if self.longest > self.tokens_per_batch:
+            raise ValueError(
+                f"max_seqlen must lie between 1 and tokens_per_batch={self.tokens_per_batch}, "
+                f"got {self.max_seqlen}"
             )
 
     @property
@@ -84,10 +93,13 @@ class TokenBudgetBatches:
         """Most tokens of a sequence."""
         return self.tokens_per_batch if self.max_seqlen is None else self.max_seqlen
 
-    def epoch(self, epoch: int) -> Iterator[np.ndarray]:
-        """Batches of one epoch: int64 ``[n, 3]`` of (document, start, stop) each."""
+    def epoch(self, epoch: int, *window: int) -> Iterator[np.ndarray]:
+        """Batches of one epoch: int64 ``[n, 3]`` of (document, start, stop) each.
+
+        Where these documents are but a ``window`` of the epoch, its number is part of the seed.
+        """
         # The artifact keeps one order for all epochs.
-        rng = self._rng(0 if self.packing == "ordered" else epoch)
+        rng = self._rng(0 if self.packing == "ordered" else epoch, *window)
         pieces = self._pieces(rng)
         batches: Iterator[list[Piece]]
         if self.packing == "ordered":
@@ -100,8 +112,8 @@ class TokenBudgetBatches:
         for batch in batches:
             yield np.array(batch, dtype=np.int64)
 
-    def _rng(self, epoch: int) -> np.random.Generator | None:
-        return None if self.seed is None else np.random.default_rng([self.seed, epoch])
+    def _rng(self, *place: int) -> np.random.Generator | None:
+        return None if self.seed is None else np.random.default_rng([self.seed, *place])
 
     def _first_fit(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         batches: list[list[Piece]] = []
@@ -151,8 +163,39 @@ class TokenBudgetBatches:
         order = np.arange(len(document))
         if rng is not None:
             order = rng.permutation(len(document))
-        columns = (column[order].tolist() for column in (document, start, stop))
+        columns = (column[order].tolist() for column in (document + self.first, start, stop))
         yield from zip(*columns, strict=True)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, of Python or numpy, and no truth value."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def checked_lengths(lengths: Any, num_documents: int | None = None) -> np.ndarray:
+    """Tokens of each document, int64 ``[n]``; ``ValueError`` where they cannot be that."""
+    try:
+        found = np.asarray(lengths)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"document lengths must be a vector of integers: {error}") from None
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        values = found.ravel().tolist()
+        other = next((v for v in values if not is_whole(v)), None)
+        value = next((v for v in values if v != v), other)  # NaN before a float that is whole
+        raise ValueError(
+            f"document lengths must be a vector of integers, got {found.dtype} of shape "
+            f"{found.shape} with {value!r:.40}"
+        )
+    if num_documents is not None and len(found) != num_documents:
+        raise ValueError(
+            f"the dataset has {num_documents} documents but gives {len(found)} lengths: "
+            f"give one length a document"
+        )
+    for document in np.flatnonzero((found < 0) | (found > np.iinfo(np.int64).max))[:1].tolist():
+        raise ValueError(
+            f"document lengths must be 0 or more, got {found[document]} for document {document}"
+        )
+    return found.astype(np.int64)
 
 
 def _num_tokens(batch: list[Piece]) -> int:
@@ -166,7 +209,8 @@ class PlacedBatch:
     Attributes:
         pieces: (document, start, stop) of every sequence, int64 ``[n, 3]``.
         last: the batch ends its epoch.
-        num_batches: batches of the epoch to which the next batch belongs.
+        num_batches: batches of the epoch to which the next batch belongs; of a stream, 0.
+        error: why there is no such batch.
     """
 
     epoch: int
@@ -174,6 +218,7 @@ class PlacedBatch:
     pieces: np.ndarray
     last: bool
     num_batches: int
+    error: Exception | None = None
 
 
 class BatchesFrom(Iterator[PlacedBatch]):
@@ -186,8 +231,10 @@ class BatchesFrom(Iterator[PlacedBatch]):
 
     def __init__(self, batches: TokenBudgetBatches, *, epoch: int, position: int) -> None:
         self._batches = batches
+        if epoch < 0:
+            raise ValueError(f"cannot resume in epoch {epoch}: epochs count from 0")
         self._begin(epoch)
-        if position >= self.num_batches:
+        if not 0 <= position < self.num_batches:
             raise ValueError(
                 f"cannot resume at batch {position} of epoch {epoch}: "
                 f"it has {self.num_batches} batches"

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp.data.batching import checked_lengths
 from dcp.data.sources import Documents
 from dcp.data.tokenizers import ByteTokenizer, Tokenizer
 
@@ -65,7 +66,7 @@ class SampleDataset:
     def lengths(self) -> np.ndarray:
         """Tokens of each sample: int64 ``[n]``."""
         if (known := getattr(self._samples, "lengths", None)) is not None:
-            return np.asarray(known, dtype=np.int64)
+            return checked_lengths(known, len(self))
         return np.array([len(tokens_of(self[i])) for i in range(len(self))], dtype=np.int64)
 
     def num_loss_tokens(self, index: int, start: int, stop: int) -> int:

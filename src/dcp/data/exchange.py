@@ -18,7 +18,7 @@ from dcp.program import RankPlan
 from dcp.runtime.group import resolve_group
 
 _KIND = "batch-share"
-_COUNTS = ("num_loss_tokens", "last", "num_batches")
+_COUNTS = ("num_loss_tokens", "last", "num_batches", "checksum")
 _ERRORS = {"lost": PoolLost, "value": ValueError, "planning": PlanningError}
 ERROR_SECONDS = 5.0  # an error's rank stays that long for the others to read it
 
@@ -33,6 +33,7 @@ class Share:
         last: the batch ends its epoch.
         num_batches: batches of the epoch to which the next batch belongs.
         plan: the rank's ``RankPlan`` as bytes.
+        checksum: of the documents of a stream that the planning rank chose from.
     """
 
     pieces: np.ndarray
@@ -40,6 +41,7 @@ class Share:
     last: bool
     num_batches: int
     plan: bytes
+    checksum: int = 0
 
     def to_bytes(self) -> bytes:
         meta = {name: getattr(self, name) for name in _COUNTS}

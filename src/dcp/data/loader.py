@@ -20,11 +20,12 @@ from dcp.data.batching import (
     PlacedBatch,
     TokenBudgetBatches,
 )
-from dcp.data.datasets import Samples, as_dataset
+from dcp.data.datasets import SampleDataset, Samples, as_dataset
 from dcp.data.exchange import Exchange, Share
 from dcp.data.messages import request_to_bytes
 from dcp.data.pool import Pool, open_pool
 from dcp.data.reading import DocumentReader, LocalBatch, LocalTokens
+from dcp.data.streaming import DocumentStream, is_stream
 from dcp.program import RankPlan
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
@@ -40,7 +41,8 @@ class DCPDataLoader:
 
     Args:
         dataset: anything with a length and an index that gives token vectors, or mappings with
-            ``input_ids`` and maybe ``labels``; only planning ranks ask for all lengths.
+            ``input_ids`` and maybe ``labels``; only planning ranks ask for all lengths. Or a
+            stream of such, which every rank iterates, see :mod:`dcp.data.streaming`.
         mask_fn: the name of a mask, or ``fn(seqlens, samples)`` that returns one mask per sequence
             (an ``AttnMask``, a range tensor or a name), or such lists by mask name. It runs on
             planning ranks; ``samples`` are read when they are indexed.
@@ -57,6 +59,7 @@ class DCPDataLoader:
         over_long: what a document longer than that does: ``"raise"`` or ``"split"``.
         seed: of the order of documents, which differs by epoch; None keeps their own order.
         packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
+        stream_window: documents of a stream that are shuffled and packed together, and held.
         mask_weights: layers that use each mask, where ``mask_fn`` names several.
         look_ahead: batches that each planning rank plans before they are asked for.
         prefetch: batches whose documents this rank reads in a thread, as soon as they are planned,
@@ -91,6 +94,7 @@ class DCPDataLoader:
         seed: int | None = 0,
         packing: str = "first_fit",
         bucket_window: int = 0,
+        stream_window: int = 1024,
         mask_weights: Mapping[str, float] | None = None,
         look_ahead: int = 4,
         prefetch: int = 1,
@@ -105,7 +109,7 @@ class DCPDataLoader:
             raise ValueError(f"look_ahead must be 1 or more, got {look_ahead}")
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
-        self.dataset, self.spec, self.device = as_dataset(dataset), spec, device
+        self.spec, self.device = spec, device
         self._mask_fn, self._mask_weights, self._prefetch = mask_fn, mask_weights, prefetch
         self._order: dict[str, Any] = {
             "tokens_per_batch": tokens_per_batch,
@@ -117,6 +121,17 @@ class DCPDataLoader:
         }
         self._plan_options = dict(plan_options or {})
         self._exchange = Exchange(group, attention_group, timeout_seconds=timeout_seconds)
+        self._stream: DocumentStream | None = None
+        if is_stream(dataset):
+            self._stream = DocumentStream(
+                dataset,
+                self._order,
+                window=stream_window,
+                read_ahead=prefetch > 0,
+                rank=self._exchange.rank,
+            )
+            self._order["stream_window"] = stream_window
+        self.dataset = SampleDataset(self._stream) if self._stream else as_dataset(dataset)
         self.cluster = _checked_cluster(cluster, self._exchange.plan_ranks)
         self.planning_ranks = self._choose_planning_ranks(planning_ranks, planning_pool)
         self._batches, self._pool = self._open(planning_pool, num_workers)
@@ -151,7 +166,9 @@ class DCPDataLoader:
         """What a planning rank plans, and where; collective."""
         with self._together():
             if self._exchange.rank in self.planning_ranks:
-                batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
+                batches = None
+                if self._stream is None:
+                    batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
                 return batches, open_pool(pool, num_workers=num_workers)
         return None, None
 
@@ -167,6 +184,8 @@ class DCPDataLoader:
         while not last:
             taken = self._ahead.take()
             local = self._reader.read(taken.share)
+            if self._stream is not None:
+                self._stream.advance(taken.share)
             self._reader.begin(self._ahead.upcoming(self._prefetch))
             batch = self._local_batch(taken, local)
             last, self._num_batches = taken.share.last, taken.share.num_batches
@@ -178,13 +197,17 @@ class DCPDataLoader:
     def __len__(self) -> int:
         """All batches of the epoch to which the next batch belongs, known on every rank.
 
-        Epochs may differ by some batches, as documents fall into them in another order.
+        Epochs may differ by some batches, as documents fall into them in another order. A stream
+        hides the number: ``TypeError``.
         """
+        if self._stream is not None:
+            raise TypeError("a stream does not tell how many batches its epochs have: count them")
         return self._num_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands, counting what was yielded; JSON-able, equal on all ranks."""
-        return {"epoch": self._epoch, "position": self._position, **self._identity()}
+        state = {"epoch": self._epoch, "position": self._position, **self._identity()}
+        return state if self._stream is None else state | {"stream": self._stream.place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``, on all ranks together, on any number of ranks.
@@ -196,14 +219,19 @@ class DCPDataLoader:
             for name, value in self._identity().items():
                 if state.get(name, value) != value:
                     raise ValueError(f"cannot resume: {name} was {state[name]!r} and is {value!r}")
+            if ("stream" in state) != (self._stream is not None):
+                one, other = ("a", "no") if "stream" in state else ("no", "a")
+                raise ValueError(f"cannot resume: the data was {one} stream and is {other} stream")
             try:
                 epoch, position = int(state["epoch"]), int(state["position"])
             except KeyError as error:
                 raise ValueError(f"cannot resume: the loader's state lacks {error}") from None
-        self._start(epoch=epoch, position=position)
+        self._start(epoch=epoch, position=position, place=state.get("stream"))
 
     def sequence_batch(self, epoch: int, position: int) -> SequenceBatch:
         """Sequences and masks of one batch, on a planning rank: to plan or draw it again."""
+        if self._stream is not None:
+            raise ValueError("a batch of a stream cannot be had again: the stream has gone on")
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
         place = next(BatchesFrom(self._batches, epoch=epoch, position=position))
@@ -235,32 +263,44 @@ class DCPDataLoader:
             failed = error
         self._exchange.agree(failed)
 
-    def _start(self, *, epoch: int, position: int) -> None:
-        """Go to a place; collective."""
-        places = None
+    def _start(self, *, epoch: int, position: int, place: Mapping[str, Any] | None = None) -> None:
+        """Go to a place, in a stream to that ``place``; collective."""
+        places: Iterator[PlacedBatch] | None = None
+        num_batches = 0
         with self._together():
-            if self._batches is not None:
-                places = BatchesFrom(self._batches, epoch=epoch, position=position)
+            if self._stream is not None:
+                self._stream.start(epoch, place)
+                places = self._stream.batches(epoch, position) if self.plans else None
+            elif self._batches is not None:
+                places = indexed = BatchesFrom(self._batches, epoch=epoch, position=position)
+                num_batches = indexed.num_batches
         self._epoch, self._position = epoch, position
-        self._num_batches = self._exchange.largest(places.num_batches if places else 0)
+        self._num_batches = self._exchange.largest(num_batches)
         self._reader.begin(())
         self._ahead.start(places)
 
     def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
         """A batch's share, without plan, and the request for its plan."""
-        pieces = place.pieces
+        if place.error is not None:
+            raise place.error
+        pieces, stream = place.pieces, self._stream
+        documents = pieces[:, DOCUMENT]
+        lengths = stream.lengths_of(documents) if stream else self.dataset.lengths[documents]
         # with each document's length, for the readers to check theirs against
-        full = np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
+        full = np.column_stack([pieces, lengths])
         num_loss_tokens = sum(self.dataset.num_loss_tokens(*piece) for piece in pieces.tolist())
         request = request_to_bytes(
             self._sequence_batch(pieces), self.spec, self.cluster, self._plan_options
         )
-        return Share(full, num_loss_tokens, place.last, place.num_batches, b""), request
+        checksum = stream.checksum_of(pieces) if stream else 0
+        return Share(full, num_loss_tokens, place.last, place.num_batches, b"", checksum), request
 
     # ------------------------------------------------------------------ batches
 
     def _identity(self) -> dict[str, Any]:
         """What the order of batches depends on, as far as this rank knows it."""
+        if self._stream is not None:
+            return dict(self._order)
         identity = {"num_documents": len(self.dataset), **self._order}
         if self._batches is not None:
             identity["document_tokens"] = int(self._batches.lengths.sum())
