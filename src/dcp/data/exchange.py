@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 
 from dcp import wire
+from dcp.data.contents import Kinds
 from dcp.data.messages import PlanningError, PoolLost
+from dcp.data.segments import ONE
 from dcp.program import RankPlan
 from dcp.runtime.group import resolve_group
 
@@ -33,6 +35,7 @@ class Share:
         last: the batch ends its epoch.
         num_batches: batches of the epoch to which the next batch belongs.
         plan: the rank's ``RankPlan`` as bytes.
+        segments, fields: of the batch's samples, see :class:`dcp.data.contents.Contents`.
     """
 
     pieces: np.ndarray
@@ -40,11 +43,13 @@ class Share:
     last: bool
     num_batches: int
     plan: bytes
+    segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    fields: Kinds = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        meta = {name: getattr(self, name) for name in _COUNTS}
+        meta = {name: getattr(self, name) for name in _COUNTS} | {"fields": self.fields}
         arrays = {"pieces": self.pieces, "plan": np.frombuffer(self.plan, np.uint8)}
-        return wire.pack(_KIND, meta, arrays)
+        return wire.pack(_KIND, meta, arrays | {"segments": self.segments})
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Share:
@@ -53,7 +58,14 @@ class Share:
         if "error" in meta:
             raise _ERRORS[meta["as"]](meta["error"])
         counts = {name: meta[name] for name in _COUNTS}
-        return cls(pieces=arrays["pieces"], plan=arrays["plan"].tobytes(), **counts)
+        plan, fields = arrays["plan"].tobytes(), meta["fields"]
+        parts = {"pieces": arrays["pieces"], "segments": arrays["segments"]}
+        return cls(plan=plan, fields=fields, **parts, **counts)
+
+    def segments_of(self, sequence: int) -> np.ndarray:
+        """(first token, its position) of a sequence's segments: int64 ``[n, 2]``."""
+        first, stop = np.searchsorted(self.segments[:, 0], [sequence, sequence + 1])
+        return self.segments[first:stop, 1:] if stop > first else ONE
 
     def rank_plan(self) -> RankPlan:
         return RankPlan.from_bytes(self.plan)

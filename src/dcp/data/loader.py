@@ -11,7 +11,7 @@ import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.data.ahead import LookAhead, Taken
+from dcp.data.ahead import LookAhead
 from dcp.data.batching import (
     DOCUMENT,
     START,
@@ -20,11 +20,14 @@ from dcp.data.batching import (
     PlacedBatch,
     TokenBudgetBatches,
 )
+from dcp.data.contents import contents_of
 from dcp.data.datasets import Samples, as_dataset
 from dcp.data.exchange import Exchange, Share
+from dcp.data.groups import batches_of
 from dcp.data.messages import request_to_bytes
 from dcp.data.pool import Pool, open_pool
-from dcp.data.reading import DocumentReader, LocalBatch, LocalTokens
+from dcp.data.reading import DocumentReader, LocalBatch
+from dcp.data.samples import SampleFormat, as_names
 from dcp.program import RankPlan
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
@@ -40,7 +43,8 @@ class DCPDataLoader:
 
     Args:
         dataset: anything with a length and an index that gives token vectors, or mappings with
-            ``input_ids`` and maybe ``labels``; only planning ranks ask for all lengths.
+            ``input_ids`` and what :class:`dcp.data.SampleFormat` lists; only planning ranks ask
+            for all lengths.
         mask_fn: the name of a mask, or ``fn(seqlens, samples)`` that returns one mask per sequence
             (an ``AttnMask``, a range tensor or a name), or such lists by mask name. It runs on
             planning ranks; ``samples`` are read when they are indexed.
@@ -55,6 +59,11 @@ class DCPDataLoader:
             group, share a plan and get the same tokens.
         max_seqlen: longest sequence; None is the budget.
         over_long: what a document longer than that does: ``"raise"`` or ``"split"``.
+        fields, ignore, vocab_size: of samples, see :class:`dcp.data.SampleFormat`: keys that are
+            shared out like tokens, keys left to others (``mask_fn``, whose own ``sample_keys`` are
+            ignored without), and the first id that is none.
+        group_ids: a number or name per document: those of one come in one batch, None alone. None:
+            the dataset's ``group_ids``, else the samples' ``group_id``.
         seed: of the order of documents, which differs by epoch; None keeps their own order.
         packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
         mask_weights: layers that use each mask, where ``mask_fn`` names several.
@@ -88,6 +97,10 @@ class DCPDataLoader:
         attention_group: Any = None,
         max_seqlen: int | None = None,
         over_long: str = "raise",
+        fields: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+        vocab_size: int | None = None,
+        group_ids: Sequence[Any] | np.ndarray | None = None,
         seed: int | None = 0,
         packing: str = "first_fit",
         bucket_window: int = 0,
@@ -105,7 +118,13 @@ class DCPDataLoader:
             raise ValueError(f"look_ahead must be 1 or more, got {look_ahead}")
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
-        self.dataset, self.spec, self.device = as_dataset(dataset), spec, device
+        ignore = (*getattr(mask_fn, "sample_keys", ()), *as_names(ignore))
+        form = SampleFormat(fields, ignore, vocab_size)
+        self.dataset, self.spec, self.device = (
+            as_dataset(dataset, form, group_ids=group_ids),
+            spec,
+            device,
+        )
         self._mask_fn, self._mask_weights, self._prefetch = mask_fn, mask_weights, prefetch
         self._order: dict[str, Any] = {
             "tokens_per_batch": tokens_per_batch,
@@ -151,7 +170,7 @@ class DCPDataLoader:
         """What a planning rank plans, and where; collective."""
         with self._together():
             if self._exchange.rank in self.planning_ranks:
-                batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
+                batches = batches_of(self.dataset.lengths, self.dataset.groups, **self._order)
                 return batches, open_pool(pool, num_workers=num_workers)
         return None, None
 
@@ -168,7 +187,13 @@ class DCPDataLoader:
             taken = self._ahead.take()
             local = self._reader.read(taken.share)
             self._reader.begin(self._ahead.upcoming(self._prefetch))
-            batch = self._local_batch(taken, local)
+            batch = local.batch(
+                self.device,
+                epoch=self._epoch,
+                index=self._position,
+                plan_wait_seconds=taken.waited_seconds,
+                planned_ahead=taken.planned_ahead,
+            )
             last, self._num_batches = taken.share.last, taken.share.num_batches
             self._epoch, self._position = (
                 (self._epoch + 1, 0) if last else (self._epoch, self._position + 1)
@@ -249,13 +274,13 @@ class DCPDataLoader:
     def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
         """A batch's share, without plan, and the request for its plan."""
         pieces = place.pieces
+        batch = self._sequence_batch(pieces)
+        known = contents_of(self.dataset, batch, pieces)
         # with each document's length, for the readers to check theirs against
         full = np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
-        num_loss_tokens = sum(self.dataset.num_loss_tokens(*piece) for piece in pieces.tolist())
-        request = request_to_bytes(
-            self._sequence_batch(pieces), self.spec, self.cluster, self._plan_options
-        )
-        return Share(full, num_loss_tokens, place.last, place.num_batches, b""), request
+        counts = (known.num_loss_tokens, place.last, place.num_batches)
+        request = request_to_bytes(batch, self.spec, self.cluster, self._plan_options)
+        return Share(full, *counts, b"", known.segments, known.fields), request
 
     # ------------------------------------------------------------------ batches
 
@@ -272,20 +297,6 @@ class DCPDataLoader:
         if callable(masks):
             masks = masks(seqlens, Samples(self.dataset, pieces))
         return SequenceBatch(seqlens, masks, weights=self._mask_weights)
-
-    def _local_batch(self, taken: Taken, local: LocalTokens) -> LocalBatch:
-        share = taken.share
-        return LocalBatch(
-            tokens=torch.from_numpy(local.tokens).to(self.device),
-            labels=torch.from_numpy(local.labels).to(self.device),
-            positions=torch.from_numpy(local.plan.positions).to(self.device),
-            num_loss_tokens=share.num_loss_tokens,
-            seqlens=share.pieces[:, STOP] - share.pieces[:, START],
-            epoch=self._epoch,
-            index=self._position,
-            plan_wait_seconds=taken.waited_seconds,
-            planned_ahead=taken.planned_ahead,
-        )
 
 
 def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Cluster:
