@@ -1,17 +1,21 @@
-"""What a planning rank tells of a batch beside its plan: labels, segments, the kinds of fields."""
+"""What a planning rank makes of a batch's samples: masks, counts, and a request for its plan."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from dcp.batch import SequenceBatch
-from dcp.data.datasets import SampleDataset
-from dcp.data.samples import IGNORED, KINDS, Sample
+from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.cluster import Cluster
+from dcp.data.batching import DOCUMENT, START, STOP, PlacedBatch
+from dcp.data.datasets import SampleDataset, Samples
+from dcp.data.exchange import Share
+from dcp.data.messages import request_to_bytes
+from dcp.data.samples import IGNORED, KINDS, Kinds, Sample
 from dcp.data.segments import agreed_segments, piece_labels
-
-Kinds = dict[str, tuple[str, tuple[int, ...]]]  # dtype, and shape of one token's value
 
 
 @dataclass(frozen=True)
@@ -74,3 +78,40 @@ def _merge_kinds(fields: Kinds, sample: Sample, document: int) -> None:
                 f"token, that of others {shape}: give all the same"
             )
         fields[name] = (max(dtype, values.dtype.name, key=KINDS.index), shape)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Turns a batch's place in the data into what is asked of the planner.
+
+    Args:
+        dataset: the samples.
+        mask_fn, mask_weights: see :class:`dcp.data.DCPDataLoader`.
+        spec, cluster, plan_options: of :func:`dcp.plan`.
+    """
+
+    dataset: SampleDataset
+    mask_fn: Any
+    mask_weights: Mapping[str, float] | None
+    spec: AttentionSpec
+    cluster: Cluster
+    plan_options: Mapping[str, Any]
+
+    def sequence_batch(self, pieces: np.ndarray) -> SequenceBatch:
+        """The sequences of (document, start, stop) ``[n, 3]``, with their masks."""
+        seqlens = (pieces[:, STOP] - pieces[:, START]).tolist()
+        masks = self.mask_fn
+        if callable(masks):
+            masks = masks(seqlens, Samples(self.dataset, pieces))
+        return SequenceBatch(seqlens, masks, weights=self.mask_weights)
+
+    def prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
+        """A batch's share, without plan, and the request for its plan."""
+        pieces = place.pieces
+        batch = self.sequence_batch(pieces)
+        known = contents_of(self.dataset, batch, pieces)
+        # with each document's length, for the readers to check theirs against
+        full = np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
+        counts = (known.num_loss_tokens, place.last, place.num_batches)
+        request = request_to_bytes(batch, self.spec, self.cluster, dict(self.plan_options))
+        return Share(full, *counts, b"", known.segments, known.fields), request

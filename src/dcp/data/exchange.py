@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from dcp import wire
-from dcp.data.contents import Kinds
 from dcp.data.messages import PlanningError, PoolLost
+from dcp.data.samples import Kinds
 from dcp.data.segments import ONE
 from dcp.program import RankPlan
 from dcp.runtime.group import resolve_group
@@ -35,7 +35,9 @@ class Share:
         last: the batch ends its epoch.
         num_batches: batches of the epoch to which the next batch belongs.
         plan: the rank's ``RankPlan`` as bytes.
-        segments, fields: of the batch's samples, see :class:`dcp.data.contents.Contents`.
+        segments: (sequence, first token, its position) of the segments of every sequence that has
+            several, int64 ``[n, 3]``.
+        fields: the kind of each field.
     """
 
     pieces: np.ndarray
@@ -58,9 +60,8 @@ class Share:
         if "error" in meta:
             raise _ERRORS[meta["as"]](meta["error"])
         counts = {name: meta[name] for name in _COUNTS}
-        plan, fields = arrays["plan"].tobytes(), meta["fields"]
-        parts = {"pieces": arrays["pieces"], "segments": arrays["segments"]}
-        return cls(plan=plan, fields=fields, **parts, **counts)
+        pieces, plan, segments = (arrays[name] for name in ("pieces", "plan", "segments"))
+        return cls(pieces, **counts, plan=plan.tobytes(), segments=segments, fields=meta["fields"])
 
     def segments_of(self, sequence: int) -> np.ndarray:
         """(first token, its position) of a sequence's segments: int64 ``[n, 2]``."""

@@ -18,7 +18,7 @@ def group_numbers(groups: Sequence[Any] | np.ndarray, num_documents: int) -> np.
     """Groups of any hashable name as numbers, int64 ``[n]``; None is a document by itself."""
     named = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     if len(named) != num_documents:
-        raise ValueError(f"groups names {len(named)} documents, the dataset has {num_documents}")
+        raise ValueError(f"group_ids names {len(named)} documents, the dataset has {num_documents}")
     number: dict[Any, int] = {}
     try:
         numbers = [ALONE if g is None else number.setdefault(g, len(number)) for g in named]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,19 +13,11 @@ import torch
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.data.ahead import LookAhead
-from dcp.data.batching import (
-    DOCUMENT,
-    START,
-    STOP,
-    BatchesFrom,
-    PlacedBatch,
-    TokenBudgetBatches,
-)
-from dcp.data.contents import contents_of
-from dcp.data.datasets import Samples, as_dataset
-from dcp.data.exchange import Exchange, Share
+from dcp.data.batching import BatchesFrom, TokenBudgetBatches
+from dcp.data.contents import Preparation
+from dcp.data.datasets import as_dataset
+from dcp.data.exchange import Exchange
 from dcp.data.groups import batches_of
-from dcp.data.messages import request_to_bytes
 from dcp.data.pool import Pool, open_pool
 from dcp.data.reading import DocumentReader, LocalBatch
 from dcp.data.samples import SampleFormat, as_names
@@ -125,7 +118,7 @@ class DCPDataLoader:
             spec,
             device,
         )
-        self._mask_fn, self._mask_weights, self._prefetch = mask_fn, mask_weights, prefetch
+        self._prefetch = prefetch
         self._order: dict[str, Any] = {
             "tokens_per_batch": tokens_per_batch,
             "max_seqlen": max_seqlen,
@@ -134,17 +127,19 @@ class DCPDataLoader:
             "packing": packing,
             "bucket_window": bucket_window,
         }
-        self._plan_options = dict(plan_options or {})
         self._exchange = Exchange(group, attention_group, timeout_seconds=timeout_seconds)
         self.cluster = _checked_cluster(cluster, self._exchange.plan_ranks)
         self.planning_ranks = self._choose_planning_ranks(planning_ranks, planning_pool)
+        self._preparation = Preparation(
+            self.dataset, mask_fn, mask_weights, spec, self.cluster, plan_options or {}
+        )
         self._batches, self._pool = self._open(planning_pool, num_workers)
         self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
             self.planning_ranks,
             self._pool,
-            self._prepare,
+            self._preparation.prepare,
             look_ahead=look_ahead,
             timeout_seconds=timeout_seconds,
         )
@@ -232,7 +227,7 @@ class DCPDataLoader:
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
         place = next(BatchesFrom(self._batches, epoch=epoch, position=position))
-        return self._sequence_batch(place.pieces)
+        return self._preparation.sequence_batch(place.pieces)
 
     def close(self) -> None:
         """End the planning processes and the reading thread."""
@@ -271,32 +266,14 @@ class DCPDataLoader:
         self._reader.begin(())
         self._ahead.start(places)
 
-    def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
-        """A batch's share, without plan, and the request for its plan."""
-        pieces = place.pieces
-        batch = self._sequence_batch(pieces)
-        known = contents_of(self.dataset, batch, pieces)
-        # with each document's length, for the readers to check theirs against
-        full = np.column_stack([pieces, self.dataset.lengths[pieces[:, DOCUMENT]]])
-        counts = (known.num_loss_tokens, place.last, place.num_batches)
-        request = request_to_bytes(batch, self.spec, self.cluster, self._plan_options)
-        return Share(full, *counts, b"", known.segments, known.fields), request
-
-    # ------------------------------------------------------------------ batches
-
     def _identity(self) -> dict[str, Any]:
         """What the order of batches depends on, as far as this rank knows it."""
         identity = {"num_documents": len(self.dataset), **self._order}
         if self._batches is not None:
             identity["document_tokens"] = int(self._batches.lengths.sum())
+            if (groups := self.dataset.groups) is not None:
+                identity["groups"] = zlib.crc32(groups.tobytes())
         return identity
-
-    def _sequence_batch(self, pieces: np.ndarray) -> SequenceBatch:
-        seqlens = (pieces[:, STOP] - pieces[:, START]).tolist()
-        masks = self._mask_fn
-        if callable(masks):
-            masks = masks(seqlens, Samples(self.dataset, pieces))
-        return SequenceBatch(seqlens, masks, weights=self._mask_weights)
 
 
 def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Cluster:

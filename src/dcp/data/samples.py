@@ -17,6 +17,7 @@ KNOWN = (
     "input_ids", "attention_mask", "labels", "shift_labels", "position_ids", "group_id", *LOSS_MASKS
 )  # fmt: skip
 KINDS = ("bool", "int64", "float32")  # of fields; a batch has the last of those of its samples
+Kinds = dict[str, tuple[str, tuple[int, ...]]]  # of each field: dtype, shape of a token's value
 
 
 @dataclass(frozen=True, eq=False)

@@ -126,10 +126,11 @@ def _check_apart(mask: AttnMask, name: str, segments: np.ndarray, document: int)
             raise ValueError(
                 f"a segment of document {document} begins at token {first} (position {position}), "
                 f"but by mask {name!r} its tokens see those before it: return a mask that keeps "
-                f"them apart, such as AttnMask.documents([{first}, …]), or leave position_ids out"
+                f"them apart, such as AttnMask.documents({_shown(stops - segments[:, 0])}), or "
+                f"leave position_ids out"
             )
 
 
-def _shown(segments: np.ndarray) -> str:
-    some = ", ".join(map(str, segments[:4].tolist()))
-    return f"[{some}{', …' if len(segments) > 4 else ''}]"
+def _shown(values: np.ndarray) -> str:
+    some = ", ".join(map(str, values[:4].tolist()))
+    return f"[{some}{', …' if len(values) > 4 else ''}]"
