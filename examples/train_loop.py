@@ -50,9 +50,9 @@ def main() -> None:
         for step, (batch, plan) in zip(range(STEPS), loader, strict=False):
             executor.prepare(plan)
             logits = local_logits(model, batch.tokens, batch.positions, executor)
-            # Each rank sums over its own tokens and divides by the count of all ranks' tokens …
+            # Each rank sums over its own labels and divides by the number of all ranks' labels …
             loss = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
-            loss = loss / batch.num_loss_tokens
+            loss = batch.mean_loss(loss)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             # … so that summing over ranks gives the gradient, and the loss, of the whole batch.

@@ -129,7 +129,7 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("match", "name", "content"), REFUSED)
+@pytest.mark.parametrize(("match", "name", "content"), REFUSED, ids=range(len(REFUSED)))
 def test_damaged_and_foreign_files_are_refused_by_name(tmp_path, match, name, content):
     (tmp_path / name).write_bytes(content)
     for source in (tmp_path / name, tmp_path):

@@ -241,9 +241,9 @@ class Reused(Stream):
     ("match", "stream", "options"),
     [
         ("the stream is empty: epoch 0", Stream([]), {}),
-        ("document 1 of the stream: a sample has no 'input_ids', it has text",
+        ("document 1 has no 'input_ids', it has text",
          Stream([np.arange(3), {"text": "abc"}]), {}),
-        ("document 0 of the stream: a sample must be a vector", Stream([np.zeros((2, 3))]), {}),
+        ("input_ids of document 0 must be a vector of integers, got float64", Stream([np.zeros((2, 3))]), {}),
         ("document 0 of the stream has changed since it was given: yield a copy", Reused(), {}),
         ("stream_window must be 1 document or more, got 0", Stream(), {"stream_window": 0}),
         ("stream_window must be 1 document or more, got 2.5", Stream(), {"stream_window": 2.5}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dcp.data.batching import checked_lengths
+from dcp.data.groups import group_numbers
+from dcp.data.samples import Sample, SampleFormat
 from dcp.data.sources import Documents
 from dcp.data.tokenizers import ByteTokenizer, Tokenizer
-
-IGNORED = -100  # a label that does not count, as torch's cross-entropy has it
 
 
 class TokenDataset:
@@ -46,81 +46,99 @@ class TokenDataset:
 
 
 class SampleDataset:
-    """Any sequence of samples: token arrays, or mappings with ``input_ids`` and maybe ``labels``.
+    """Any sequence of samples, each read by one :class:`SampleFormat`.
 
-    One thread at a time reads from it. ``lengths`` and ``num_loss_tokens`` are those of the
-    sequence, where it has them; else they read the samples.
+    One thread at a time reads from it. ``lengths``, ``group_ids`` and ``num_loss_tokens`` are those
+    of the sequence, where it has them; else they are found in the samples.
     """
 
-    def __init__(self, samples: Any) -> None:
-        self._samples, self._lock = samples, Lock()
+    def __init__(self, samples: Any, form: SampleFormat, *, group_ids: Any = None) -> None:
+        self._samples, self._form, self._lock = samples, form, Lock()
+        self._group_ids = getattr(samples, "group_ids", None) if group_ids is None else group_ids
+        self._given_lengths = getattr(samples, "lengths", None)
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> Any:
+        """A sample as the sequence has it."""
         with self._lock:
             return self._samples[index]
 
-    @cached_property
+    @property
+    def fields(self) -> Sequence[str]:
+        """Further fields that every sample has."""
+        return self._form.fields
+
+    def sample(self, index: int) -> Sample:
+        """A sample as the loader understands it; ``ValueError`` where it does not."""
+        sample = self._form.read(self[index], index)
+        given = self._given_lengths is not None or self._group_ids is not None
+        if sample.group is not None and given:
+            raise ValueError(
+                f"document {index} has a group_id, but the dataset gives its lengths or its "
+                f"group_ids by itself, so that samples are not read for it: give group_ids=[…], "
+                f"one for each document, and ignore=('group_id',)"
+            )
+        return sample
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample: int64 ``[n]``."""
-        if (known := getattr(self._samples, "lengths", None)) is not None:
-            return checked_lengths(known, len(self))
-        return np.array([len(tokens_of(self[i])) for i in range(len(self))], dtype=np.int64)
+        return self._found[0]
 
-    def num_loss_tokens(self, index: int, start: int, stop: int) -> int:
-        """Tokens of a sample's piece whose shifted label counts."""
-        if hasattr(self._samples, "num_loss_tokens"):
-            with self._lock:
-                return self._samples.num_loss_tokens(index, start, stop)
-        return int((shifted_labels(self[index])[start:stop] != IGNORED).sum())
+    def lengths_of(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of some samples; a stream knows those of its window alone."""
+        known = getattr(self._samples, "lengths_of", None)
+        return self.lengths[documents] if known is None else known(documents)
+
+    def checksum_of(self, pieces: np.ndarray) -> int:
+        """Of the documents that a stream's batch was chosen from; 0 where there is an index."""
+        known = getattr(self._samples, "checksum_of", None)
+        return 0 if known is None else int(known(pieces))
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """The number of each sample's group (:func:`group_numbers`); None if it has none."""
+        return self._found[1]
+
+    def known_loss_tokens(self, index: int, start: int, stop: int) -> int | None:
+        """Labels that count in a sample's piece, where the sequence says so by itself."""
+        if not hasattr(self._samples, "num_loss_tokens"):
+            return None
+        with self._lock:
+            return int(self._samples.num_loss_tokens(index, start, stop))
+
+    @cached_property
+    def _found(self) -> tuple[np.ndarray, np.ndarray | None]:
+        lengths, groups = self._given_lengths, self._group_ids
+        if lengths is None:
+            lengths, own = [], []
+            for index in range(len(self)):
+                sample = self.sample(index)
+                lengths.append(len(sample.tokens))
+                own.append(sample.group)
+            if groups is None and any(group is not None for group in own):
+                groups = own
+        numbers = None if groups is None else group_numbers(groups, len(self))
+        return checked_lengths(lengths, len(self)), numbers
 
 
-def as_dataset(dataset: Any) -> SampleDataset:
+def as_dataset(
+    dataset: Any, form: SampleFormat | None = None, *, group_ids: Any = None
+) -> SampleDataset:
     """The dataset's samples; ``ValueError`` where it has none."""
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(f"dataset of type {type(dataset).__name__} has no length or no index")
     if not len(dataset):
         raise ValueError("the dataset is empty: it has no documents")
-    return SampleDataset(dataset)
-
-
-def tokens_of(sample: Any) -> np.ndarray:
-    """The tokens of a sample: int64 ``[length]``."""
-    if isinstance(sample, Mapping):
-        if "input_ids" not in sample:
-            raise ValueError(f"a sample has no 'input_ids', it has {', '.join(map(str, sample))}")
-        sample = sample["input_ids"]
-    tokens = np.asarray(sample)
-    if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
-        raise ValueError(
-            f"a sample must be a vector of integers, got {tokens.dtype} of shape {tokens.shape}"
-        )
-    return tokens.astype(np.int64)
-
-
-def shifted_labels(sample: Any) -> np.ndarray:
-    """The label of each token: the next token's, -100 at the end. int64 ``[length]``.
-
-    A sample's own ``labels`` stand beside their tokens (-100: does not count); without them the
-    tokens are their own labels.
-    """
-    tokens = tokens_of(sample)
-    own = tokens
-    if isinstance(sample, Mapping) and sample.get("labels") is not None:
-        own = np.asarray(sample["labels"], dtype=np.int64)
-        if own.shape != tokens.shape:
-            raise ValueError(f"a sample has {len(tokens)} tokens but labels of shape {own.shape}")
-    labels = np.full_like(tokens, IGNORED)
-    labels[:-1] = own[1:]
-    return labels
+    return SampleDataset(dataset, form or SampleFormat(), group_ids=group_ids)
 
 
 class Samples(Sequence[Any]):
     """The samples of a batch, each read when it is indexed; split documents as their pieces."""
 
-    def __init__(self, dataset: Any, pieces: np.ndarray) -> None:
+    def __init__(self, dataset: SampleDataset, pieces: np.ndarray) -> None:
         self._dataset, self._pieces = dataset, pieces
 
     def __len__(self) -> int:
@@ -130,7 +148,6 @@ class Samples(Sequence[Any]):
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
         document, start, stop = self._pieces[index].tolist()
-        sample = self._dataset[document]
-        if stop - start == len(tokens_of(sample)):
-            return sample
-        return tokens_of(sample)[start:stop]
+        if stop - start == self._dataset.lengths_of(np.array([document]))[0]:
+            return self._dataset[document]
+        return self._dataset.sample(document).tokens[start:stop]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch.distributed as dist
 
 from dcp import wire
 from dcp.data.messages import PlanningError, PoolLost
+from dcp.data.samples import Kinds
+from dcp.data.segments import ONE
 from dcp.program import RankPlan
 from dcp.runtime.group import resolve_group
 
@@ -34,6 +36,9 @@ class Share:
         num_batches: batches of the epoch to which the next batch belongs.
         plan: the rank's ``RankPlan`` as bytes.
         checksum: of the documents of a stream that the planning rank chose from.
+        segments: (sequence, first token, its position) of the segments of every sequence that has
+            several, int64 ``[n, 3]``.
+        fields: the kind of each field.
     """
 
     pieces: np.ndarray
@@ -42,11 +47,13 @@ class Share:
     num_batches: int
     plan: bytes
     checksum: int = 0
+    segments: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    fields: Kinds = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        meta = {name: getattr(self, name) for name in _COUNTS}
+        meta = {name: getattr(self, name) for name in _COUNTS} | {"fields": self.fields}
         arrays = {"pieces": self.pieces, "plan": np.frombuffer(self.plan, np.uint8)}
-        return wire.pack(_KIND, meta, arrays)
+        return wire.pack(_KIND, meta, arrays | {"segments": self.segments})
 
     @classmethod
     def from_bytes(cls, message: bytes) -> Share:
@@ -55,7 +62,13 @@ class Share:
         if "error" in meta:
             raise _ERRORS[meta["as"]](meta["error"])
         counts = {name: meta[name] for name in _COUNTS}
-        return cls(pieces=arrays["pieces"], plan=arrays["plan"].tobytes(), **counts)
+        pieces, plan, segments = (arrays[name] for name in ("pieces", "plan", "segments"))
+        return cls(pieces, **counts, plan=plan.tobytes(), segments=segments, fields=meta["fields"])
+
+    def segments_of(self, sequence: int) -> np.ndarray:
+        """(first token, its position) of a sequence's segments: int64 ``[n, 2]``."""
+        first, stop = np.searchsorted(self.segments[:, 0], [sequence, sequence + 1])
+        return self.segments[first:stop, 1:] if stop > first else ONE
 
     def rank_plan(self) -> RankPlan:
         return RankPlan.from_bytes(self.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,20 +12,15 @@ import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.data.ahead import LookAhead, Taken
-from dcp.data.batching import (
-    DOCUMENT,
-    START,
-    STOP,
-    BatchesFrom,
-    PlacedBatch,
-    TokenBudgetBatches,
-)
-from dcp.data.datasets import SampleDataset, Samples, as_dataset
-from dcp.data.exchange import Exchange, Share
-from dcp.data.messages import request_to_bytes
+from dcp.data.ahead import LookAhead
+from dcp.data.batching import BatchesFrom, PlacedBatch, TokenBudgetBatches
+from dcp.data.contents import Preparation
+from dcp.data.datasets import SampleDataset, as_dataset
+from dcp.data.exchange import Exchange
+from dcp.data.groups import batches_of
 from dcp.data.pool import Pool, open_pool
-from dcp.data.reading import DocumentReader, LocalBatch, LocalTokens
+from dcp.data.reading import DocumentReader, LocalBatch
+from dcp.data.samples import SampleFormat, as_names
 from dcp.data.streaming import DocumentStream, is_stream
 from dcp.program import RankPlan
 
@@ -41,8 +37,9 @@ class DCPDataLoader:
 
     Args:
         dataset: anything with a length and an index that gives token vectors, or mappings with
-            ``input_ids`` and maybe ``labels``; only planning ranks ask for all lengths. Or a
-            stream of such, which every rank iterates, see :mod:`dcp.data.streaming`.
+            ``input_ids`` and what :class:`dcp.data.SampleFormat` lists; only planning ranks ask
+            for all lengths. Or a stream of such, which every rank iterates, see
+            :mod:`dcp.data.streaming`.
         mask_fn: the name of a mask, or ``fn(seqlens, samples)`` that returns one mask per sequence
             (an ``AttnMask``, a range tensor or a name), or such lists by mask name. It runs on
             planning ranks; ``samples`` are read when they are indexed.
@@ -57,6 +54,11 @@ class DCPDataLoader:
             group, share a plan and get the same tokens.
         max_seqlen: longest sequence; None is the budget.
         over_long: what a document longer than that does: ``"raise"`` or ``"split"``.
+        fields, ignore, vocab_size: of samples, see :class:`dcp.data.SampleFormat`: keys that are
+            shared out like tokens, keys left to others (``mask_fn``, whose own ``sample_keys`` are
+            ignored without), and the first id that is none.
+        group_ids: a number or name per document: those of one come in one batch, None alone. None:
+            the dataset's ``group_ids``, else the samples' ``group_id``.
         seed: of the order of documents, which differs by epoch; None keeps their own order.
         packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
         stream_window: documents of a stream that are shuffled and packed together, and held.
@@ -91,6 +93,10 @@ class DCPDataLoader:
         attention_group: Any = None,
         max_seqlen: int | None = None,
         over_long: str = "raise",
+        fields: Sequence[str] = (),
+        ignore: Sequence[str] = (),
+        vocab_size: int | None = None,
+        group_ids: Sequence[Any] | np.ndarray | None = None,
         seed: int | None = 0,
         packing: str = "first_fit",
         bucket_window: int = 0,
@@ -109,8 +115,9 @@ class DCPDataLoader:
             raise ValueError(f"look_ahead must be 1 or more, got {look_ahead}")
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
-        self.spec, self.device = spec, device
-        self._mask_fn, self._mask_weights, self._prefetch = mask_fn, mask_weights, prefetch
+        self.spec, self.device, self._prefetch = spec, device, prefetch
+        ignore = (*getattr(mask_fn, "sample_keys", ()), *as_names(ignore))
+        form = SampleFormat(fields, ignore, vocab_size)
         self._order: dict[str, Any] = {
             "tokens_per_batch": tokens_per_batch,
             "max_seqlen": max_seqlen,
@@ -119,28 +126,33 @@ class DCPDataLoader:
             "packing": packing,
             "bucket_window": bucket_window,
         }
-        self._plan_options = dict(plan_options or {})
         self._exchange = Exchange(group, attention_group, timeout_seconds=timeout_seconds)
         self._stream: DocumentStream | None = None
         if is_stream(dataset):
             self._stream = DocumentStream(
                 dataset,
+                form,
                 self._order,
                 window=stream_window,
                 read_ahead=prefetch > 0,
                 rank=self._exchange.rank,
             )
             self._order["stream_window"] = stream_window
-        self.dataset = SampleDataset(self._stream) if self._stream else as_dataset(dataset)
+            self.dataset = SampleDataset(self._stream, form)
+        else:
+            self.dataset = as_dataset(dataset, form, group_ids=group_ids)
         self.cluster = _checked_cluster(cluster, self._exchange.plan_ranks)
         self.planning_ranks = self._choose_planning_ranks(planning_ranks, planning_pool)
+        self._preparation = Preparation(
+            self.dataset, mask_fn, mask_weights, spec, self.cluster, plan_options or {}
+        )
         self._batches, self._pool = self._open(planning_pool, num_workers)
         self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
             self.planning_ranks,
             self._pool,
-            self._prepare,
+            self._preparation.prepare,
             look_ahead=look_ahead,
             timeout_seconds=timeout_seconds,
         )
@@ -168,7 +180,7 @@ class DCPDataLoader:
             if self._exchange.rank in self.planning_ranks:
                 batches = None
                 if self._stream is None:
-                    batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
+                    batches = batches_of(self.dataset.lengths, self.dataset.groups, **self._order)
                 return batches, open_pool(pool, num_workers=num_workers)
         return None, None
 
@@ -187,7 +199,13 @@ class DCPDataLoader:
             if self._stream is not None:
                 self._stream.advance(taken.share)
             self._reader.begin(self._ahead.upcoming(self._prefetch))
-            batch = self._local_batch(taken, local)
+            batch = local.batch(
+                self.device,
+                epoch=self._epoch,
+                index=self._position,
+                plan_wait_seconds=taken.waited_seconds,
+                planned_ahead=taken.planned_ahead,
+            )
             last, self._num_batches = taken.share.last, taken.share.num_batches
             self._epoch, self._position = (
                 (self._epoch + 1, 0) if last else (self._epoch, self._position + 1)
@@ -235,7 +253,7 @@ class DCPDataLoader:
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
         place = next(BatchesFrom(self._batches, epoch=epoch, position=position))
-        return self._sequence_batch(place.pieces)
+        return self._preparation.sequence_batch(place.pieces)
 
     def close(self) -> None:
         """End the planning processes and the reading thread."""
@@ -279,24 +297,6 @@ class DCPDataLoader:
         self._reader.begin(())
         self._ahead.start(places)
 
-    def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
-        """A batch's share, without plan, and the request for its plan."""
-        if place.error is not None:
-            raise place.error
-        pieces, stream = place.pieces, self._stream
-        documents = pieces[:, DOCUMENT]
-        lengths = stream.lengths_of(documents) if stream else self.dataset.lengths[documents]
-        # with each document's length, for the readers to check theirs against
-        full = np.column_stack([pieces, lengths])
-        num_loss_tokens = sum(self.dataset.num_loss_tokens(*piece) for piece in pieces.tolist())
-        request = request_to_bytes(
-            self._sequence_batch(pieces), self.spec, self.cluster, self._plan_options
-        )
-        checksum = stream.checksum_of(pieces) if stream else 0
-        return Share(full, num_loss_tokens, place.last, place.num_batches, b"", checksum), request
-
-    # ------------------------------------------------------------------ batches
-
     def _identity(self) -> dict[str, Any]:
         """What the order of batches depends on, as far as this rank knows it."""
         if self._stream is not None:
@@ -304,28 +304,9 @@ class DCPDataLoader:
         identity = {"num_documents": len(self.dataset), **self._order}
         if self._batches is not None:
             identity["document_tokens"] = int(self._batches.lengths.sum())
+            if (groups := self.dataset.groups) is not None:
+                identity["groups"] = zlib.crc32(groups.tobytes())
         return identity
-
-    def _sequence_batch(self, pieces: np.ndarray) -> SequenceBatch:
-        seqlens = (pieces[:, STOP] - pieces[:, START]).tolist()
-        masks = self._mask_fn
-        if callable(masks):
-            masks = masks(seqlens, Samples(self.dataset, pieces))
-        return SequenceBatch(seqlens, masks, weights=self._mask_weights)
-
-    def _local_batch(self, taken: Taken, local: LocalTokens) -> LocalBatch:
-        share = taken.share
-        return LocalBatch(
-            tokens=torch.from_numpy(local.tokens).to(self.device),
-            labels=torch.from_numpy(local.labels).to(self.device),
-            positions=torch.from_numpy(local.plan.positions).to(self.device),
-            num_loss_tokens=share.num_loss_tokens,
-            seqlens=share.pieces[:, STOP] - share.pieces[:, START],
-            epoch=self._epoch,
-            index=self._position,
-            plan_wait_seconds=taken.waited_seconds,
-            planned_ahead=taken.planned_ahead,
-        )
 
 
 def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Cluster:

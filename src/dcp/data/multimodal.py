@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dcp.masks import AttnMask
 
@@ -25,6 +25,7 @@ class ModalityMasks:
     """
 
     image_sees_only_itself: bool = False
+    sample_keys: ClassVar = ("text_lengths", "image_size")  # which the loader leaves to it
 
     def __call__(self, seqlens: list[int], samples: Sequence[Any]) -> list[AttnMask]:
         return [self._mask(seqlen, samples[i]) for i, seqlen in enumerate(seqlens)]

@@ -21,8 +21,8 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from dcp.data.batching import DOCUMENT, PlacedBatch, TokenBudgetBatches, is_whole
-from dcp.data.datasets import tokens_of
 from dcp.data.exchange import Share
+from dcp.data.samples import SampleFormat
 
 # The place of an epoch's first batch, but for its first document's number.
 _BEGINNING = {"document": 0, "window": 0, "taken": 0, "checksum": None, "dataset": None}
@@ -69,6 +69,7 @@ class DocumentStream:
 
     Args:
         dataset: is iterated once an epoch, after ``set_epoch(epoch)`` where it has that.
+        form: how its samples are read.
         order: keywords of :class:`TokenBudgetBatches`, which makes the batches of each window;
             the seed shuffles a window's documents.
         window: documents of a window.
@@ -80,12 +81,19 @@ class DocumentStream:
     """
 
     def __init__(
-        self, dataset: Any, order: Mapping[str, Any], *, window: int, read_ahead: bool, rank: int
+        self,
+        dataset: Any,
+        form: SampleFormat,
+        order: Mapping[str, Any],
+        *,
+        window: int,
+        read_ahead: bool,
+        rank: int,
     ) -> None:
         if not is_whole(window) or window < 1:
             raise ValueError(f"stream_window must be 1 document or more, got {window!r}")
         TokenBudgetBatches(np.zeros(1, dtype=np.int64), **order)  # checks the options
-        self._dataset, self._order, self._size = dataset, dict(order), window
+        self._dataset, self._form, self._order, self._size = dataset, form, dict(order), window
         self._read_ahead, self._rank = read_ahead, rank
         self._stateful = hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
         self._pristine = deepcopy(dataset.state_dict()) if self._stateful else None
@@ -266,16 +274,17 @@ class DocumentStream:
         """The samples of a window, the tokens of each, and their checksum."""
         samples: list[Any] = []
         lengths, checksums = [], []
-        for sample in islice(documents, self._size):
-            try:
-                tokens = tokens_of(sample)
-            except ValueError as error:
-                number = first + len(samples)
-                raise ValueError(f"document {number} of the stream: {error}") from None
-            samples.append(sample)
-            lengths.append(len(tokens))
-            checksums.append(crc32(tokens.data))
-        if crc32(tokens_of(samples[0]).data) != checksums[0]:
+        for raw in islice(documents, self._size):
+            sample = self._form.read(raw, first + len(samples))
+            if sample.group is not None:
+                raise ValueError(
+                    f"document {first + len(samples)} of the stream has a group_id: documents are "
+                    f"kept together in datasets with an index only; or give ignore=('group_id',)"
+                )
+            samples.append(raw)
+            lengths.append(len(sample.tokens))
+            checksums.append(crc32(sample.tokens.data))
+        if crc32(self._form.read(samples[0], first).tokens.data) != checksums[0]:
             raise ValueError(
                 f"document {first} of the stream has changed since it was given: yield a copy"
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from dcp.data.datasets import IGNORED, shifted_labels
+from dcp.data.samples import IGNORED, SampleFormat
 from dcp.datacentric.buckets import Bucket, text_buckets
 from dcp.datacentric.config import TextConfig
 from dcp.datacentric.sequence_group import SequenceGroup
@@ -91,9 +91,9 @@ class TextWorkload:
         tokens, labels, lengths = [], [], []
         for sample in samples:
             document, start, stop = self._pieces[sample]
-            whole = self._dataset[document]
-            tokens.append(whole[start:stop])
-            labels.append(shifted_labels(whole)[start:stop])
+            whole = SampleFormat().read(self._dataset[document], document)
+            tokens.append(whole.tokens[start:stop])
+            labels.append(whole.labels[start:stop])
             lengths.append(stop - start)
         return TextBatch(self._tensor(tokens), self._tensor(labels), lengths)
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcp.data.datasets import IGNORED, TokenDataset
+from dcp.data.datasets import TokenDataset
+from dcp.data.samples import IGNORED
 from dcp.data.sources import open_documents
 from dcp.data.tokenizers import open_tokenizer
 from dcp.train.config import Documents, JobConfig, Llama
