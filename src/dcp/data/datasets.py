@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from threading import Lock
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 from dcp.data.sources import Documents
 from dcp.data.tokenizers import ByteTokenizer, Tokenizer
 
+NUM_SAMPLED = 8  # documents that ranks compare
 IGNORED = -100  # a label that does not count, as torch's cross-entropy has it
 
 
@@ -133,3 +135,32 @@ class Samples(Sequence[Any]):
         if stop - start == len(tokens_of(sample)):
             return sample
         return tokens_of(sample)[start:stop]
+
+
+def sampled_documents(dataset: Any) -> dict[str, str | None]:
+    """What is in a few documents, the same ones for the same length: a line on each.
+
+    Always ``NUM_SAMPLED`` lines. None where there is no such document, or it cannot be read, which
+    comes to light in its turn.
+    """
+    count = min(len(dataset), NUM_SAMPLED)
+    chosen = np.random.default_rng(0).choice(len(dataset), count, replace=False).tolist()
+    found: dict[str, str | None] = {}
+    for index in chosen:
+        try:
+            found[f"document {index}"] = _summary(dataset[index])
+        except Exception:
+            found[f"document {index}"] = None
+    return found | {f"no document {n}": None for n in range(NUM_SAMPLED - count)}
+
+
+def _summary(sample: Any) -> str:
+    """Tokens, and a checksum of all numbers and texts of a sample."""
+    tokens = tokens_of(sample)
+    crc = crc32(tokens.tobytes())
+    if isinstance(sample, Mapping):
+        for name in sorted(set(sample) - {"input_ids"}, key=str):
+            value = np.asarray(sample[name])
+            if value.dtype.kind in "biufU":
+                crc = crc32(f"{name}{value.shape}".encode() + value.tobytes(), crc)
+    return f"{len(tokens)} tokens, checksum {crc:08x}"

@@ -20,12 +20,13 @@ from dcp.data.batching import (
     PlacedBatch,
     TokenBudgetBatches,
 )
-from dcp.data.datasets import Samples, as_dataset
+from dcp.data.datasets import Samples, as_dataset, sampled_documents
 from dcp.data.exchange import Exchange, Share
 from dcp.data.messages import request_to_bytes
 from dcp.data.pool import Pool, open_pool
 from dcp.data.reading import DocumentReader, LocalBatch, LocalTokens
 from dcp.program import RankPlan
+from dcp.runtime.agreement import digest
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
 
@@ -68,12 +69,17 @@ class DCPDataLoader:
         planning_ranks: ranks that plan, in turn; None is the first rank of each node, with Ray
             rank 0.
         device: where the tensors go.
-        timeout_seconds: how long a rank waits for a plan before it raises ``PlanningError``.
+        timeout_seconds: how long a rank waits for a plan, or for another rank, before it raises
+            ``PlanningError``.
+        worker_timeout_seconds: how long a planning process may take for a batch before it is
+            replaced; None goes by how long batches took, see :class:`PlanningPool`.
         plan_options: keywords of ``dcp.plan``, such as ``{"strategy": "zigzag"}``.
 
     Raises:
         ValueError: an empty dataset, an over-long document, a cluster of another size, a wrong
-            mask; always before the batch in question is yielded.
+            mask; always before the batch in question is yielded. Also where ranks were given other
+            options, documents (lengths, and the contents of some) or places to resume at; all
+            ranks say which.
     """
 
     def __init__(
@@ -99,6 +105,7 @@ class DCPDataLoader:
         planning_ranks: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_seconds: float = 600.0,
+        worker_timeout_seconds: float | None = None,
         plan_options: Mapping[str, Any] | None = None,
     ) -> None:
         if look_ahead < 1:
@@ -119,7 +126,7 @@ class DCPDataLoader:
         self._exchange = Exchange(group, attention_group, timeout_seconds=timeout_seconds)
         self.cluster = _checked_cluster(cluster, self._exchange.plan_ranks)
         self.planning_ranks = self._choose_planning_ranks(planning_ranks, planning_pool)
-        self._batches, self._pool = self._open(planning_pool, num_workers)
+        self._batches, self._pool = self._open(planning_pool, num_workers, worker_timeout_seconds)
         self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
@@ -146,13 +153,15 @@ class DCPDataLoader:
         return tuple(dict.fromkeys(ranks))
 
     def _open(
-        self, pool: str | Pool, num_workers: int
+        self, pool: str | Pool, num_workers: int, timeout: float | None
     ) -> tuple[TokenBudgetBatches | None, Pool | None]:
         """What a planning rank plans, and where; collective."""
         with self._together():
             if self._exchange.rank in self.planning_ranks:
                 batches = TokenBudgetBatches(self.dataset.lengths, **self._order)
-                return batches, open_pool(pool, num_workers=num_workers)
+                return batches, open_pool(
+                    pool, num_workers=num_workers, worker_timeout_seconds=timeout
+                )
         return None, None
 
     @property
@@ -236,7 +245,9 @@ class DCPDataLoader:
         self._exchange.agree(failed)
 
     def _start(self, *, epoch: int, position: int) -> None:
-        """Go to a place; collective."""
+        """Go to a place; collective, and ``ValueError`` where ranks differ."""
+        facts = {"epoch": epoch, "position": position}
+        self._exchange.compare(self._facts() | facts if self._exchange.num_ranks > 1 else facts)
         places = None
         with self._together():
             if self._batches is not None:
@@ -265,6 +276,22 @@ class DCPDataLoader:
         if self._batches is not None:
             identity["document_tokens"] = int(self._batches.lengths.sum())
         return identity
+
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same on all ranks, else each would train on a batch of its own."""
+        mask, lengths = self._mask_fn, self._batches and self._batches.lengths
+        return {
+            "num_documents": len(self.dataset),
+            **self._order,
+            "lengths": None if lengths is None else (int(lengths.sum()), digest(lengths.tobytes())),
+            **sampled_documents(self.dataset),
+            "spec": self.spec,
+            "cluster": self.cluster,
+            "mask": mask if isinstance(mask, str) else getattr(mask, "__qualname__", type(mask)),
+            "mask_weights": self._mask_weights or {},
+            "plan_options": self._plan_options,
+            "planning_ranks": self.planning_ranks,
+        }
 
     def _sequence_batch(self, pieces: np.ndarray) -> SequenceBatch:
         seqlens = (pieces[:, STOP] - pieces[:, START]).tolist()
