@@ -279,7 +279,8 @@ class DCPDataLoader:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same on all ranks, else each would train on a batch of its own."""
-        mask, lengths = self._mask_fn, self._batches and self._batches.lengths
+        mask, batches = self._mask_fn, self._batches
+        lengths = None if batches is None else batches.lengths
         return {
             "num_documents": len(self.dataset),
             **self._order,
