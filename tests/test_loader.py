@@ -1,6 +1,7 @@
 """The loader: what each rank gets, in which order, and what it reads meanwhile."""
 
 import json
+import re
 import threading
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp import AttnMask, Cluster
 from dcp.data import ModalityMasks, PlanningError
-from tests.loading import DOCUMENTS, AtOnce, drain, loader_of
+from dcp.data.datasets import sampled_documents
+from tests.loading import DOCUMENTS, AtOnce, documents_of, drain, loader_of
 
 
 def test_one_rank_sees_each_token_once_with_the_next_as_its_label():
@@ -283,7 +285,9 @@ def test_all_ranks_hear_of_an_error_in_planning(gloo_pool):
 
 def unequal_on_each_rank():
     rank = torch.distributed.get_rank()
-    documents = [np.arange(90 + rank)]
+    documents = documents_of([30] * 12)  # a rank looks at 8 of them beforehand, to compare
+    unseen = min(set(range(12)) - {int(n.split()[1]) for n in sampled_documents(documents)})
+    documents[unseen] = np.arange(90 + rank)
     with loader_of(
         documents,
         group=torch.distributed.group.WORLD,
@@ -300,4 +304,6 @@ def unequal_on_each_rank():
 def test_ranks_with_other_data_are_found_out(gloo_pool):
     messages = gloo_pool(2).run(unequal_on_each_rank)
     assert messages[0] is None
-    assert "document 0 has 91 tokens on rank 1 and 90 where it was planned" in messages[1]
+    assert re.search(
+        r"document \d has 91 tokens on rank 1 and 90 where it was planned", messages[1]
+    )

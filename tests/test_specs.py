@@ -17,7 +17,7 @@ SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16)
 NOT_WHOLE = ("8", 2.5, 3.0, NAN, INF, None, True, np.True_, [4], (), b"8", 1j, np.float32(2))
 NOT_POSITIVE = ("1e9", None, NAN, INF, -INF, -1, 0, 0.0, True, [1.0], 10**400, np.nan)
 BAD_LENGTHS = [
-    *("35", b"35", "", None, 35, 3.7, NAN, {}, {3: 4}, True, object()),
+    *("35", b"35", "", None, 35, 3.7, NAN, {}, {3: 4}, True, ...),
     *([3.7], [3.0], [True], [np.True_], [-1], [5, -1], [2**31], [2**40], [2**63], [2**70], [10**400]),  # noqa: E501
     *([[3, 4]], [[]], [[3], [4, 5]], [NAN], [INF], [None], ["3"], [b"3"], [3, "4"], [1j]),
     *([MOST_TOKENS, 1], range(-1, 3), (n / 2 for n in (1, 2)), iter("35")),
@@ -91,7 +91,7 @@ def test_no_sequence_and_the_longest_one():
         *(None, 3, 2.5, True, b"causal", "", "casual", "causal:seqlen=2", {}, [], [None, None]),
         *({"a": None}, {3: "causal"}, {"a": ["causal"]}, ["causal"], ["causal"] * 3, [3, 4]),
         *([AttnMask.causal(4), AttnMask.causal(5)], AttnMask.causal(4), {"a": AttnMask.causal(9)}),
-        *([["causal"], "full"], [np.zeros((4, 2)), "causal"], np.zeros((4, 2)), object()),
+        *([["causal"], "full"], [np.zeros((4, 2)), "causal"], np.zeros((4, 2)), ...),
         *([AttnMask.causal(4), np.array([[0, 9]] * 5)], [b"causal", "causal"]),
     ],
 )  # fmt: skip

@@ -103,7 +103,9 @@ def _at(table: np.ndarray, column: int, step: int) -> np.ndarray:
     return table[start:stop, :column]
 
 
-_COUNTS = ("rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups")
+_COUNTS = (
+    "rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups", "fingerprint",
+)  # fmt: skip
 _BLOCKS = ("block_sequence", "block_offset", "block_position", "block_length")
 
 
@@ -122,6 +124,7 @@ class RankPlan:
         sequence_ids: sequence of each local token, int64 ``[local]``.
         masks: programs by mask name.
         stats: figures of the whole plan.
+        fingerprint: of the whole plan, see :attr:`dcp.plans.Plan.fingerprint`.
     """
 
     rank: int
@@ -136,6 +139,7 @@ class RankPlan:
     block_length: np.ndarray
     masks: dict[str, MaskProgram]
     stats: Stats = field(default_factory=Stats)
+    fingerprint: int = 0
 
     def __post_init__(self) -> None:
         freeze(self)

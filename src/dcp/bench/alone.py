@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from dcp.tables import Item
 class Nobody:
     """A communicator whose messages arrive at once, all zeros."""
 
-    def open(self, device: torch.device) -> None:
+    def open(self, *_: Any) -> None:
         """Nobody to connect to."""
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:

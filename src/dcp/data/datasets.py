@@ -60,6 +60,11 @@ class SampleDataset:
     def __len__(self) -> int:
         return len(self._samples)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether only the documents that have just been read can be asked for."""
+        return not hasattr(self._samples, "__len__")
+
     def __getitem__(self, index: int) -> Any:
         """A sample as the sequence has it."""
         with self._lock:

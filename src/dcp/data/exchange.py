@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 
 from dcp import wire
@@ -17,12 +16,17 @@ from dcp.data.messages import PlanningError, PoolLost
 from dcp.data.samples import Kinds
 from dcp.data.segments import ONE
 from dcp.program import RankPlan
+from dcp.runtime.agreement import Comparison, Gathering
 from dcp.runtime.group import resolve_group
+from dcp.runtime.waiting import NoAnswer, PatientStore
+
+Met = TypeVar("Met")
 
 _KIND = "batch-share"
 _COUNTS = ("num_loss_tokens", "last", "num_batches", "checksum")
 _ERRORS = {"lost": PoolLost, "value": ValueError, "planning": PlanningError}
 ERROR_SECONDS = 5.0  # an error's rank stays that long for the others to read it
+_ADVICE = "the ranks of a loader must be given the same documents and options"
 
 
 @dataclass(frozen=True, eq=False)  # and so a key of dictionaries
@@ -93,7 +97,7 @@ class Exchange:
         group: all ranks; see :func:`resolve_group`. A process alone has nobody to tell.
         attention_group: the group over which this rank's attention runs; None is ``group``. Ranks
             with the same rank in theirs share a plan, which then is in the store once.
-        timeout_seconds: how long a share is waited for.
+        timeout_seconds: how long a share, or another rank, is waited for.
 
     Attributes:
         rank, num_ranks: of the loader's group.
@@ -106,25 +110,36 @@ class Exchange:
             raise ValueError("attention_group needs group: the ranks that use the loader")
         attention_group = group if attention_group is None else resolve_group(attention_group)
         self.rank, self.num_ranks = _rank_and_size(group)
+        self._timeout, self._closed = timeout_seconds, False
+        # Two connections: publishing threads never wait behind the caller's.
+        self._store, self._outgoing = (self._connect() for _ in range(2))
         mine = [int(np.random.default_rng().integers(1 << 62)), *_rank_and_size(attention_group)]
-        numbers, plan_ranks, sizes = zip(*_gather(group, mine), strict=True)
+        numbers, plan_ranks, sizes = zip(*self._gather(mine), strict=True)
         self.plan_ranks: tuple[int, ...] = plan_ranks
         if set(sizes) != {max(self.plan_ranks) + 1} or len(set(self.plan_ranks)) != sizes[0]:
             raise ValueError(
                 f"attention_group must have the same size on all ranks of group, and a member for "
                 f"each of its ranks there: the sizes are {sizes}, the ranks {self.plan_ranks}"
             )
-        self._timeout, self._closed = timedelta(seconds=timeout_seconds), False
-        # A clone has its own connection: publishing threads never wait behind a blocking read.
-        self._store, self._outgoing = (_connect(group, numbers[0]) for _ in range(2))
+        for store in (self._store, self._outgoing):
+            if store is not None:
+                store.enter(str(numbers[0]))  # where no other loader is
+
+    def compare(self, facts: Mapping[str, Any]) -> None:
+        """Collective: ``ValueError`` on all ranks where a fact differs, None being unknown."""
+        group, seconds = self._group, self._timeout
+        if group is not None:
+            self._meet(
+                lambda: Comparison(group, facts, advice=_ADVICE).finish(timeout_seconds=seconds)
+            )
 
     def agree(self, error: Exception | None) -> None:
         """Collective: raises where any rank has an error: its own there, its like elsewhere."""
         message = b"" if error is None else error_to_bytes(error, rank=self.rank)
-        sizes = [size for (size,) in _gather(self._group, [len(message)])]
+        sizes = [size for (size,) in self._gather([len(message)])]
         if not any(sizes):
             return
-        found = _gather(self._group, list(message.ljust(max(sizes), b"\0")))
+        found = self._gather(list(message.ljust(max(sizes), b"\0")))
         if error is not None:
             raise error
         first = next(rank for rank, size in enumerate(sizes) if size)
@@ -132,7 +147,7 @@ class Exchange:
 
     def largest(self, number: int) -> int:
         """Collective: the largest of all ranks' numbers."""
-        return max(found for (found,) in _gather(self._group, [number]))
+        return max(found for (found,) in self._gather([number]))
 
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
@@ -144,50 +159,79 @@ class Exchange:
         """Wait for this rank's share from another rank, and take it away."""
         name = self._name(key)
         try:
-            self._store.wait([name], self._timeout)
+            if not self._store.wait_for([name], self._timeout):
+                raise PlanningError(
+                    f"rank {planner} sent no plan within {self._timeout:g} s: it died or stands "
+                    f"still, or planning takes longer"
+                )
             message = self._store.get(name)
             self._acknowledge(key, planner)
-        except RuntimeError as error:  # torch's kinds for a timeout and for a lost store
-            reason = str(error).splitlines()[0]
-            raise PlanningError(
-                f"rank {planner} sent no plan within {self._timeout.total_seconds():g} s: it died, "
-                f"or planning takes longer ({reason})"
-            ) from None
+        except RuntimeError as error:
+            raise _lost(error) from None
         return message
 
     def num_published(self, keys: Sequence[str]) -> int:
         """How many of these batches, up to the first that is not, this rank could fetch now."""
         names = [self._name(key) for key in keys]
         counts = range(1, len(names) + 1)  # "all of the first n are there" holds up to the answer
-        return bisect_left(counts, True, key=lambda n: not self._store.check(names[:n]))
+        try:
+            return bisect_left(counts, True, key=lambda n: not self._store.check(names[:n]))
+        except RuntimeError as error:
+            raise _lost(error) from None
 
     def was_read(self, key: str, *, wait_seconds: float = 0.0) -> bool:
         """Whether all have fetched a batch that this rank published, now or in that time."""
         if not self._published_by(self.rank):
             return True
         done = f"{key}/done"
-        if wait_seconds:
-            try:
-                self._store.wait([done], timedelta(seconds=wait_seconds))
-            except RuntimeError as error:
-                reason = str(error).splitlines()[0]
+        try:
+            if not self._store.wait_for([done], wait_seconds):
+                if not wait_seconds:
+                    return False
                 raise PlanningError(
-                    f"a rank has not taken its batch for {wait_seconds:g} s: it died, or is that "
-                    f"far behind ({reason})"
-                ) from None
-        elif not self._store.check([done]):
-            return False
-        self._store.delete_key(done)
+                    f"a rank has not taken its batch for {wait_seconds:g} s: it died, stands "
+                    f"still, or is that far behind"
+                )
+            self._store.delete_key(done)
+        except RuntimeError as error:
+            raise _lost(error) from None
         return True
 
     def withdraw(self, key: str) -> None:
         """Take back a published batch that nobody will fetch."""
-        for plan_rank in self._published_by(self.rank):
-            self._store.delete_key(f"{key}/{plan_rank}")
+        with suppress(RuntimeError):  # the store is gone, and the batch with it
+            for plan_rank in self._published_by(self.rank):
+                self._store.delete_key(f"{key}/{plan_rank}")
 
     def close(self) -> None:
         """Publish nothing more: the store may be gone before the last plan is finished."""
         self._closed = True
+
+    def _connect(self) -> Any:
+        if self._group is None:
+            return None
+        store = self._group.get_group_store()
+        return PatientStore("dcp-loaders", store, timeout_seconds=self._timeout)
+
+    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Every rank's numbers, in the order of ranks."""
+        group, seconds = self._group, self._timeout
+        if group is None:
+            return [list(numbers)]
+        return self._meet(lambda: Gathering(group, numbers).numbers(timeout_seconds=seconds))
+
+    def _meet(self, collective: Callable[[], Met]) -> Met:
+        """What all ranks do together; who does not come is named."""
+        try:
+            own = self._store.add(f"met/{self.rank}", 1)
+            return collective()
+        except RuntimeError as error:
+            with suppress(RuntimeError):
+                count = [self._store.add(f"met/{rank}", 0) for rank in range(self.num_ranks)]
+                late = ", ".join(str(rank) for rank, met in enumerate(count) if met < own)
+                what = f"rank {late} did not come" if late else "a rank died or stands still"
+                error = NoAnswer(f"{what} where all ranks of a loader meet ({_first_line(error)})")
+            raise _lost(error) from None
 
     def _acknowledge(self, key: str, planner: int) -> None:
         """Delete the share after its last reader, and mark the batch after its last share."""
@@ -214,21 +258,12 @@ def _rank_and_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
     return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
-def _connect(group: dist.ProcessGroup | None, number: int) -> Any:
-    """The store of a group, under a name that no other loader has."""
-    if group is None:
-        return None
-    store: Any = group.get_group_store()
-    return dist.PrefixStore(f"dcp-loader/{number}", store.clone())
+def _lost(error: RuntimeError) -> PlanningError:
+    """A store that is gone or silent, as the loader's error."""
+    if isinstance(error, PlanningError):
+        return error
+    return PlanningError(f"the loader has lost the other ranks: {_first_line(error)}")
 
 
-def _gather(group: dist.ProcessGroup | None, numbers: Sequence[int]) -> list[list[int]]:
-    """Every rank's numbers, in the order of ranks."""
-    if group is None:
-        return [list(numbers)]
-    on_gpu = "nccl" in dist.get_backend(group)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
-    found = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(found, own, group=group)
-    return [one.tolist() for one in found]
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dcp.data.batching import DOCUMENT, START
-from dcp.data.exchange import _gather
 from dcp.data.reading import LocalBatch
 from dcp.ragged import starts
+from dcp.runtime.agreement import Gathering
 from dcp.runtime.communicator import GroupCommunicator
 from dcp.runtime.group import resolve_group
 
@@ -54,7 +54,7 @@ def gather_samples(
     if group is not None:
         sends = {peer: mine for peer in asking if peer != rank and counts[rank]}
         communicator = GroupCommunicator(group)
-        communicator.open(values.device)
+        communicator.connect(values.device)
         for _ in communicator.launch(sends, received):
             pass
     if rank not in asking:
@@ -96,7 +96,7 @@ def _checked_counts(
     """How many rows each rank has; collective."""
     kind = f"{values.dtype} {list(values.shape[1:])}"
     numbers = [len(values), len(batch.tokens), batch.num_tokens, zlib.crc32(kind.encode())]
-    found = _gather(group, numbers)
+    found = [numbers] if group is None else Gathering(group, numbers).numbers()
     for other, (rows, tokens, total, other_kind) in enumerate(found):
         if rows != tokens:
             raise ValueError(f"rank {other} gathers {rows} rows, it has {tokens} tokens")

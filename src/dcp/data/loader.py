@@ -18,6 +18,7 @@ from dcp.data.contents import Preparation
 from dcp.data.datasets import SampleDataset, as_dataset
 from dcp.data.exchange import Exchange
 from dcp.data.groups import batches_of
+from dcp.data.identity import facts_of
 from dcp.data.pool import Pool, open_pool
 from dcp.data.reading import DocumentReader, LocalBatch
 from dcp.data.samples import SampleFormat, as_names
@@ -73,12 +74,17 @@ class DCPDataLoader:
         planning_ranks: ranks that plan, in turn; None is the first rank of each node, with Ray
             rank 0.
         device: where the tensors go.
-        timeout_seconds: how long a rank waits for a plan before it raises ``PlanningError``.
+        timeout_seconds: how long a rank waits for a plan, or for another rank, before it raises
+            ``PlanningError``.
+        worker_timeout_seconds: how long a planning process may take for a batch before it is
+            replaced; None goes by how long batches took, see :class:`PlanningPool`.
         plan_options: keywords of ``dcp.plan``, such as ``{"strategy": "zigzag"}``.
 
     Raises:
         ValueError: an empty dataset, an over-long document, a cluster of another size, a wrong
-            mask; always before the batch in question is yielded.
+            mask; always before the batch in question is yielded. Also where ranks were given other
+            options, documents (lengths, and the contents of some) or places to resume at; all
+            ranks say which.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class DCPDataLoader:
         planning_ranks: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         timeout_seconds: float = 600.0,
+        worker_timeout_seconds: float | None = None,
         plan_options: Mapping[str, Any] | None = None,
     ) -> None:
         if look_ahead < 1:
@@ -146,7 +153,7 @@ class DCPDataLoader:
         self._preparation = Preparation(
             self.dataset, mask_fn, mask_weights, spec, self.cluster, plan_options or {}
         )
-        self._batches, self._pool = self._open(planning_pool, num_workers)
+        self._batches, self._pool = self._open(planning_pool, num_workers, worker_timeout_seconds)
         self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
@@ -173,7 +180,7 @@ class DCPDataLoader:
         return tuple(dict.fromkeys(ranks))
 
     def _open(
-        self, pool: str | Pool, num_workers: int
+        self, pool: str | Pool, num_workers: int, timeout: float | None
     ) -> tuple[TokenBudgetBatches | None, Pool | None]:
         """What a planning rank plans, and where; collective."""
         with self._together():
@@ -181,7 +188,9 @@ class DCPDataLoader:
                 batches = None
                 if self._stream is None:
                     batches = batches_of(self.dataset.lengths, self.dataset.groups, **self._order)
-                return batches, open_pool(pool, num_workers=num_workers)
+                return batches, open_pool(
+                    pool, num_workers=num_workers, worker_timeout_seconds=timeout
+                )
         return None, None
 
     @property
@@ -282,7 +291,10 @@ class DCPDataLoader:
         self._exchange.agree(failed)
 
     def _start(self, *, epoch: int, position: int, place: Mapping[str, Any] | None = None) -> None:
-        """Go to a place, in a stream to that ``place``; collective."""
+        """Go to a place, in a stream to that ``place``; collective, and
+        ``ValueError`` where ranks differ."""
+        facts = {"epoch": epoch, "position": position}
+        self._exchange.compare(self._facts() | facts if self._exchange.num_ranks > 1 else facts)
         places: Iterator[PlacedBatch] | None = None
         num_batches = 0
         with self._together():
@@ -307,6 +319,12 @@ class DCPDataLoader:
             if (groups := self.dataset.groups) is not None:
                 identity["groups"] = zlib.crc32(groups.tobytes())
         return identity
+
+    def _facts(self) -> dict[str, Any]:
+        lengths = None if self._batches is None else self._batches.lengths
+        number = None if self._stream else len(self.dataset)
+        known = {"num_documents": number, **self._order, "planning_ranks": self.planning_ranks}
+        return known | facts_of(self._preparation, lengths)
 
 
 def _checked_cluster(cluster: Cluster | None, plan_ranks: Sequence[int]) -> Cluster:

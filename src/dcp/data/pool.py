@@ -6,6 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 import warnings
 import weakref
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from dcp.data.worker import ATTEMPTS, answer_or_refusal
 from dcp.launch.environment import child_environment
 
 END_SECONDS = 5.0  # for the threads to see that their workers are gone
+SLOWER, LEAST_SECONDS, FIRST_SECONDS = 20.0, 30.0, 90.0
 _COMMAND = [sys.executable, "-m", "dcp.data.worker"]
 
 
@@ -39,10 +41,16 @@ class Pool(Protocol):
         """End the pool; what is not planned by then fails."""
 
 
-def open_pool(backend: str | Pool, *, num_workers: int) -> Pool:
+def open_pool(
+    backend: str | Pool, *, num_workers: int, worker_timeout_seconds: float | None = None
+) -> Pool:
     """A pool by the name of its backend, or the given pool itself."""
+    if worker_timeout_seconds is not None and not worker_timeout_seconds > 0:
+        raise ValueError(
+            f"worker_timeout_seconds must be positive, or None, got {worker_timeout_seconds}"
+        )
     if backend == "processes":
-        return PlanningPool(num_workers)
+        return PlanningPool(num_workers, worker_timeout_seconds=worker_timeout_seconds)
     if backend == "ray":
         return RayPool()
     if isinstance(backend, str) or not (hasattr(backend, "submit") and hasattr(backend, "close")):
@@ -56,15 +64,18 @@ def open_pool(backend: str | Pool, *, num_workers: int) -> Pool:
 class PlanningPool:
     """Plans in worker processes of this machine.
 
-    A worker that dies is replaced and its batch planned again, with one warning. When ``ATTEMPTS``
-    workers in a row die on one batch, or none can be started, the pool is lost.
+    A worker that dies is replaced and its batch planned again, with one warning. So is one that
+    hangs: that takes longer for a batch than ``worker_timeout_seconds``. By default it has
+    ``SLOWER`` times as long as the slowest batch so far took, not less than ``LEAST_SECONDS`` (or
+    ``FIRST_SECONDS`` where none was planned yet), and each worker twice as long as the one before.
+    When ``ATTEMPTS`` workers in a row die on one batch, or none can be started, the pool is lost.
     ``num_workers=0`` plans in this process, when the result is asked for.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, *, worker_timeout_seconds: float | None = None) -> None:
         if num_workers < 0:
             raise ValueError(f"num_workers must be 0 or more, got {num_workers}")
-        self._jobs = _Jobs()
+        self._jobs = _Jobs(worker_timeout_seconds)
         # also at garbage collection and at exit
         closed = PlanningError("the planning pool was closed")
         self._finalizer = weakref.finalize(self, self._jobs.end, closed)
@@ -102,7 +113,8 @@ class _Inline(Future):
 class _Jobs:
     """The requests that wait, the workers that serve them, and why it all ended, once it has."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_seconds: float | None) -> None:
+        self._timeout, self._slowest = timeout_seconds, 0.0
         self.waiting: queue.SimpleQueue[tuple[bytes, Future] | None] = queue.SimpleQueue()
         self.workers: list[_Worker] = []
         self.ended: PlanningError | None = None
@@ -114,6 +126,18 @@ class _Jobs:
                 self.waiting.put((request, future))
                 return
         future.set_exception(self.ended)
+
+    def patience(self, deaths: int) -> float:
+        """Seconds for a batch of which so many workers died."""
+        if self._timeout is not None:
+            return self._timeout
+        enough = SLOWER * self._slowest
+        least = LEAST_SECONDS if self._slowest else FIRST_SECONDS
+        return max(enough, least) * 2.0**deaths
+
+    def took(self, seconds: float) -> None:
+        """A batch was planned."""
+        self._slowest = max(self._slowest, seconds)
 
     def end(self, error: PlanningError) -> None:
         """End the workers; what waits, or comes yet, fails with the first ``error``."""
@@ -158,18 +182,31 @@ class _Worker:
         while len(deaths) < ATTEMPTS:
             if self._jobs.ended is not None:
                 raise self._jobs.ended
-            try:
-                write_message(cast(BinaryIO, self.process.stdin), request)
-                answer = read_message(cast(BinaryIO, self.process.stdout))
-            except OSError:  # the pipe broke
-                answer = None
+            began, patience = time.monotonic(), self._jobs.patience(len(deaths))
+            answer = self._exchange(request, patience)
+            seconds = time.monotonic() - began
             if answer is not None:
+                self._jobs.took(seconds)
                 if deaths:
                     _warn(deaths)
                 return answer
             if self._jobs.ended is None:
-                deaths.append(self._replace())
+                hung = f"no plan within {patience:g} s, " if seconds > patience else ""
+                deaths.append(hung + self._replace())
         raise PoolLost(f"{ATTEMPTS} planning workers in a row died on a batch: {deaths[-1]}")
+
+    def _exchange(self, request: bytes, patience: float) -> bytes | None:
+        """The answer of this very process; None if it dies, as it does after ``patience``."""
+        timer = threading.Timer(patience, self.process.kill)  # ends reading and writing, too
+        timer.daemon = True
+        timer.start()
+        try:
+            write_message(cast(BinaryIO, self.process.stdin), request)
+            return read_message(cast(BinaryIO, self.process.stdout))
+        except OSError:  # the pipe broke
+            return None
+        finally:
+            timer.cancel()
 
     def _replace(self) -> str:
         """Start a new process; says how the old one ended."""

@@ -11,9 +11,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dcp.launch.ending import leaving_on_interrupt
 from dcp.launch.failures import record
+from dcp.runtime.communicator import CommunicationFailed
+from dcp.runtime.waiting import NoAnswer, within
 
 GRACE_SECONDS = 1.0  # for the rank that failed first to be seen
+LEAVE_SECONDS = 3.0  # from Ctrl-C to the end
+COMMUNICATION = (dist.DistError, CommunicationFailed, NoAnswer)
 
 
 @contextmanager
@@ -23,19 +28,28 @@ def joined_group(
     """The default group of all ranks, left at the end: NCCL for CUDA devices, else gloo.
 
     What fails inside is recorded before the group is left, which makes other ranks fail, too.
+    Ctrl-C ends the process within ``LEAVE_SECONDS`` even where it waits for other ranks.
     """
     nccl, timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
-    dist.init_process_group(
-        "nccl" if nccl else "gloo",
-        timeout=timeout,
-        pg_options=nccl_options(timeout) if nccl else None,
-    )
+    with leaving_on_interrupt(LEAVE_SECONDS):
+        within(
+            timeout_seconds + LEAVE_SECONDS,
+            lambda: dist.init_process_group(
+                "nccl" if nccl else "gloo",
+                timeout=timeout,
+                pg_options=nccl_options(timeout) if nccl else None,
+            ),
+        )
+        yield from _inside()
+
+
+def _inside() -> Iterator[dist.ProcessGroup]:
     try:
         group = dist.group.WORLD
         assert group is not None
         yield group
     except Exception as error:
-        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+        if type(error) is RuntimeError or isinstance(error, COMMUNICATION):
             time.sleep(GRACE_SECONDS)  # communication may have failed for want of another rank
         record(error)
         raise

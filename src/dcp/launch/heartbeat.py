@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from dcp.launch.failures import RankLost
+from dcp.runtime.waiting import NoAnswer, PatientStore
 
 INTERVAL_SECONDS = 0.5
 SILENCE_SECONDS = 3.0  # so long without a beat is death: six beats
+ANSWER_SECONDS = 5.0  # so long without an answer of the store is its death
 
 
 class Heartbeat:
@@ -25,10 +26,12 @@ class Heartbeat:
 
     def __init__(self, group: Any, *, patience_seconds: float = 2 * SILENCE_SECONDS) -> None:
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
-        self._patience = timedelta(seconds=patience_seconds)
-        # own connections: one thread's blocking call must not hold the other up
-        self._beats = dist.PrefixStore("dcp-beats", group.get_group_store().clone())
-        self._notes = dist.PrefixStore("dcp-beats", group.get_group_store().clone())
+        self._patience = patience_seconds
+        # own connections: one thread's call must not hold the other up
+        self._beats, self._notes = (
+            PatientStore("dcp-beats", group.get_group_store(), timeout_seconds=ANSWER_SECONDS)
+            for _ in range(2)
+        )
         self._ended = threading.Event()
         self._beats.set(f"beat/{self._rank}", "0")
 
@@ -42,7 +45,8 @@ class Heartbeat:
     def explain(self, error: Exception) -> Exception:
         """A :class:`RankLost` that names the silent ranks, else the error itself.
 
-        Takes ``SILENCE_SECONDS``. A rank that fails in turn says so first, and is not blamed.
+        Takes ``SILENCE_SECONDS``, or ``ANSWER_SECONDS`` where the store does not answer. A rank
+        that fails in turn says so first, and is not blamed.
         """
         reason = str(error).strip().splitlines()
         cause = f"{type(error).__name__}: {reason[0][:300] if reason else ''}"
@@ -58,6 +62,8 @@ class Heartbeat:
             self._notes.set(f"left/{self._rank}", "")
             if self._rank == 0:
                 self._wait_for(set(range(self._size)) - set(silent))
+        except NoAnswer as silent_store:
+            return RankLost(f"{silent_store} ({cause})")
         except RuntimeError:  # torch's kinds for a lost store
             return RankLost(f"rank 0, or what else keeps the job's store, died ({cause})")
         if not silent:
@@ -73,7 +79,7 @@ class Heartbeat:
     def _wait_for(self, ranks: set[int]) -> None:
         """The store ends with this rank: let the others find their own explanation."""
         try:
-            self._notes.wait([f"left/{rank}" for rank in ranks], self._patience)
+            self._notes.wait_for([f"left/{rank}" for rank in ranks], self._patience)
         except RuntimeError:  # they will say that this rank is gone
             return
 

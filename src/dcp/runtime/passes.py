@@ -41,6 +41,7 @@ class AttentionPass:
         options: Options,
     ) -> None:
         plan = prepared.plan
+        self.prepared, self.mask = prepared, mask
         self.kernel, self.options = kernel, options
         self.device, self.dtype = like.device, like.dtype
         self.input_dtype = kernel.input_dtype(like.dtype)
@@ -65,7 +66,7 @@ class AttentionPass:
 
     def run(self, communicator: Communicator) -> Iterator[None]:
         """Run the program; yields while a wait needs other ranks of this process to go on."""
-        communicator.open(self.device)
+        communicator.open(self.device, self.prepared, self._facts())
         in_flight: dict[int, tuple[float, Iterator[None]]] = {}  # since when
         for instruction in self.instructions:
             began = perf_counter()
@@ -79,6 +80,22 @@ class AttentionPass:
                 case _:
                     self._compute(instruction)
                     self._record(COMPUTE, instruction, began)
+
+    def _facts(self) -> dict[str, Any]:
+        """What decides which messages travel, and what they mean: the same on all ranks."""
+        plan, options = self.prepared.plan, self.options
+        return {
+            "plan": (f"{plan.fingerprint:016x}", plan.stats.strategy, plan.num_tokens),
+            "mask": self.mask or next(iter(plan.masks)),
+            "dtype": self.dtype,
+            "device": self.device.type,
+            "accumulated in": self.compute_dtype,
+            "pass": "backward" if self.backward else "forward",
+            "needs_grad": options.needs_grad,
+            "scale": options.scale,
+            "softcap": options.softcap or False,
+            "deterministic": options.deterministic,
+        }
 
     def _compute(self, instruction: Instruction) -> None:
         """What the rank does by itself."""

@@ -36,6 +36,7 @@ class PreparedPlan:
     def __init__(self, plan: RankPlan) -> None:
         self.plan = plan
         self.number = next(_numbers)  # its name in compiled code
+        self.is_compared = False  # with the other ranks'
         self.copied: torch.cuda.Event | None = None  # when tables made ahead are on the device
         self._instructions: dict[tuple[str, bool, torch.device], list[Instruction | Exchange]] = {}
         self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
