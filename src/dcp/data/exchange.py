@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dcp import wire
 from dcp.data.messages import PlanningError, PoolLost
 from dcp.program import RankPlan
+from dcp.received import check_columns, require
 from dcp.runtime.group import resolve_group
 
 _KIND = "batch-share"
@@ -52,10 +53,26 @@ class Share:
     def from_bytes(cls, message: bytes) -> Share:
         """Read a share; raises the error that :func:`error_to_bytes` put in its place."""
         meta, arrays = wire.unpack(_KIND, message)
-        if "error" in meta:
-            raise _ERRORS[meta["as"]](meta["error"])
-        counts = {name: meta[name] for name in _COUNTS}
-        return cls(pieces=arrays["pieces"], plan=arrays["plan"].tobytes(), **counts)
+        with wire.reading(_KIND):
+            failed = "error" in meta
+            wire.exactly("the share", meta, ("error", "as") if failed else _COUNTS)
+            wire.exactly("the share", arrays, () if failed else ("pieces", "plan"))
+            if not failed:
+                return cls._checked(arrays["pieces"], arrays["plan"], **meta)
+            error = _ERRORS[meta["as"]](str(meta["error"]))
+        raise error
+
+    @classmethod
+    def _checked(cls, pieces: np.ndarray, plan: np.ndarray, **counts: Any) -> Share:
+        kinds = {name: type(count) for name, count in counts.items()}
+        wanted = {"num_loss_tokens": int, "last": bool, "num_batches": int}
+        require(kinds == wanted and min(counts.values()) >= 0, f"the share counts {counts}")
+        require(pieces.ndim == 2 and pieces.shape[1] == 4, f"pieces have shape {pieces.shape}")
+        check_columns(("document", "start", "stop", "tokens"), *pieces.T)
+        _, start, stop, tokens = pieces.T
+        require(((start <= stop) & (stop <= tokens)).all(), "pieces reach beyond their documents")
+        require(plan.ndim == 1 and plan.dtype == np.uint8, "the plan is not bytes")
+        return cls(pieces=pieces, plan=plan.tobytes(), **counts)
 
     def rank_plan(self) -> RankPlan:
         return RankPlan.from_bytes(self.plan)
