@@ -52,7 +52,8 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def copy(good, tmp_path):
-    return shutil.copytree(good, tmp_path / "step-00000002")
+    """The good checkpoint in an output folder of its own."""
+    return shutil.copytree(good, tmp_path / "checkpoints" / "step-00000002")
 
 
 def signed(folder):
@@ -227,7 +228,6 @@ def test_a_kill_between_files_leaves_the_older_checkpoint(copy, monkeypatch, cal
         with pytest.raises(Killed):
             save_checkpoint(copy.with_name("step-00000003"), *made, {"step": 3})
     output = copy.parent.parent
-    copy.parent.rename(output / "checkpoints")
     found = find_checkpoint("latest", output)
     assert found.name == "step-00000002"
     assert load_checkpoint(found, *make(0))["step"] == 2

@@ -36,7 +36,8 @@ class Sampling:
         if self.temperature == 0:
             return int(logits.argmax())
         scores = logits.double().cpu().numpy()
-        scores = (scores - scores.max()) / self.temperature
+        with np.errstate(over="ignore"):  # to -inf, which is never drawn
+            scores = (scores - scores.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
         total = np.cumsum(np.exp(scores))
