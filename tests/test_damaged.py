@@ -186,8 +186,14 @@ def test_what_is_wrong_with_a_plan_is_said(name, value, said):
         (lambda m: m | {"spec": m["spec"] | {"depth": 4}}, "AttentionSpec has unknown depth"),
         (lambda m: m | {"stats": m["stats"] | {"strategy": None}}, "Stats.strategy is None"),
         (lambda m: m | {"stats": []}, r"Stats is \[\], not an object"),
-        (lambda m: m | {"cluster": m["cluster"] | {"num_nodes": 3}}, "the cluster has 6 ranks"),
-        (lambda m: m | {"cluster": m["cluster"] | {"num_nodes": 1 << 60}}, "num_nodes is 1152"),
+        (
+            lambda m: m | {"cluster": m["cluster"] | {"num_nodes": 3}},
+            r"buffer_rows has shape \(4, 4\)",
+        ),
+        (
+            lambda m: m | {"cluster": m["cluster"] | {"num_nodes": 1 << 60}},
+            "num_nodes must be 65536 or less, got 1152",
+        ),
         (lambda m: m | {"weights": {"a": 1}}, "weights lacks b"),
         (lambda m: m | {"num_head_groups": 3}, "num_head_groups=3 does not divide num_heads=4"),
         (lambda m: m | {"num_head_groups": True}, "num_head_groups=True"),

@@ -22,7 +22,6 @@ from dcp.received import (
     check_tables,
     check_weights,
     own_rows,
-    read_cluster,
 )
 from dcp.schedule import DKV, KV, OUT, Q, make_schedule
 from dcp.simulate import Timeline, simulate
@@ -254,9 +253,7 @@ class Plan:
         made = cls(
             **{name: arrays[name] for name in _BLOCKS},
             spec=record(AttentionSpec, meta["spec"]),
-            cluster=read_cluster(
-                meta["cluster"], num_ranks=len(next(iter(masks.values())).buffer_rows)
-            ),
+            cluster=record(Cluster, meta["cluster"]),
             num_head_groups=meta["num_head_groups"],
             masks=masks,
             weights=meta["weights"],

@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 
 from dcp.batch import AttentionSpec
-from dcp.cluster import Cluster
 from dcp.compile import MaskTables
 from dcp.ragged import starts
 from dcp.schedule import DKV, KV, OUT, Q
 from dcp.slices import K0, K1, LO, Q0, Q1, slice_area
 from dcp.tables import COLUMNS, Arrival, Columns, Item, Move, Reset, Tables
-from dcp.wire import WireError, exactly, record
+from dcp.wire import WireError, exactly
 
 MOST = 1 << 40  # tokens, rows, steps, ranks: sums and products of two stay in 64 bits
-MOST_NODES = 1 << 20
 _ITEM_ROWS = (
     (Q, Item.Q_ROW, Item.Q_ROWS), (KV, Item.KV_ROW, Item.KV_ROWS),
     (OUT, Item.OUT_ROW, Item.Q_ROWS), (DKV, Item.DKV_ROW, Item.KV_ROWS),
@@ -173,16 +171,6 @@ def own_rows(
     require(ok, f"num_head_groups={num_groups!r} does not divide num_heads={spec.num_heads}")
     kv_groups = min(num_groups, spec.num_kv_heads)
     return np.stack([tokens * num_groups, keys * kv_groups] * 2, axis=-1)
-
-
-def read_cluster(values: dict[str, Any], *, num_ranks: int | None = None) -> Cluster:
-    """A cluster from the JSON object of its fields, of so many ranks if that is known."""
-    count = values["num_nodes"]
-    require(type(count) is int and count <= MOST_NODES, f"num_nodes is {count!r}")
-    cluster = record(Cluster, values)
-    fits = cluster.num_ranks == num_ranks if num_ranks is not None else cluster.num_ranks < MOST
-    require(fits, f"the cluster has {cluster.num_ranks} ranks")
-    return cluster
 
 
 def check_weights(weights: Any, masks: Mapping[str, object]) -> None:

@@ -65,7 +65,7 @@ class Share:
     @classmethod
     def _checked(cls, pieces: np.ndarray, plan: np.ndarray, **counts: Any) -> Share:
         kinds = {name: type(count) for name, count in counts.items()}
-        wanted = {"num_loss_tokens": int, "last": bool, "num_batches": int}
+        wanted = {name: bool if name == "last" else int for name in _COUNTS}
         require(kinds == wanted and min(counts.values()) >= 0, f"the share counts {counts}")
         require(pieces.ndim == 2 and pieces.shape[1] == 4, f"pieces have shape {pieces.shape}")
         check_columns(("document", "start", "stop", "tokens"), *pieces.T)

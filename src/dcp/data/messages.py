@@ -12,7 +12,7 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.errors import DCPError
 from dcp.masks import AttnMask
-from dcp.received import MOST, check_columns, check_weights, read_cluster, require, within
+from dcp.received import MOST, check_columns, check_weights, require, within
 from dcp.slices import check_disjoint
 
 REQUEST, ANSWER = "plan-request", "plan-answer"
@@ -47,7 +47,10 @@ def request_from_bytes(
     meta, arrays = wire.unpack(REQUEST, message)
     with wire.reading(REQUEST):
         wire.exactly("the request", meta, ("batch", "spec", "cluster", "options"))
-        spec, cluster = wire.record(AttentionSpec, meta["spec"]), read_cluster(meta["cluster"])
+        spec, cluster = (
+            wire.record(AttentionSpec, meta["spec"]),
+            wire.record(Cluster, meta["cluster"]),
+        )
         require(isinstance(meta["options"], dict), f"its options are {meta['options']!r:.100}")
         return batch_from_wire(meta["batch"], arrays), spec, cluster, meta["options"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,14 @@ class KVCache:
         self.num_pages, self.page_size = num_pages, page_size
         shape = (num_pages * page_size, 2, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
-        self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        try:
+            self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        except RuntimeError:  # torch's for want of memory, and for sizes beyond any
+            size = prod(shape) * spec.dtype_bytes * num_layers / 2**30
+            raise ValueError(
+                f"the KV cache of num_pages={num_pages} and page_size={page_size} takes "
+                f"{size:,.1f} GiB on each rank, more than {device} has: make it with fewer pages"
+            ) from None
         self._free = list(range(num_pages))  # a heap: low pages first, so that runs are long
         self._sequences: dict[SequenceId, _Sequence] = {}
         self.note = ""

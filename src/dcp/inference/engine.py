@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dcp.checks import whole
 from dcp.cluster import Cluster
 from dcp.errors import DCPError
 from dcp.inference.attention import CachedAttention
 from dcp.inference.cache import KVCache
-from dcp.inference.inputs import Sampling, token_ids, whole_number
+from dcp.inference.inputs import Sampling, token_ids
 from dcp.inference.model import last_logits, use_cached_attention
 from dcp.inference.turn import Selector, plan_turn
 from dcp.wire import exactly, pack, reading, unpack
@@ -247,9 +248,9 @@ class InferenceEngine:
         """What is said to each conversation, after all of it has been checked."""
         if self._lost is not None:
             raise DCPError(f"the ranks have lost each other, begin anew: {self._lost}")
-        whole_number("max_new_tokens", max_new_tokens, least=1)
+        whole("max_new_tokens", max_new_tokens, least=1)
         if end is not None:
-            whole_number("end", end, least=0)
+            whole("end", end)
         if not isinstance(prompts, Mapping):
             raise ValueError(f"prompts must map names to tokens, got a {type(prompts).__name__}")
         vocab_size = self.model.get_input_embeddings().num_embeddings
@@ -257,7 +258,7 @@ class InferenceEngine:
         for name, prompt in prompts.items():
             if type(name) not in (str, int):
                 raise ValueError(f"a conversation is named by a str or an int, not {name!r}")
-            said[name] = token_ids(name, prompt, vocab_size)
+            said[name] = token_ids(name, prompt, vocab_size=vocab_size)
             if not said[name] and name not in self._conversations:
                 raise ValueError(f"conversation {name!r} is new and its prompt is empty")
         return said
@@ -316,12 +317,12 @@ def _read_state(message: bytes) -> tuple[dict[Name, _Conversation], int, int]:
         exactly("the file", meta, ("conversations", "num_turns", "num_slots"))
         made = {}
         for name, slot, tokens, num_pending in meta["conversations"]:
-            conversation = _Conversation(slot, token_ids(name, tokens, 1 << 31), num_pending)
+            conversation = _Conversation(
+                slot, token_ids(name, tokens, vocab_size=1 << 31), num_pending
+            )
             made[name] = conversation
-            if not 0 <= whole_number("num_pending", num_pending, least=0) <= len(tokens):
+            if not 0 <= whole("num_pending", num_pending) <= len(tokens):
                 raise ValueError(f"conversation {name!r} has {num_pending} tokens to come")
-            whole_number("slot", slot, least=0)
-        turns, slots = (
-            whole_number(name, meta[name], least=0) for name in ("num_turns", "num_slots")
-        )
+            whole("slot", slot)
+        turns, slots = (whole(name, meta[name]) for name in ("num_turns", "num_slots"))
         return made, turns, slots

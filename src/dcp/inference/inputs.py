@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dcp.checks import number, whole, whole_numbers
 from dcp.errors import DCPError
 
 
@@ -22,12 +22,10 @@ class Sampling:
     seed: int
 
     def __post_init__(self) -> None:
-        warmth = self.temperature
-        if isinstance(warmth, bool) or not isinstance(warmth, int | float) or not 0 <= warmth < inf:
-            raise ValueError(f"temperature must be a number, 0 or more, got {warmth!r}")
+        number("temperature", self.temperature)
         if self.top_k is not None:
-            whole_number("top_k", self.top_k, least=1)
-        whole_number("seed", self.seed, least=0)
+            whole("top_k", self.top_k, least=1)
+        whole("seed", self.seed)
 
     def draw(self, logits: Tensor, slot: int, position: int) -> int:
         """The token at a position of the conversation in a slot."""
@@ -45,30 +43,10 @@ class Sampling:
         return int(np.searchsorted(total, random.random() * total[-1], side="right"))
 
 
-def whole_number(name: str, value: Any, *, least: int) -> int:
-    """An integer that is ``least`` or more, and fits 63 bits."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 1 << 63:
-        raise ValueError(f"{name} must be {least} or more, an integer, got {value!r:.100}")
-    return value
-
-
-def token_ids(name: str | int, prompt: Any, vocab_size: int) -> list[int]:
-    """A prompt as a list: integers of any library, one dimension, each a token of the model."""
-    what = f"the prompt of conversation {name!r}"
-    if isinstance(prompt, Tensor):
-        prompt = prompt.detach().cpu().numpy()
-    if isinstance(prompt, str | bytes) or not hasattr(prompt, "__len__"):
-        raise ValueError(f"{what} must be token ids, got {prompt!r:.100}")
-    if not isinstance(prompt, np.ndarray):
-        odd = {type(each) for each in prompt} - {int}
-        if bad := [kind.__name__ for kind in odd if not issubclass(kind, np.integer)]:
-            raise ValueError(f"{what} must be integers, got {bad[0]}: {prompt!r:.100}")
-    ids = np.asarray(prompt) if len(prompt) else np.zeros(0, dtype=np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{what} must be one row of integers, got {ids.dtype} {prompt!r:.100}")
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        raise ValueError(
-            f"{what} has token {ids[outside][0]}, the model has tokens 0 to {vocab_size - 1}"
-        )
-    return ids.tolist()
+def token_ids(name: str | int, prompt: Any, *, vocab_size: int) -> list[int]:
+    """A prompt as a list: whole numbers of any library, each a token of the model."""
+    what = f"conversation {name!r}: prompt"
+    try:
+        return whole_numbers(what, prompt, most=vocab_size - 1).tolist()
+    except ValueError as error:
+        raise ValueError(f"{error}; the model has tokens 0 to {vocab_size - 1}") from None

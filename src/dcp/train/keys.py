@@ -10,7 +10,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
 
-MOST_YAML_BYTES = 1 << 20
+from dcp.checks import read_json
+
+MOST_YAML, MOST_YAML_BRACKETS = 1 << 16, 100
 _YAML_BUGS = (AttributeError, LookupError, TypeError)  # what pyyaml itself stumbles over
 
 
@@ -131,17 +133,10 @@ def read_values(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML or JSON file, as yet unchecked."""
     is_json = path.suffix == ".json"
     values = read_json(path) if is_json else _read_yaml(path)
-    if not isinstance(values or {}, dict):
+    values = {} if values is None else values
+    if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
-    return values or {}
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file holds; ``ValueError`` that names it for one that cannot be read."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return values
 
 
 def _read_yaml(path: Path) -> Any:
@@ -149,10 +144,11 @@ def _read_yaml(path: Path) -> Any:
         import yaml
     except ImportError:
         raise ValueError(f"{path}: YAML needs the pyyaml package; or write JSON") from None
-    if path.stat().st_size > MOST_YAML_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes: that is no configuration")
     try:
         text = path.read_text(encoding="utf-8")
+        # pyyaml takes time that is quadratic in both
+        if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_YAML_BRACKETS:
+            raise ValueError(f"{len(text)} characters or their brackets are no configuration")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
             raise ValueError("aliases are not read")  # a few of them may stand for gigabytes
         return yaml.safe_load(text)
