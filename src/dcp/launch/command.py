@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from dcp.errors import DCPError
@@ -37,10 +38,9 @@ def run_command(
         status = args.run(args) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError as error:
-        if error.filename is None and _stdout_is_gone():
-            return 1
-        return _say(name, error, 2)
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
     except (ValueError, OSError) as error:
         return _say(name, error, 2)
     except (DCPError, MemoryError, OverflowError, RecursionError) as error:
@@ -48,6 +48,10 @@ def run_command(
     except KeyboardInterrupt:
         return _say(name, "interrupted", 130)
     except Exception as error:  # a defect of ours
+        if any(
+            kind.__name__ == "DistError" for kind in type(error).__mro__
+        ):  # torch's, of networks
+            return _say(name, str(error).splitlines()[0], 1)
         log = keep_traceback("".join(traceback.format_exception(error)))
         said = f"{type(error).__name__}: {error}"
         return _say(name, f"{said} (a defect of dcp, please report it with {log})", 1)
@@ -58,15 +62,13 @@ def _say(name: str, error: BaseException | str, status: int) -> int:
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, MemoryError | OverflowError | RecursionError):
         text = f"{type(error).__name__}: {text}: more than this machine can hold"
-    print(f"{name}: {text[:MOST_SAID]}", file=sys.stderr)
+    if len(text) > MOST_SAID:  # the value is long; the remedy is behind it
+        text = f"{text[: MOST_SAID // 2]} … {text[-MOST_SAID // 2 :]}"
+    print(f"{name}: {text}", file=sys.stderr)
     return status
 
 
-def _stdout_is_gone() -> bool:
-    """Whether nobody reads standard output; then Python must not try again when it ends."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+def _drop_stdout() -> None:
+    """Nobody reads standard output any more: Python must not try again when it ends."""
+    with suppress(OSError, ValueError):  # where it is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
