@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from dcp.cli import CommandParser, run_command
+from dcp.launch.command import CommandParser, run_command
 from dcp.launch.ending import ending_on_sigterm
 
 EXPERIMENTS = {  # command: its module, what it does
@@ -26,6 +26,10 @@ EXPERIMENTS = {  # command: its module, what it does
 def main(argv: list[str] | None = None) -> int:
     """Run one experiment; the exit status is 0 on success and 2 for a mistake of the user."""
     words = sys.argv[1:] if argv is None else list(argv)
+    return run_command("python -m lab", lambda: _build_parser(words), words)
+
+
+def _build_parser(words: list[str]) -> CommandParser:
     parser = CommandParser(prog="python -m lab", description="Measure what dcp claims.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="EXPERIMENT")
     for name, (module_name, about) in EXPERIMENTS.items():
@@ -34,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             module = import_module(module_name)
             module.add_arguments(one)
             one.set_defaults(run=ending_on_sigterm(module.run))
-    return run_command(parser, words)
+    return parser
 
 
 if __name__ == "__main__":

@@ -31,7 +31,17 @@ PLANNING = (
         "wire",
         "tables",
     ),
-    *("placement", "schedule", "buffers", "compile", "stats", "program", "events", "simulate"),
+    *(
+        "placement",
+        "schedule",
+        "buffers",
+        "compile",
+        "received",
+        "stats",
+        "program",
+        "events",
+        "simulate",
+    ),
     *("plans", "planner"),
 )
 RUNNING = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,14 @@ def whole_numbers(
         if type(value) is not int or not least <= value <= most:
             given[index] = whole(f"{name}[{index}]", value, least=least, most=most)
     return np.array(given, dtype=np.int64)
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds; ``ValueError`` that names the file where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
 
 
 def not_too_many(what: str, count: float, most: int, remedy: str) -> None:

@@ -9,47 +9,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dcp import __version__
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
+from dcp.checks import read_json, shown
 from dcp.cluster import PRESETS, Cluster
+from dcp.launch.command import CommandParser, run_command
 from dcp.launch.ending import ending_on_sigterm
-from dcp.launch.failures import JobFailed
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
 from dcp.planner import plan
 from dcp.plans import Plan
 
-
-class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+_BATCH_KEYS = ("name", "seqlens", "nodes", "devices_per_node")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 on success and 2 for a mistake of the user."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_command(_build_parser(words), words)
-
-
-def run_command(parser: argparse.ArgumentParser, words: Sequence[str]) -> int:
-    """Parse the words and call the command's ``run``; a mistake of the user is one line."""
-    args = parser.parse_args(words)
-    name = f"{parser.prog} {args.command}"
-    try:
-        return args.run(args) or 0
-    except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except JobFailed as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return 130
+    return run_command("dcp", lambda: _build_parser(words), words)
 
 
 @dataclass(frozen=True)
@@ -243,10 +222,14 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
 
     if args.seqlens is not None:
         return [job(None, args.seqlens, 1, 8)]
-    return [
-        job(e["name"], e["seqlens"], e.get("nodes", 1), e.get("devices_per_node", 8))
-        for e in _read_batches(args.batches)
-    ]
+    jobs = []
+    for e in _read_batches(args.batches):
+        try:
+            one = job(e["name"], e["seqlens"], e.get("nodes", 1), e.get("devices_per_node", 8))
+        except ValueError as error:
+            raise ValueError(f"{args.batches}: batch {e['name']}: {error}") from None
+        jobs.append(one)
+    return jobs
 
 
 def _cluster(name: str, *, num_nodes: int, devices_per_node: Any) -> Cluster:
@@ -259,17 +242,18 @@ def _cluster(name: str, *, num_nodes: int, devices_per_node: Any) -> Cluster:
 
 
 def _read_batches(path: str) -> list[dict[str, Any]]:
-    try:
-        entries = json.loads(Path(path).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} does not hold a list of batches")
     for index, entry in enumerate(entries):
         seqlens = entry.get("seqlens") if isinstance(entry, dict) else None
         if not isinstance(seqlens, list) or not all(type(n) is int for n in seqlens):
             raise ValueError(f"{path}: batch {index} has no list of integers 'seqlens'")
-        entry.setdefault("name", str(index))
+        if unknown := sorted(set(entry) - set(_BATCH_KEYS)):
+            known = ", ".join(_BATCH_KEYS)
+            raise ValueError(f"{path}: batch {index} has {unknown[0]!r}, known are {known}")
+        if not isinstance(entry.setdefault("name", str(index)), str):
+            raise ValueError(f"{path}: batch {index} has the name {shown(entry['name'])}, no text")
     return entries
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp.checks import not_too_many, number, positive, shown, whole, whole_numbers
+from dcp.checks import not_too_many, number, positive, read_json, shown, whole, whole_numbers
 
 MOST_RANKS = 2**16  # of a cluster that can be described: arrays by rank stay small
 _POSITIVE = (
@@ -126,10 +126,10 @@ class Cluster:
     @classmethod
     def load(cls, path: str | Path) -> Cluster:
         """Read a cluster file (``dcp profile`` writes one); unknown or wrong fields raise."""
+        fields = read_json(path)
         try:
-            fields = json.loads(Path(path).read_text())
             return cls(**fields)
-        except (OSError, json.JSONDecodeError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a cluster file: {error}") from None
 
 

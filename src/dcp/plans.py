@@ -15,17 +15,25 @@ from dcp.batch import LSE_BYTES, AttentionSpec
 from dcp.cluster import Cluster
 from dcp.compile import MaskTables, compile_mask
 from dcp.placement import Placement
-from dcp.program import MaskProgram, RankPlan
+from dcp.program import RankPlan, rank_program
 from dcp.ragged import offsets_in, runs, starts
+from dcp.received import (
+    check_layout,
+    check_mask,
+    check_tables,
+    check_weights,
+    own_rows,
+)
 from dcp.schedule import DKV, KV, OUT, Q, make_schedule
 from dcp.simulate import Timeline, simulate
 from dcp.stats import Stats, balance
-from dcp.tables import COLUMNS, Item, Move, freeze, from_parts, to_parts
-from dcp.wire import pack, unpack
+from dcp.tables import Item, Move, freeze, from_parts, to_parts
+from dcp.wire import exactly, pack, reading, record, unpack
 
 _BLOCKS = (
     "seqlens", "num_cached", "block_sequence", "block_offset", "block_length", "owner",
 )  # fmt: skip
+_META = ("spec", "cluster", "num_head_groups", "masks", "weights", "stats")
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,7 +217,7 @@ class Plan:
             block_offset=self.block_token[mine],
             block_position=self.block_position[mine],
             block_length=self.block_length[mine],
-            masks={name: _rank_program(tables, rank) for name, tables in self.masks.items()},
+            masks={name: rank_program(tables, rank) for name, tables in self.masks.items()},
             stats=self.stats,
             fingerprint=self.fingerprint,
         )
@@ -247,15 +255,30 @@ class Plan:
     def from_bytes(cls, message: bytes) -> Plan:
         """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("plan", message)
-        return cls(
+        with reading("plan"):
+            return cls._from_parts(meta, arrays)
+
+    @classmethod
+    def _from_parts(cls, meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> Plan:
+        exactly("the plan", meta, _META)
+        masks = from_parts(MaskTables, meta["masks"], arrays, others=_BLOCKS)
+        made = cls(
             **{name: arrays[name] for name in _BLOCKS},
-            spec=AttentionSpec(**meta["spec"]),
-            cluster=Cluster(**meta["cluster"]),
+            spec=record(AttentionSpec, meta["spec"]),
+            cluster=record(Cluster, meta["cluster"]),
             num_head_groups=meta["num_head_groups"],
-            masks=from_parts(MaskTables, meta["masks"], arrays),
+            masks=masks,
             weights=meta["weights"],
-            stats=Stats(**meta["stats"]),
+            stats=record(Stats, meta["stats"]),
         )
+        check_layout(*(arrays[name] for name in _BLOCKS), num_ranks=made.num_ranks)
+        check_weights(made.weights, masks)
+        keys = _sums(made.owner, made.block_length, made.num_ranks)
+        own = own_rows(made.rank_tokens, keys, made.num_head_groups, made.spec)
+        for tables in masks.values():
+            check_tables(tables, own, num_groups=made.num_head_groups, num_ranks=made.num_ranks)
+            check_mask(tables, made.block_length)
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a file that :meth:`load` reads."""
@@ -329,28 +352,3 @@ class Plan:
 
 def _sums(index: np.ndarray, values: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(index, weights=values, minlength=size).astype(values.dtype)
-
-
-def _rank_program(tables: MaskTables, rank: int) -> MaskProgram:
-    """One rank's rows of the tables, with the slices of its tiles alone."""
-
-    def mine(name: str) -> np.ndarray:
-        of_all: np.ndarray = getattr(tables, name)
-        column = COLUMNS[name].RANK
-        start, stop = np.searchsorted(of_all[:, column], [rank, rank + 1])
-        return of_all[start:stop]
-
-    items = mine("items")
-    tiles, local = np.unique(items[:, Item.TILE], return_inverse=True)
-    start, count = tables.slice_start[tiles], np.diff(tables.slice_start)[tiles]
-    first = starts(count)
-    items = items[:, : Item.RANK].copy()
-    items[:, Item.FIRST_SLICE], items[:, Item.END_SLICE] = first[local], (first + count)[local]
-    moves = {name: mine(name)[:, : COLUMNS[name].RANK] for name in COLUMNS if name != "items"}
-    return MaskProgram(
-        num_steps=tables.num_steps,
-        items=items,
-        buffer_rows=tables.buffer_rows[rank],
-        slices=tables.slices[runs(start, count)],
-        **moves,
-    )

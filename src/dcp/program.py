@@ -14,11 +14,23 @@ from typing import Any
 import numpy as np
 
 from dcp.batch import AttentionSpec
-from dcp.ragged import runs
+from dcp.compile import MaskTables
+from dcp.ragged import runs, starts
+from dcp.received import check_columns, check_cover, check_tables, own_rows, require
 from dcp.schedule import DKV
 from dcp.stats import Stats
-from dcp.tables import Arrival, Item, Move, Reset, Tables, freeze, from_parts, to_parts
-from dcp.wire import pack, unpack
+from dcp.tables import (
+    COLUMNS,
+    Arrival,
+    Item,
+    Move,
+    Reset,
+    Tables,
+    freeze,
+    from_parts,
+    to_parts,
+)
+from dcp.wire import exactly, pack, reading, record, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +115,31 @@ def _at(table: np.ndarray, column: int, step: int) -> np.ndarray:
     return table[start:stop, :column]
 
 
+def rank_program(tables: MaskTables, rank: int) -> MaskProgram:
+    """One rank's rows of the tables, with the slices of its tiles alone."""
+
+    def mine(name: str) -> np.ndarray:
+        of_all: np.ndarray = getattr(tables, name)
+        column = COLUMNS[name].RANK
+        start, stop = np.searchsorted(of_all[:, column], [rank, rank + 1])
+        return of_all[start:stop]
+
+    items = mine("items")
+    tiles, local = np.unique(items[:, Item.TILE], return_inverse=True)
+    start, count = tables.slice_start[tiles], np.diff(tables.slice_start)[tiles]
+    first = starts(count)
+    items = items[:, : Item.RANK].copy()
+    items[:, Item.FIRST_SLICE], items[:, Item.END_SLICE] = first[local], (first + count)[local]
+    moves = {name: mine(name)[:, : COLUMNS[name].RANK] for name in COLUMNS if name != "items"}
+    return MaskProgram(
+        num_steps=tables.num_steps,
+        items=items,
+        buffer_rows=tables.buffer_rows[rank],
+        slices=tables.slices[runs(start, count)],
+        **moves,
+    )
+
+
 _COUNTS = (
     "rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups", "fingerprint",
 )  # fmt: skip
@@ -184,11 +221,28 @@ class RankPlan:
     def from_bytes(cls, message: bytes) -> RankPlan:
         """Read what :meth:`to_bytes` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("rank-plan", message)
-        values: dict[str, Any] = {name: meta[name] for name in _COUNTS}
-        values |= {name: arrays[name] for name in _BLOCKS}
-        return cls(
-            **values,
-            spec=AttentionSpec(**meta["spec"]),
-            masks=from_parts(MaskProgram, meta["masks"], arrays),
-            stats=Stats(**meta["stats"]),
-        )
+        with reading("rank-plan"):
+            exactly("the rank's plan", meta, (*_COUNTS, "spec", "masks", "stats"))
+            values: dict[str, Any] = {name: meta[name] for name in _COUNTS}
+            values |= {name: arrays[name] for name in _BLOCKS}
+            made = cls(
+                **values,
+                spec=record(AttentionSpec, meta["spec"]),
+                masks=from_parts(MaskProgram, meta["masks"], arrays, others=_BLOCKS),
+                stats=record(Stats, meta["stats"]),
+            )
+            made._check()
+        return made
+
+    def _check(self) -> None:
+        """``WireError`` for what no plan's share is."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        whole = all(type(count) is int and count >= 0 for count in counts.values())
+        require(whole and self.rank < self.num_ranks, f"the rank's plan counts {counts}")
+        check_columns(_BLOCKS, *(getattr(self, name) for name in _BLOCKS))
+        check_cover(self.block_offset, self.block_length, self.num_tokens, whole=False)
+        tokens = np.array([self.num_local_tokens])
+        require(tokens[0] <= self.num_local_keys, f"{tokens[0]} tokens have {counts}")
+        own = own_rows(tokens, np.array([self.num_local_keys]), self.num_head_groups, self.spec)
+        for program in self.masks.values():
+            check_tables(program, own, num_groups=self.num_head_groups, num_ranks=self.num_ranks)

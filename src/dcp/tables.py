@@ -6,12 +6,14 @@ what follows the step, and an instruction drops the step, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
+
+from dcp.wire import WireError, exactly
 
 
 class Item(IntEnum):
@@ -98,12 +100,28 @@ def to_parts(masks: Mapping[str, Tables]) -> tuple[dict[str, Any], dict[str, np.
 
 
 def from_parts(
-    kind: type[AnyTables], counts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+    kind: type[AnyTables],
+    counts: Mapping[str, Any],
+    arrays: Mapping[str, np.ndarray],
+    *,
+    others: Iterable[str],
 ) -> dict[str, AnyTables]:
-    """Inverse of :func:`to_parts`."""
-    names = [each.name for each in fields(kind)]
+    """Inverse of :func:`to_parts`; ``others`` are the names of the arrays that are no tables'.
+
+    Raises :class:`dcp.wire.WireError` for what is missing and for what is of no use.
+    """
+    hints = get_type_hints(kind)
+    numbers = [name for name, hint in hints.items() if hint is int]
+    names = [name for name in hints if name not in numbers]
+    count = range(len(counts))
+    exactly("the message", arrays, [*others, *(f"{i}.{name}" for i in count for name in names)])
+    if any(array.dtype.kind != "i" for array in arrays.values()) or not counts:
+        raise WireError("the message has no mask, or an array that is not of integers")
     masks = {}
-    for index, (name, of) in enumerate(counts.items()):
-        values: dict[str, Any] = {k: arrays[f"{index}.{k}"] for k in names if k not in of}
-        masks[name] = kind(**of, **values)
+    for index, (mask, of) in enumerate(counts.items()):
+        exactly(f"mask {mask!r}", of, numbers)
+        if not all(type(number) is int for number in of.values()):
+            raise WireError(f"mask {mask!r} counts {of}")
+        tables: dict[str, Any] = {name: arrays[f"{index}.{name}"] for name in names}
+        masks[mask] = kind(**of, **tables)
     return masks

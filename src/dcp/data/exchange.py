@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from dcp import wire
 from dcp.data.messages import PlanningError, PoolLost
-from dcp.data.samples import Kinds
+from dcp.data.samples import KINDS, Kinds
 from dcp.data.segments import ONE
 from dcp.program import RankPlan
+from dcp.received import check_columns, require
 from dcp.runtime.agreement import Comparison, Gathering
 from dcp.runtime.group import resolve_group
 from dcp.runtime.waiting import NoAnswer, PatientStore
@@ -63,11 +64,41 @@ class Share:
     def from_bytes(cls, message: bytes) -> Share:
         """Read a share; raises the error that :func:`error_to_bytes` put in its place."""
         meta, arrays = wire.unpack(_KIND, message)
-        if "error" in meta:
-            raise _ERRORS[meta["as"]](meta["error"])
-        counts = {name: meta[name] for name in _COUNTS}
-        pieces, plan, segments = (arrays[name] for name in ("pieces", "plan", "segments"))
-        return cls(pieces, **counts, plan=plan.tobytes(), segments=segments, fields=meta["fields"])
+        with wire.reading(_KIND):
+            failed = "error" in meta
+            counts, parts = (*_COUNTS, "fields"), ("pieces", "plan", "segments")
+            wire.exactly("the share", meta, ("error", "as") if failed else counts)
+            wire.exactly("the share", arrays, () if failed else parts)
+            if not failed:
+                return cls._checked(**arrays, **meta)
+            error = _ERRORS[meta["as"]](str(meta["error"]))
+        raise error
+
+    @classmethod
+    def _checked(
+        cls,
+        pieces: np.ndarray,
+        plan: np.ndarray,
+        segments: np.ndarray,
+        fields: Any,
+        **counts: Any,
+    ) -> Share:
+        kinds = {name: type(count) for name, count in counts.items()}
+        wanted = {name: bool if name == "last" else int for name in _COUNTS}
+        require(kinds == wanted and min(counts.values()) >= 0, f"the share counts {counts}")
+        require(pieces.ndim == 2 and pieces.shape[1] == 4, f"pieces have shape {pieces.shape}")
+        check_columns(("document", "start", "stop", "tokens"), *pieces.T)
+        _, start, stop, tokens = pieces.T
+        require(((start <= stop) & (stop <= tokens)).all(), "pieces reach beyond their documents")
+        wide = segments.ndim == 2 and segments.shape[1] == 3
+        require(wide, f"segments have shape {segments.shape}")
+        check_columns(("sequence", "first token", "position"), *segments.T)
+        in_order = (np.diff(segments[:, 0]) >= 0).all()
+        require(in_order and (segments[:, 0] < len(pieces)).all(), "segments name other sequences")
+        require(plan.ndim == 1 and plan.dtype == np.uint8, "the plan is not bytes")
+        known = {name: (dtype, tuple(shape)) for name, (dtype, shape) in fields.items()}
+        require(all(dtype in KINDS for dtype, _ in known.values()), f"fields are {fields}")
+        return cls(pieces=pieces, plan=plan.tobytes(), segments=segments, fields=known, **counts)
 
     def segments_of(self, sequence: int) -> np.ndarray:
         """(first token, its position) of a sequence's segments: int64 ``[n, 2]``."""

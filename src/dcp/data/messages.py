@@ -12,8 +12,11 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.errors import DCPError
 from dcp.masks import AttnMask
+from dcp.received import MOST, check_columns, check_weights, require, within
+from dcp.slices import check_disjoint
 
 REQUEST, ANSWER = "plan-request", "plan-answer"
+_BATCH = ("seqlens", "which", "mask_length", "num_bands", "bands")
 
 
 class PlanningFailed(ValueError):
@@ -42,8 +45,14 @@ def request_from_bytes(
 ) -> tuple[SequenceBatch, AttentionSpec, Cluster, dict[str, Any]]:
     """The arguments of ``dcp.plan``."""
     meta, arrays = wire.unpack(REQUEST, message)
-    spec, cluster = AttentionSpec(**meta["spec"]), Cluster(**meta["cluster"])
-    return batch_from_wire(meta["batch"], arrays), spec, cluster, meta["options"]
+    with wire.reading(REQUEST):
+        wire.exactly("the request", meta, ("batch", "spec", "cluster", "options"))
+        spec, cluster = (
+            wire.record(AttentionSpec, meta["spec"]),
+            wire.record(Cluster, meta["cluster"]),
+        )
+        require(isinstance(meta["options"], dict), f"its options are {meta['options']!r:.100}")
+        return batch_from_wire(meta["batch"], arrays), spec, cluster, meta["options"]
 
 
 def answer_to_bytes(rank_plans: list[bytes]) -> bytes:
@@ -60,7 +69,13 @@ def refusal_to_bytes(error: str) -> bytes:
 def answer_from_bytes(message: bytes) -> list[bytes]:
     """``RankPlan.to_bytes()`` of each rank; :class:`PlanningFailed` for a refusal."""
     meta, parts = wire.unpack(ANSWER, message)
-    if "error" in meta:
+    with wire.reading(ANSWER):
+        wire.exactly("the answer", meta, ["error"] if meta else [])
+        wire.exactly("the answer", parts, [] if meta else map(str, range(max(len(parts), 1))))
+        plain = all(part.dtype == np.uint8 and part.ndim == 1 for part in parts.values())
+        require(plain, "plans are not bytes")
+        require(isinstance(meta.get("error", ""), str), f"its error is {meta.get('error')!r:.100}")
+    if meta:
         raise PlanningFailed(meta["error"])
     return [parts[str(rank)].tobytes() for rank in range(len(parts))]
 
@@ -88,13 +103,28 @@ def batch_to_wire(batch: SequenceBatch) -> tuple[dict[str, Any], dict[str, np.nd
 
 def batch_from_wire(meta: dict[str, Any], arrays: dict[str, np.ndarray]) -> SequenceBatch:
     """The batch that :func:`batch_to_wire` took apart."""
-    pieces = np.split(arrays["bands"], np.cumsum(arrays["num_bands"])[:-1])
-    lengths = arrays["mask_length"].tolist()
-    distinct = [AttnMask(n, n, bands) for n, bands in zip(lengths, pieces, strict=False)]
-    names, count = list(meta["weights"]), len(arrays["seqlens"])
-    which = arrays["which"].reshape(len(names), count).tolist()
-    masks = {name: [distinct[i] for i in row] for name, row in zip(names, which, strict=True)}
-    return SequenceBatch(arrays["seqlens"].tolist(), masks, weights=meta["weights"])
+    wire.exactly("the batch", meta, ["weights"])
+    wire.exactly("the batch", arrays, _BATCH)
+    seqlens, which, lengths, num_bands, bands = (arrays[name] for name in _BATCH)
+    names, count = list(meta["weights"]), len(seqlens)
+    check_weights(meta["weights"], dict.fromkeys(names))
+    check_columns(("mask_length", "num_bands"), lengths, num_bands)
+    check_columns(("seqlens",), seqlens)
+    require(bands.shape == (int(num_bands.sum()), 6), f"bands have shape {bands.shape}")
+    require(within(which, 0, len(lengths)), "sequences name other masks")
+    pieces = np.split(bands, np.cumsum(num_bands)[:-1])
+    distinct = [_mask(n, of) for n, of in zip(lengths.tolist(), pieces, strict=False)]
+    rows = which.reshape(len(names), count).tolist()
+    masks = {name: [distinct[i] for i in row] for name, row in zip(names, rows, strict=True)}
+    return SequenceBatch(seqlens.tolist(), masks, weights=meta["weights"])
+
+
+def _mask(length: int, bands: np.ndarray) -> AttnMask:
+    """A mask whose slices lie inside it, one beside the other."""
+    require(within(bands[:, :4], 0, length + 1), f"slices reach beyond {length} tokens")
+    require(within(bands[:, 4:], -MOST, MOST), "slices have bands out of range")
+    check_disjoint(bands)
+    return AttnMask(length, length, bands)
 
 
 def write_message(stream: BinaryIO, message: bytes) -> None:

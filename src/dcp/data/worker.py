@@ -40,7 +40,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not mix with the answers
     while (request := messages.read_message(sys.stdin.buffer)) is not None:
-        messages.write_message(answers, answer_or_refusal(request))
+        try:
+            messages.write_message(answers, answer_or_refusal(request))
+        except BrokenPipeError:  # the training process has ended
+            os._exit(0)  # whatever is still to be written, nobody reads
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class CachedAttention:
 
         Args:
             plan: of :func:`dcp.inference.plan_turn`, for what the caches hold of ``sequences``.
+
+        Where it fails, the caches are as they were, and no turn has begun.
         """
         new = new_tokens(plan)
         cached = plan.num_cached.tolist()
@@ -77,9 +79,16 @@ class CachedAttention:
         if held != cached:
             raise ValueError(f"the plan is for {cached} cached tokens, the cache holds {held}")
         self.plan, self._shares = plan, []
-        for cache in self.caches:
-            rows = cache.extend(sequences, new)
-            self._shares.append(_share(plan, cache, sequences, rows))
+        before = [cache.extent() for cache in self.caches]
+        try:
+            for cache in self.caches:
+                rows = cache.extend(sequences, new)
+                self._shares.append(_share(plan, cache, sequences, rows))
+        except BaseException:
+            self.plan = None
+            for cache, extent in zip(self.caches, before, strict=True):
+                cache.undo(extent)
+            raise
         if self._executor is None:
             self._world = LocalWorld(plan, kernel=self.kernel)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 
 from dcp.batch import AttentionSpec
 from dcp.ragged import runs
-from dcp.wire import WireError, pack, unpack
+from dcp.received import MOST, require, within
+from dcp.wire import exactly, pack, reading, record, unpack
 
 SequenceId = Hashable
+_SHAPE = ("num_layers", "num_pages", "page_size", "rank", "num_ranks")
 
 
 @dataclass
@@ -39,6 +42,7 @@ class KVCache:
 
     Attributes:
         pools: of each layer, ``[rows, 2, num_kv_heads, head_dim]``.
+        note: kept with what is saved; says what else belongs to it.
     """
 
     def __init__(
@@ -59,9 +63,17 @@ class KVCache:
         self.num_pages, self.page_size = num_pages, page_size
         shape = (num_pages * page_size, 2, spec.num_kv_heads, spec.head_dim)
         dtype = getattr(torch, spec.dtype)
-        self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        try:
+            self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        except RuntimeError:  # torch's for want of memory, and for sizes beyond any
+            size = prod(shape) * spec.dtype_bytes * num_layers / 2**30
+            raise ValueError(
+                f"the KV cache of num_pages={num_pages} and page_size={page_size} takes "
+                f"{size:,.1f} GiB on each rank, more than {device} has: make it with fewer pages"
+            ) from None
         self._free = list(range(num_pages))  # a heap: low pages first, so that runs are long
         self._sequences: dict[SequenceId, _Sequence] = {}
+        self.note = ""
 
     # ------------------------------------------------------------------ what is there
 
@@ -118,7 +130,14 @@ class KVCache:
         Raises ``ValueError`` where any rank's pages do not suffice, on all ranks alike, and leaves
         everything as it was.
         """
-        before = self.held(sequences)
+        if len(set(sequences)) != len(sequences):
+            raise ValueError(f"a sequence is named twice: {list(sequences)}")
+        before, new = self.held(sequences), np.asarray(new)
+        if new.shape != before.shape or new.dtype.kind not in "iu" or (new < 0).any():
+            raise ValueError(
+                f"new must be int {list(before.shape)} of 0 or more (sequences, ranks), "
+                f"got {new.tolist()}"
+            )
         pages = self._pages(before + new) - self._pages(before)
         lacking = pages.sum(axis=0) - self.free_pages
         if (lacking > 0).any():
@@ -136,6 +155,23 @@ class KVCache:
             page, row = np.divmod(had[self.rank] + np.arange(adds[self.rank]), self.page_size)
             rows.append(np.array(known.pages, dtype=np.int64)[page] * self.page_size + row)
         return np.concatenate(rows)
+
+    def undo(self, before: dict[SequenceId, np.ndarray]) -> None:
+        """Take back what was added since :meth:`extent` said ``before``."""
+        for each in list(self._sequences):
+            known = self._sequences[each]
+            if each not in before:
+                self.evict(each)
+                continue
+            known.held = before[each]
+            kept = int(self._pages(known.held[self.rank]))
+            for page in known.pages[kept:]:
+                heapq.heappush(self._free, page)
+            del known.pages[kept:]
+
+    def extent(self) -> dict[SequenceId, np.ndarray]:
+        """How many tokens each rank holds of each sequence, for :meth:`undo`."""
+        return {each: known.held for each, known in self._sequences.items()}
 
     def evict(self, sequence: SequenceId) -> None:
         """Forget a sequence; its pages are free again. ``ValueError`` for an unknown one."""
@@ -155,10 +191,10 @@ class KVCache:
         Sequences must be named by strings or integers.
         """
         names = self.sequences
-        if unnamed := [name for name in names if not isinstance(name, str | int)]:
+        if unnamed := [name for name in names if type(name) not in (str, int)]:
             raise ValueError(f"only sequences named by str or int can be saved, not {unnamed[0]!r}")
         index = torch.from_numpy(self.rows(names))
-        meta = self.shape | {"sequences": names}
+        meta = self.shape | {"sequences": names, "note": self.note}
         arrays = {"held": self.held(names)}
         for layer, pool in enumerate(self.pools):
             values = pool[index.to(pool.device)].cpu().view(torch.uint8)
@@ -169,16 +205,40 @@ class KVCache:
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> KVCache:
         """Read what :meth:`save` wrote; :class:`dcp.wire.WireError` for anything else."""
         meta, arrays = unpack("kv-cache", Path(path).read_bytes())
-        names = meta.pop("sequences")
-        spec = AttentionSpec(**meta.pop("spec"))
-        cache = cls(spec, device=device, **meta)
+        with reading("kv-cache"):
+            return cls._read(meta, arrays, device)
+
+    @classmethod
+    def _read(
+        cls, meta: dict[str, Any], arrays: dict[str, np.ndarray], device: torch.device | str
+    ) -> KVCache:
+        exactly("the cache", meta, (*_SHAPE, "spec", "sequences", "note"))
+        names, spec = meta["sequences"], record(AttentionSpec, meta["spec"])
+        shape = {name: meta[name] for name in _SHAPE}
+        counts = all(type(count) is int and 0 <= count < MOST for count in shape.values())
+        require(counts and type(meta["note"]) is str, f"its shape is {shape}")
+        rank, num_ranks, pages = shape["rank"], shape["num_ranks"], shape["num_pages"]
+        layers = [f"layer {layer}" for layer in range(len(arrays) - 1)]
+        require(shape["num_layers"] == len(layers), f"its shape is {shape}")
+        exactly("the cache", arrays, ["held", *layers])
+        named = all(type(name) in (str, int) for name in names) and len(set(names)) == len(names)
+        require(named, f"its sequences are named {names!r:.100}")
         held = arrays["held"]
-        layers = [arrays[f"layer {layer}"] for layer in range(len(cache.pools))]
-        if held.shape != (len(names), cache.num_ranks) or any(
-            len(values) != held[:, cache.rank].sum() for values in layers
-        ):
-            raise WireError(f"{path}: the tables of the cache do not fit each other")
+        tokens = (len(names), num_ranks)
+        require(
+            held.shape == tokens and within(held, 0, MOST), f"it holds {held.shape} of {tokens}"
+        )
+        require(0 <= rank < num_ranks, f"its shape is {shape}")
+        here = int(held[:, rank].sum())
+        values = (here, 2, spec.num_kv_heads, spec.head_dim * spec.dtype_bytes)
+        fits = all(arrays[name].shape == values for name in layers)
+        fits &= all(arrays[name].dtype == np.uint8 for name in layers)
+        require(fits, "the tables of the cache do not fit each other")
+        used = -(-held // max(shape["page_size"], 1)).sum(axis=0)
+        require((used <= pages).all(), f"it holds more than its {pages} pages")
+        cache = cls(spec, device=device, **shape)
+        cache.note = meta["note"]
         rows = torch.from_numpy(cache.extend(names, held)).to(device)
-        for pool, values in zip(cache.pools, layers, strict=True):
-            pool[rows] = torch.from_numpy(values.copy()).view(pool.dtype).to(device)
+        for pool, name in zip(cache.pools, layers, strict=True):
+            pool[rows] = torch.from_numpy(arrays[name].copy()).view(pool.dtype).to(device)
         return cache

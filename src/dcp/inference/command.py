@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from dcp.batch import DTYPE_BYTES
+from dcp.checks import number, whole
 from dcp.inference.turn import STRATEGIES
 from dcp.launch.environment import is_launched
+
+MOST_SEED, MOST_COUNT = 2**63 - 1, 2**31 - 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print tokens, text and seconds")
 
 
+def _check(args: argparse.Namespace) -> None:
+    """``ValueError`` for what no rank could honour, before any is started."""
+    number("--temperature", args.temperature)
+    whole("--seed", args.seed, most=MOST_SEED)
+    for name in ("max_new_tokens", "num_pages", "page_size", "num_processes"):
+        whole(f"--{name.replace('_', '-')}", getattr(args, name), least=1, most=MOST_COUNT)
+    if args.top_k is not None:
+        whole("--top-k", args.top_k, least=1)
+    if args.model is not None and not Path(args.model).is_dir():
+        raise ValueError(f"model {args.model!r} is no folder on this machine")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Generate; the exit status."""
+    """Generate; the exit status. Mistakes of the user raise ``ValueError`` before ranks start."""
+    _check(args)
     job = {name: of for name, of in vars(args).items() if name not in ("command", "run", "json")}
     if is_launched():  # a rank that torchrun started
         from dcp.inference.rank import generate
@@ -53,14 +70,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launched(job: dict[str, Any], num_processes: int) -> dict[str, Any]:
-    """The job on local processes; ``ValueError`` with the failing rank's line."""
-    from dcp.launch.failures import JobFailed
+    """The job on local processes."""
     from dcp.launch.ranks import run_ranks
 
-    try:
-        return run_ranks("dcp.inference.rank:generate", job, num_processes=num_processes)[0]
-    except JobFailed as error:
-        raise ValueError(str(error)) from None
+    return run_ranks("dcp.inference.rank:generate", job, num_processes=num_processes)[0]
 
 
 def as_text(found: dict[str, Any], said: list[Any]) -> str:

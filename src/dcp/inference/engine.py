@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,13 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dcp.checks import whole
 from dcp.cluster import Cluster
+from dcp.errors import DCPError
 from dcp.inference.attention import CachedAttention
 from dcp.inference.cache import KVCache
+from dcp.inference.inputs import Sampling, token_ids
 from dcp.inference.model import last_logits, use_cached_attention
 from dcp.inference.turn import Selector, plan_turn
+from dcp.wire import exactly, pack, reading, unpack
 
 Name = str | int
+CONVERSATIONS, _STATE = "conversations.dcp", "conversations"
+# tokens and pending ones of each conversation, extents of the caches, turns, slots
+_State = tuple[dict[Name, tuple[int, int]], list[dict[Any, np.ndarray]], int, int]
 
 
 @dataclass
@@ -30,32 +37,6 @@ class _Conversation:
     slot: int
     tokens: list[int] = field(default_factory=list)
     num_pending: int = 0
-
-
-@dataclass(frozen=True)
-class _Sampling:
-    """How a token is drawn from logits, see :meth:`InferenceEngine.generate`."""
-
-    temperature: float
-    top_k: int | None
-    seed: int
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {self.top_k}")
-
-    def draw(self, logits: Tensor, after: _Conversation) -> int:
-        """The next token of a conversation."""
-        if self.temperature == 0:
-            return int(logits.argmax())
-        scores = logits.double().cpu().numpy() / self.temperature
-        if self.top_k is not None and self.top_k < len(scores):
-            scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
-        total = np.cumsum(np.exp(scores - scores.max()))
-        random = np.random.default_rng([self.seed, after.slot, len(after.tokens)])
-        return int(np.searchsorted(total, random.random() * total[-1], side="right"))
 
 
 class InferenceEngine:
@@ -111,6 +92,7 @@ class InferenceEngine:
         self.step_seconds: list[float] = []  # of the last call: a prompt, then token by token
         self._num_turns = 0
         self._num_slots = 0
+        self._lost: str | None = None  # why the ranks can no longer meet
 
     # ------------------------------------------------------------------ talking
 
@@ -135,15 +117,27 @@ class InferenceEngine:
                 number of ranks.
             end: a token after which a conversation stops.
 
-        Raises ``ValueError`` for an empty conversation and, on all ranks alike, where the cache is
-        full: then the conversations are as far as they came (:meth:`tokens`).
+        Raises ``ValueError`` for an empty conversation, for what is no token of the model and, on
+        all ranks alike, where the cache is full; ``DCPError`` where another rank failed. Then no
+        trace is left of this call: conversations and cache are as they were before it.
         """
-        sampling = _Sampling(temperature, top_k, seed)
-        self._check(prompts, max_new_tokens)
-        for name, prompt in prompts.items():
+        sampling = Sampling(temperature, top_k, seed)
+        said = self._check(prompts, max_new_tokens, end)
+        before, seconds = self._state(), self.step_seconds
+        try:
+            return self._converse(said, max_new_tokens, sampling, end)
+        except BaseException:
+            self.step_seconds = seconds
+            self._go_back(before)
+            raise
+
+    def _converse(
+        self, said: dict[Name, list[int]], max_new_tokens: int, sampling: Sampling, end: int | None
+    ) -> dict[Any, list[int]]:
+        for name, prompt in said.items():
             self._say(name, prompt)
-        replies: dict[Name, list[int]] = {name: [] for name in prompts}
-        live, self.step_seconds = list(prompts), []
+        replies: dict[Name, list[int]] = {name: [] for name in said}
+        live, self.step_seconds = list(said), []
         while live and len(self.step_seconds) < max_new_tokens:
             began = perf_counter()
             strategy = "pass_q" if self.step_seconds else self.strategy
@@ -155,24 +149,45 @@ class InferenceEngine:
         return replies
 
     def tokens(self, name: Name) -> list[int]:
-        """All tokens of a conversation, prompts and replies."""
+        """All tokens of a conversation, prompts and replies. ``ValueError`` for an unknown one."""
+        self._known(name)
         return list(self._conversations[name].tokens)
 
     def evict(self, name: Name) -> None:
         """Forget a conversation and free its pages. ``ValueError`` for an unknown one."""
-        if name not in self._conversations:
-            raise ValueError(f"there is no conversation {name!r}")
+        self._known(name)
         del self._conversations[name]
         for cache in self.attention.caches:
             if name in cache.sequences:
                 cache.evict(name)
+
+    def _known(self, name: Name) -> None:
+        if name not in self._conversations:
+            raise ValueError(f"there is no conversation {name!r}")
+
+    def _state(self) -> _State:
+        kept = {name: (len(c.tokens), c.num_pending) for name, c in self._conversations.items()}
+        extents = [cache.extent() for cache in self.attention.caches]
+        return kept, extents, self._num_turns, self._num_slots
+
+    def _go_back(self, before: _State) -> None:
+        """Forget all that happened since :meth:`_state`."""
+        kept, extents, self._num_turns, self._num_slots = before
+        for name in set(self._conversations) - set(kept):
+            del self._conversations[name]
+        for name, (count, pending) in kept.items():
+            conversation = self._conversations[name]
+            del conversation.tokens[count:]
+            conversation.num_pending = pending
+        for cache, extent in zip(self.attention.caches, extents, strict=True):
+            cache.undo(extent)
 
     def _say(self, name: Name, tokens: Sequence[int]) -> None:
         if name not in self._conversations:
             self._conversations[name] = _Conversation(self._num_slots)
             self._num_slots += 1
         conversation = self._conversations[name]
-        conversation.tokens += [int(token) for token in tokens]
+        conversation.tokens += tokens
         conversation.num_pending += len(tokens)
 
     def _forward(self, names: list[Name], strategy: str | Selector) -> dict[int, Tensor]:
@@ -193,23 +208,60 @@ class InferenceEngine:
             conversation.num_pending = 0
         return last_logits(self.model, new, self.attention)
 
-    def _next(self, names: list[Name], strategy: str | Selector, sampling: _Sampling) -> list[int]:
-        """The next token of each conversation, drawn by the rank that has its logits."""
-        tokens = torch.zeros(len(names), dtype=torch.int64, device=self.device)
-        for index, logits in self._forward(names, strategy).items():
-            tokens[index] = sampling.draw(logits, self._conversations[names[index]])
-        if self._group is not None:
-            dist.all_reduce(tokens, group=self._group)
-        return tokens.tolist()
+    def _next(self, names: list[Name], strategy: str | Selector, sampling: Sampling) -> list[int]:
+        """The next token of each conversation, drawn by the rank that has its logits.
 
-    def _check(self, prompts: Mapping[Any, Sequence[int]], max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be 1 or more, got {max_new_tokens}")
+        A rank that fails still meets the others here, so that no later message is taken for one of
+        this turn.
+        """
+        caches, count = self.attention.caches, len(names)
+        drawn = torch.zeros(count + caches[0].num_ranks, dtype=torch.int64, device=self.device)
+        failed: Exception | None = None
+        try:
+            for index, logits in self._forward(names, strategy).items():
+                after = self._conversations[names[index]]
+                drawn[index] = sampling.draw(logits, after.slot, len(after.tokens))
+        except Exception as error:
+            failed = error
+            drawn[count + caches[0].rank] = 1
+        if self._group is not None:
+            self._meet(drawn, failed)
+        if failed is not None:
+            raise failed
+        if ranks := drawn[count:].nonzero().flatten().tolist():
+            raise DCPError(f"rank {ranks[0]} failed in this turn, of which nothing is kept")
+        return drawn[:count].tolist()
+
+    def _meet(self, drawn: Tensor, failed: Exception | None) -> None:
+        """Sum over the ranks. Where that fails, the group is of no more use."""
+        if self._lost is None:
+            try:
+                dist.all_reduce(drawn, group=self._group)
+                return
+            except RuntimeError as error:
+                self._lost = str(error).strip().splitlines()[0]
+        raise failed or DCPError(f"the ranks have lost each other: {self._lost}")
+
+    def _check(
+        self, prompts: Mapping[Any, Sequence[int]], max_new_tokens: int, end: int | None
+    ) -> dict[Name, list[int]]:
+        """What is said to each conversation, after all of it has been checked."""
+        if self._lost is not None:
+            raise DCPError(f"the ranks have lost each other, begin anew: {self._lost}")
+        whole("max_new_tokens", max_new_tokens, least=1)
+        if end is not None:
+            whole("end", end)
+        if not isinstance(prompts, Mapping):
+            raise ValueError(f"prompts must map names to tokens, got a {type(prompts).__name__}")
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        said = {}
         for name, prompt in prompts.items():
-            if not isinstance(name, str | int):
+            if type(name) not in (str, int):
                 raise ValueError(f"a conversation is named by a str or an int, not {name!r}")
-            if not len(prompt) and name not in self._conversations:
+            said[name] = token_ids(name, prompt, vocab_size=vocab_size)
+            if not said[name] and name not in self._conversations:
                 raise ValueError(f"conversation {name!r} is new and its prompt is empty")
+        return said
 
     # ------------------------------------------------------------------ on disk
 
@@ -217,33 +269,60 @@ class InferenceEngine:
         """Write all conversations and this process's part of the cache, for :meth:`load`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "conversations": [
+                [name, c.slot, c.tokens, c.num_pending] for name, c in self._conversations.items()
+            ],
+            "num_turns": self._num_turns,
+            "num_slots": self._num_slots,
+        }
+        message = pack(_STATE, state, {})
         for cache in self.attention.caches:
+            cache.note = sha256(message).hexdigest()
             cache.save(folder / f"rank-{cache.rank}.kv")
         if self.attention.caches[0].rank == 0:
-            state = {
-                "conversations": [
-                    [name, c.slot, c.tokens, c.num_pending]
-                    for name, c in self._conversations.items()
-                ],
-                "num_turns": self._num_turns,
-                "num_slots": self._num_slots,
-            }
-            (folder / "conversations.json").write_text(json.dumps(state))
+            (folder / CONVERSATIONS).write_bytes(message)
         if self._group is not None:
             dist.barrier(group=self._group)
 
     def load(self, folder: str | Path) -> None:
         """Go on where :meth:`save` was called, on as many ranks; what was here is forgotten.
 
-        Raises ``ValueError`` where the files are of another model, cache or number of ranks.
+        Raises ``ValueError`` where the files are of another model, cache or number of ranks, are
+        damaged, or do not belong together; then nothing is changed.
         """
-        folder = Path(folder)
-        here = self.attention.caches
-        there = [KVCache.load(folder / f"rank-{c.rank}.kv", device=self.device) for c in here]
-        for old, new in zip(here, there, strict=True):
+        folder, here = Path(folder), self.attention.caches
+        there = []
+        for old in here:
+            path = folder / f"rank-{old.rank}.kv"
+            new = KVCache.load(path, device=self.device)
             if old.shape != new.shape:
                 raise ValueError(f"{folder} holds a cache of {new.shape}, here it is {old.shape}")
-        state = json.loads((folder / "conversations.json").read_text())
-        self.attention.caches[:] = there
-        self._conversations = {name: _Conversation(*rest) for name, *rest in state["conversations"]}
-        self._num_turns, self._num_slots = state["num_turns"], state["num_slots"]
+            there.append((path, new))
+        message = (folder / CONVERSATIONS).read_bytes()
+        conversations, num_turns, num_slots = _read_state(message)
+        for path, cache in there:
+            held = cache.held(list(conversations)).sum(axis=1).tolist()
+            wanted = [len(c.tokens) - c.num_pending for c in conversations.values()]
+            if cache.note != sha256(message).hexdigest() or held != wanted:
+                raise ValueError(f"{path} was not saved together with {folder / CONVERSATIONS}")
+        self.attention.caches[:] = [cache for _, cache in there]
+        self._conversations, self._num_turns, self._num_slots = conversations, num_turns, num_slots
+
+
+def _read_state(message: bytes) -> tuple[dict[Name, _Conversation], int, int]:
+    """Conversations, turns and slots; :class:`dcp.wire.WireError` for anything else."""
+    meta, _ = unpack(_STATE, message)
+    with reading(_STATE):
+        exactly("the file", meta, ("conversations", "num_turns", "num_slots"))
+        made = {}
+        for name, slot, tokens, num_pending in meta["conversations"]:
+            conversation = _Conversation(
+                slot, token_ids(name, tokens, vocab_size=1 << 31), num_pending
+            )
+            made[name] = conversation
+            if not 0 <= whole("num_pending", num_pending) <= len(tokens):
+                raise ValueError(f"conversation {name!r} has {num_pending} tokens to come")
+            whole("slot", slot)
+        turns, slots = (whole(name, meta[name]) for name in ("num_turns", "num_slots"))
+        return made, turns, slots

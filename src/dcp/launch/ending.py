@@ -11,6 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Run = Callable[[argparse.Namespace], int]
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+def _leave(number: int, _: object) -> None:
+    for each in _SIGNALS:
+        signal.signal(each, signal.SIG_IGN)  # a second one must not stop the cleaning up
+    sys.exit(128 + number)
 
 
 def ending_on_sigterm(run: Run) -> Run:
@@ -19,11 +26,12 @@ def ending_on_sigterm(run: Run) -> Run:
     def unwinding(args: argparse.Namespace) -> int:
         if threading.current_thread() is not threading.main_thread():
             return run(args)  # signals are not this thread's
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        before = {number: signal.signal(number, _leave) for number in _SIGNALS}
         try:
             return run(args)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     return unwinding
 

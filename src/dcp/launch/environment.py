@@ -8,8 +8,31 @@ import sys
 
 
 def is_launched() -> bool:
-    """Whether this process is a rank that a launcher started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process is a rank that a launcher started.
+
+    Raises ``ValueError`` for variables that no launcher sets so.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    size = _variable("WORLD_SIZE", least=1)
+    here = _variable("LOCAL_WORLD_SIZE", least=1, most=size)
+    _variable("RANK", most=size - 1)
+    _variable("LOCAL_RANK", most=here - 1)
+    _variable("MASTER_PORT", most=65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("MASTER_ADDR is not set: start ranks by torchrun, or unset RANK")
+    return True
+
+
+def _variable(name: str, *, least: int = 0, most: int = 1 << 31) -> int:
+    """A whole number of the environment."""
+    text = os.environ.get(name, "")
+    if not text.isdecimal() or not least <= int(text) <= most:
+        raise ValueError(
+            f"the environment has {name}={text!r}, which must be a number from {least} to {most}: "
+            "start ranks by torchrun, or unset RANK"
+        )
+    return int(text)
 
 
 def local_world_size(default: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -48,8 +48,20 @@ def record(error: Exception) -> None:
     draft.rename(path)
 
 
+def keep_traceback(text: str, folder: Path | None = None) -> Path:
+    """Write a traceback where it stays: to a folder's log, else to a file of its own."""
+    if folder is not None:
+        path = folder / FAILURE_LOG
+    else:
+        handle, name = tempfile.mkstemp(prefix="dcp-failure-", suffix=".log")
+        os.close(handle)
+        path = Path(name)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def first_failure(failures: Mapping[int, ProcessFailure], logs: Path | None) -> JobFailed:
-    """The earliest of all ranks' failures; a traceback goes to ``logs``, else to the terminal."""
+    """The earliest of all ranks' failures; a traceback goes to a file that it names."""
     rank = min(failures, key=lambda rank: _when(failures[rank]))
     first = failures[rank]
     if not isinstance(first.message, dict):  # it recorded nothing
@@ -61,11 +73,7 @@ def first_failure(failures: Mapping[int, ProcessFailure], logs: Path | None) -> 
         return JobFailed(f"rank {rank} ended with status {first.exitcode}{where}")
     where = ""
     if (trace := first.message["extraInfo"].get("py_callstack")) is not None:
-        if logs is None:
-            sys.stderr.write(trace)
-        else:
-            (logs / FAILURE_LOG).write_text(trace)
-            where = f" (traceback in {logs / FAILURE_LOG})"
+        where = f" (traceback in {keep_traceback(trace, logs)})"
     return JobFailed(f"rank {rank} failed: {first.message['message']}{where}")
 
 

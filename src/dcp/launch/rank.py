@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -55,6 +56,8 @@ def _watch(task: dict[str, Any], folder: Path) -> None:
             record(TimeoutError(f"it took longer than {limit:g} s"))
             break
         time.sleep(WATCH_SECONDS)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # the launcher was killed, and left it
     os._exit(1)
 
 

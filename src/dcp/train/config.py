@@ -13,6 +13,9 @@ from dcp.masks import named_mask
 from dcp.placement import get_strategy
 from dcp.train.keys import Keys, key
 
+MOST_SEED = (1 << 63) - 1
+MOST_SECONDS = 1e8  # three years; more does not fit what torch counts in
+
 
 @dataclass(frozen=True, kw_only=True)
 class Documents(Keys):
@@ -22,7 +25,7 @@ class Documents(Keys):
     text_field: str = key("text", "field or column that holds the text")
     split: str = key("train", "split of a Hugging Face dataset")
     max_documents: int = key(0, "use that many documents, spread evenly; 0 uses all", least=0)
-    tokenizer: str = key("bytes", "'bytes' or the folder of a Hugging Face tokenizer")
+    tokenizer: str = key("bytes", "'bytes' or the folder of a Hugging Face tokenizer", fixed=True)
     over_long: str = key(
         "split",
         "documents longer than max_seqlen: 'split' or 'raise'",
@@ -34,9 +37,9 @@ class Documents(Keys):
 class Transformer(Keys):
     """The size of a model."""
 
-    hidden_size: int = key(128, "width of the model", least=1)
-    num_layers: int = key(4, "layers", least=1)
-    num_heads: int = key(4, "query heads")
+    hidden_size: int = key(128, "width of the model", least=1, fixed=True)
+    num_layers: int = key(4, "layers", least=1, fixed=True)
+    num_heads: int = key(4, "query heads", fixed=True)
     dtype: str = key(
         "float32",
         "dtype of the forward pass: float32 or bfloat16 (autocast)",
@@ -54,8 +57,10 @@ class Transformer(Keys):
 class Llama(Transformer):
     """What a Llama has besides."""
 
-    intermediate_size: int = key(0, "width of the MLP; 0 is 8/3 of hidden_size", least=0)
-    num_kv_heads: int = key(2, "key and value heads; divides num_heads")
+    intermediate_size: int = key(
+        0, "width of the MLP; 0 is 8/3 of hidden_size", least=0, fixed=True
+    )
+    num_kv_heads: int = key(2, "key and value heads; divides num_heads", fixed=True)
 
     def check(self) -> None:
         super().check()
@@ -81,7 +86,7 @@ class Optimisation(Keys):
     warmup_steps: int = key(10, "steps of linear warm-up, before a cosine to a tenth", least=0)
     weight_decay: float = key(0.1, "AdamW weight decay of the matrices", least=0)
     grad_clip: float = key(1.0, "largest gradient norm; 0 does not clip", least=0)
-    seed: int = key(0, "of the weights and of the order of documents", least=0)
+    seed: int = key(0, "of the weights and of the order of documents", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +99,16 @@ class Running(Keys):
         one_of=("auto", "cpu", "cuda"),
     )
     threads: int = key(1, "CPU threads of each process", least=1)
-    timeout_seconds: float = key(600.0, "how long a rank waits for another, or for a plan", above=0)
+    timeout_seconds: float = key(
+        600.0, "how long a rank waits for another, or for a plan", above=0, most=MOST_SECONDS
+    )
     output: str = key("runs/train", "folder for metrics, pictures and checkpoints")
     checkpoint_every: int = key(0, "steps between checkpoints; 0 writes one at the end", least=0)
-    resume: str = key("", "checkpoint folder to go on from, or 'latest' of the output folder")
+    resume: str = key(
+        "",
+        "checkpoint folder to go on from; 'latest': the newest of the output folder; 'auto': that, "
+        "or from the start where there is none",
+    )
     progress: bool = key(True, "show a progress bar")
 
 
@@ -120,7 +131,7 @@ class Planning(Keys):
     bucket_window: int = key(
         0, "documents whose lengths are sorted together; 0 sorts none", least=0
     )
-    mask: str = key("causal", "name of the attention mask")
+    mask: str = key("causal", "name of the attention mask", fixed=True)
     strategy: str = key("auto", "placement strategy")
     block_size: int = key(0, "most tokens of a data block; 0 lets the planner choose", least=0)
     cluster: str = key("auto", "preset or file with the machine's rates")

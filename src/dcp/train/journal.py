@@ -28,10 +28,10 @@ class Journal:
         self.folder.mkdir(parents=True, exist_ok=True)
         config.save(self.folder / "config.json")
         path = self.folder / METRICS
-        kept = [] if first_step == 0 or not path.exists() else path.read_text().splitlines()
-        kept = [line for line in kept if json.loads(line)["step"] < first_step]
-        self._file = path.open("w")
-        self._file.writelines(line + "\n" for line in kept)
+        draft = path.with_suffix(".partial")
+        draft.write_text("".join(line + "\n" for line in _lines_before(first_step, path)))
+        draft.replace(path)
+        self._file = path.open("a")
         self._describe, self._bar = describe, _open_bar(config, first_step)
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -46,6 +46,21 @@ class Journal:
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+
+
+def _lines_before(step: int, path: Path) -> list[str]:
+    """Lines of earlier steps. One that cannot be read, as the last of a job that was killed may
+    be, is forgotten: its step comes again, or the line was no metrics."""
+    if step == 0 or not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] < step:
+                kept.append(line)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return kept
 
 
 def _open_bar(config: JobConfig, first_step: int) -> Any:

@@ -6,8 +6,14 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_type_hints
+
+from dcp.checks import read_json
+
+MOST_YAML, MOST_YAML_BRACKETS = 1 << 16, 100
+_YAML_BUGS = (AttributeError, LookupError, TypeError)  # what pyyaml itself stumbles over
 
 
 def key(
@@ -16,13 +22,16 @@ def key(
     *,
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     one_of: tuple[str, ...] = (),
+    fixed: bool = False,
 ) -> Any:
-    """A field of a configuration: its default, its help, and the values that it may have."""
-    return field(
-        default=default,
-        metadata={"help": text, "least": least, "above": above, "one_of": one_of},
-    )
+    """A field of a configuration: its default, its help, and the values that it may have.
+
+    A ``fixed`` one stays what it was when a job goes on from a checkpoint.
+    """
+    may = {"least": least, "above": above, "most": most, "one_of": one_of, "fixed": fixed}
+    return field(default=default, metadata={"help": text, **may})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +63,28 @@ class Keys:
 
     def _check_range(self, each: Field[Any]) -> None:
         value, may = getattr(self, each.name), each.metadata
-        least, above, one_of = may["least"], may["above"], may["one_of"]
+        least, above, most, one_of = may["least"], may["above"], may["most"], may["one_of"]
+        if isinstance(value, float):
+            self.require(each.name, isfinite(value), "finite")
+        if most is not None:
+            self.require(each.name, value <= most, f"{most} or less")
         if least is not None:
             self.require(each.name, value >= least, f"{least} or more")
         if above is not None:
             self.require(each.name, value > above, f"above {above}")
         if one_of:
             self.require(each.name, value in one_of, f"one of {', '.join(map(repr, one_of))}")
+
+    def require_same(self, saved: Any, where: str) -> None:
+        """``ValueError`` for the first fixed key that has another value in ``saved``."""
+        names = ["job", *(each.name for each in fields(self) if each.metadata["fixed"])]
+        here = self.to_json()
+        for name in names:
+            there = saved.get(name) if isinstance(saved, dict) else None
+            if there != here[name] or type(there) is not type(here[name]):
+                raise ValueError(
+                    f"{where} is of another job: {name} was {there!r} and is {here[name]!r}"
+                )
 
     # ------------------------------------------------------------------ reading and writing
 
@@ -107,23 +131,29 @@ class Keys:
 
 def read_values(path: Path) -> dict[str, Any]:
     """Keys and values of a YAML or JSON file, as yet unchecked."""
-    text = path.read_text()
-    try:
-        if path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            import yaml
+    is_json = path.suffix == ".json"
+    values = read_json(path) if is_json else _read_yaml(path)
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
+    return values
 
-            values = yaml.safe_load(text)
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        import yaml
     except ImportError:
         raise ValueError(f"{path}: YAML needs the pyyaml package; or write JSON") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    except yaml.YAMLError as error:
+    try:
+        text = path.read_text(encoding="utf-8")
+        # pyyaml takes time that is quadratic in both
+        if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_YAML_BRACKETS:
+            raise ValueError(f"{len(text)} characters or their brackets are no configuration")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise ValueError("aliases are not read")  # a few of them may stand for gigabytes
+        return yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError, *_YAML_BUGS) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None
-    if not isinstance(values or {}, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not keys and values")
-    return values or {}
 
 
 def _as_kind(value: Any, kind: type, what: str) -> Any:
@@ -133,6 +163,8 @@ def _as_kind(value: Any, kind: type, what: str) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
-    raise ValueError(f"{what} must be of type {getattr(kind, '__name__', kind)}, got {value!r}")
+    raise ValueError(
+        f"{what} must be of type {getattr(kind, '__name__', kind)}, got {value!r:.200}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dcp.train.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from dcp.train.checkpoint import STATE, find_checkpoint, load_checkpoint, save_checkpoint
 from dcp.train.config import JobConfig
 from dcp.train.journal import Journal
 from dcp.train.model import build_optimizer, learning_rate
@@ -74,7 +75,10 @@ class TrainingLoop(ABC, Generic[Config, Batch]):
 
     def __enter__(self) -> Self:
         if self.config.resume:
-            self._resume(find_checkpoint(self.config.resume, Path(self.config.output)))
+            folder = find_checkpoint(self.config.resume, Path(self.config.output))
+            self._check_same(folder)
+            if folder is not None:
+                self._resume(folder)
         if self.rank == 0:
             self.journal = Journal(self.config, first_step=self.step, describe=self.describe)
         return self
@@ -90,6 +94,8 @@ class TrainingLoop(ABC, Generic[Config, Batch]):
         self.model.train()
         every = self.config.checkpoint_every
         started = time.perf_counter()
+        if self.step >= self.config.steps:  # a job that had ended was started again
+            return losses
         for batch in self.batches():
             loss, metrics = self._train_step(batch)
             losses.append(loss)
@@ -126,9 +132,24 @@ class TrainingLoop(ABC, Generic[Config, Batch]):
 
     def _resume(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.model, self.optimizer)
+        self.config.require_same(state.get("config"), str(folder / STATE))
         self.step = state["step"]
-        self.go_to(state)
-        if self.step >= self.config.steps:
+        try:
+            self.go_to(state)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / STATE}: {error}") from None
+        if self.step >= self.config.steps and self.config.resume != "auto":
             raise ValueError(
                 f"{folder} is already at step {self.step} of steps={self.config.steps}"
+            )
+
+    def _check_same(self, folder: Path | None) -> None:
+        """All ranks found a checkpoint of one name, or none; collective."""
+        number = zlib.crc32(folder.name.encode()) if folder else -1
+        ends = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=self.group)
+        if int(ends.sum()) != 0:
+            raise ValueError(
+                f"resume={self.config.resume!r}: rank {self.rank} found {folder}, others do not: "
+                f"all ranks need the same {self.config.output}/checkpoints"
             )

@@ -1,0 +1,74 @@
+"""A command: whatever goes wrong in it is one line on standard error and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from dcp.errors import DCPError
+from dcp.launch.failures import keep_traceback
+
+MOST_SAID = 1000  # characters of an error's line
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def run_command(
+    prog: str, build: Callable[[], argparse.ArgumentParser], words: Sequence[str]
+) -> int:
+    """Build the parser, parse the words and call the command's ``run``; the exit status.
+
+    Whatever goes wrong is one line: 2 for a mistake of the user, 1 for what failed. A reader of the
+    output that has gone (``| head -1``) has seen enough, and nothing is said.
+    """
+    name = " ".join([prog, *words[:1]])
+    try:
+        parser = build()
+        args = parser.parse_args(words)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _drop_stdout()
+        return 1
+    except (ValueError, OSError) as error:
+        return _say(name, error, 2)
+    except (DCPError, MemoryError, OverflowError, RecursionError) as error:
+        return _say(name, error, 1)
+    except KeyboardInterrupt:
+        return _say(name, "interrupted", 130)
+    except Exception as error:  # a defect of ours
+        if any(
+            kind.__name__ == "DistError" for kind in type(error).__mro__
+        ):  # torch's, of networks
+            return _say(name, str(error).splitlines()[0], 1)
+        log = keep_traceback("".join(traceback.format_exception(error)))
+        said = f"{type(error).__name__}: {error}"
+        return _say(name, f"{said} (a defect of dcp, please report it with {log})", 1)
+
+
+def _say(name: str, error: BaseException | str, status: int) -> int:
+    """One line on standard error; the status."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError | OverflowError | RecursionError):
+        text = f"{type(error).__name__}: {text}: more than this machine can hold"
+    if len(text) > MOST_SAID:  # the value is long; the remedy is behind it
+        text = f"{text[: MOST_SAID // 2]} … {text[-MOST_SAID // 2 :]}"
+    print(f"{name}: {text}", file=sys.stderr)
+    return status
+
+
+def _drop_stdout() -> None:
+    """Nobody reads standard output any more: Python must not try again when it ends."""
+    with suppress(OSError, ValueError):  # where it is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
