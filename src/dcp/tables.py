@@ -52,6 +52,8 @@ class Tables:
 
     Attributes:
         num_steps: steps of the schedule: its divisions, and more where results travel on.
+        gradients_hop: partial key and value gradients are summed from rank to rank, and travel in
+            full precision, so that each rank does not round the sum once more.
         items, sends, receives, reduces, resets: see :data:`COLUMNS`. Both sides of a communication
             list its moves in the same order.
         buffer_rows: rows of the four buffers, ``[…, 4]``.
@@ -59,6 +61,7 @@ class Tables:
     """
 
     num_steps: int
+    gradients_hop: bool
     items: np.ndarray
     sends: np.ndarray
     receives: np.ndarray
