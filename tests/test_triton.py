@@ -187,6 +187,8 @@ def test_the_kernels_compile_for_gpus(name, arch):
     constants = {
         "HEAD_DIM": 96,
         "D": 128,
+        "VALUE_DIM": 96 if arch == 80 else 64,
+        "DV": 128 if arch == 80 else 64,
         "OUTER": shape.outer,
         "INNER": shape.inner,
         "SOFTCAP": True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -22,17 +22,21 @@ MOST_WIDTH = 2**16  # heads, and numbers of a head: rows, bytes and pairs stay w
 class AttentionSpec:
     """Heads of one attention layer and the dtype its tensors travel in.
 
-    ``num_kv_heads`` divides ``num_heads`` (equal: MHA; 1: MQA; between: GQA). ``dtype`` is a name
-    or a ``torch.dtype``, and is kept as the name.
+    ``num_kv_heads`` divides ``num_heads`` (equal: MHA; 1: MQA; between: GQA). ``head_dim`` is the
+    width of queries and keys, ``value_dim`` that of values and outputs; None: the same. ``dtype``
+    is a name or a ``torch.dtype``, and is kept as the name.
     """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: str = "bfloat16"
+    value_dim: int = cast(int, None)
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if self.value_dim is None:
+            object.__setattr__(self, "value_dim", self.head_dim)
+        for name in ("num_heads", "num_kv_heads", "head_dim", "value_dim"):
             size = whole(name, getattr(self, name), least=1, most=MOST_WIDTH)
             object.__setattr__(self, name, size)
         if self.num_heads % self.num_kv_heads:
@@ -48,6 +52,12 @@ class AttentionSpec:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def exact_bytes(self) -> int:
+        """Bytes of a number that is summed on its way: of a log-sum-exp, or a gradient that hops
+        from rank to rank."""
+        return LSE_BYTES[self.dtype]
+
+    @property
     def q_token_bytes(self) -> int:
         """Bytes of one token's queries, all heads."""
         return self.num_heads * self.head_dim * self.dtype_bytes
@@ -55,12 +65,25 @@ class AttentionSpec:
     @property
     def kv_token_bytes(self) -> int:
         """Bytes of one token's keys and values, all KV heads."""
-        return 2 * self.num_kv_heads * self.head_dim * self.dtype_bytes
+        return self.num_kv_heads * (self.head_dim + self.value_dim) * self.dtype_bytes
+
+    @property
+    def value_token_bytes(self) -> int:
+        """Bytes of one token's outputs, or their gradients, all query heads."""
+        return self.num_heads * self.value_dim * self.dtype_bytes
 
     @property
     def out_token_bytes(self) -> int:
         """Bytes of one token's partial output with its log-sum-exp, all heads."""
-        return self.q_token_bytes + self.num_heads * LSE_BYTES[self.dtype]
+        return self.value_token_bytes + self.num_heads * self.exact_bytes
+
+    def kv_shape(self, kv_heads: int | None = None) -> tuple[int, ...]:
+        """Shape of one token's keys and values: ``(2, kv_heads, head_dim)``, keys first, or where
+        the widths differ ``(kv_heads, head_dim + value_dim)``, each head's key first."""
+        heads = self.num_kv_heads if kv_heads is None else kv_heads
+        if self.head_dim == self.value_dim:
+            return 2, heads, self.head_dim
+        return heads, self.head_dim + self.value_dim
 
 
 class SequenceBatch:

@@ -126,6 +126,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, default=8, help="query heads (default: %(default)s)")
     parser.add_argument("--kv-heads", type=int, metavar="N", help="KV heads (default: --heads)")
     parser.add_argument("--head-dim", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--value-dim", type=int, help="default: --head-dim")
     parser.add_argument("--dtype", default="bfloat16", help=f"{', '.join(DTYPE_BYTES)}")
     parser.add_argument(
         "--block-size", default="auto", type=_auto_or_integer, help="tokens of a block, or auto"
@@ -208,6 +209,7 @@ def _spec(args: argparse.Namespace) -> AttentionSpec:
         num_heads=args.heads,
         num_kv_heads=args.heads if args.kv_heads is None else args.kv_heads,
         head_dim=args.head_dim,
+        value_dim=args.value_dim,
         dtype=args.dtype,
     )
 

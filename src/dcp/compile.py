@@ -51,6 +51,7 @@ def compile_mask(
     return MaskTables(
         num_divisions=schedule.num_divisions,
         num_steps=schedule.num_steps,
+        gradients_hop=placement.gradients_travel and layout.sums_on_the_way(DKV),
         items=_items(layout, blocks.num_head_groups, slice_start),
         sends=_moves(t, t.source, t.target, source_row, rows),
         receives=_moves(t, t.target, t.source, target_row, rows),
@@ -237,6 +238,12 @@ class _Layout:
             of = np.flatnonzero(t.buffer == buffer)
             rows[of] = self.row(buffer, t.target[of], t.piece[of])
         return rows
+
+    def sums_on_the_way(self, buffer: int) -> bool:
+        """Whether partial results go anywhere but straight to their owner."""
+        every = self.schedule.transfers
+        t = every[every.buffer == buffer]
+        return bool((t.target != self.owner[t.piece // self.groups[buffer % 2]]).any())
 
     def _arrivals(self, buffer: int, uses: Uses) -> _Held:
         """Received inputs: alive until last used or passed on."""

@@ -8,7 +8,7 @@ from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 
 MODEL_WIDTH = 4096  # hidden size of the 8 B models that context parallelism starts with
-FORWARD_FLOPS = 4.0  # per pair, head and head_dim: two products of a multiply and an add
+FORWARD_FLOPS = 4.0  # per pair, head and width: two products of a multiply and an add
 
 
 def attention_seconds(
@@ -16,7 +16,10 @@ def attention_seconds(
 ) -> np.ndarray | float:
     """Seconds one device needs for ``area`` (query, key) pairs times all query heads."""
     flops = FORWARD_FLOPS * (cluster.backward_ratio if backward else 1.0)
-    return area * (flops * spec.num_heads * spec.head_dim / cluster.device_flops)
+    # of five products backward, three are as wide as keys: scores, their two gradients
+    keys, values = (3, 2) if backward else (1, 1)
+    width = (keys * spec.head_dim + values * spec.value_dim) / (keys + values)
+    return area * (flops * spec.num_heads * width / cluster.device_flops)
 
 
 def linear_seconds(
@@ -28,7 +31,7 @@ def linear_seconds(
     FLOPs a weight forward and four backward. The heads may be one tensor-parallel rank's: unless
     ``model_width`` says how wide the model is, it is taken to be at least :data:`MODEL_WIDTH`.
     """
-    own = spec.num_heads * spec.head_dim
+    own = spec.num_heads * (spec.head_dim + spec.value_dim) / 2
     width = max(own, MODEL_WIDTH) if model_width is None else model_width
     return tokens * 12 * own * width * 6 / cluster.device_flops
 

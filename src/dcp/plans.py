@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp.batch import LSE_BYTES, AttentionSpec
+from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.compile import MaskTables, compile_mask
 from dcp.placement import Placement
@@ -299,19 +299,20 @@ class Plan:
 
     def moved_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
         """Bytes of each line of ``masks[mask].sends``: int64, 0 where the pass does not send it."""
-        sends = self.masks[mask].sends
-        row_bytes = self.row_bytes(backward=backward)
+        sends, row_bytes = self.masks[mask].sends, self.row_bytes(mask, backward=backward)
         moved: np.ndarray = sends[:, Move.ROWS] * row_bytes[sends[:, Move.BUFFER]]
         return moved
 
-    def row_bytes(self, *, backward: bool = False) -> np.ndarray:
+    def row_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
         """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
-        spec, bytes_ = self.spec, np.zeros(4, dtype=np.int64)
-        q = spec.q_token_bytes // self.num_head_groups
-        lse = spec.num_heads // self.num_head_groups * LSE_BYTES[spec.dtype]
-        kv = spec.kv_token_bytes // min(self.num_head_groups, spec.num_kv_heads)
-        bytes_[[Q, KV, OUT]] = (2 * q + 2 * lse, kv, q) if backward else (q, kv, q + lse)
-        bytes_[DKV] = kv if backward else 0
+        spec, groups, bytes_ = self.spec, self.num_head_groups, np.zeros(4, dtype=np.int64)
+        q, out = spec.q_token_bytes // groups, spec.out_token_bytes // groups
+        lse = spec.num_heads // groups * spec.exact_bytes
+        kv = dkv = spec.kv_token_bytes // min(groups, spec.num_kv_heads)
+        if self.masks[mask].gradients_hop:
+            dkv = kv // spec.dtype_bytes * spec.exact_bytes
+        # backward, queries travel with the outputs' gradients, log-sum-exps and deltas
+        bytes_[[Q, KV, OUT, DKV]] = (q + out + lse, kv, q, dkv) if backward else (q, kv, out, 0)
         return bytes_
 
     def _measure(self) -> None:
@@ -336,7 +337,7 @@ class Plan:
         stats.inter_node_bytes, stats.intra_node_bytes = round(inter), round(intra)
         stats.max_rank_recv_bytes = round(received.max())
         stats.max_rank_send_bytes = round(sent.max())
-        held = [tables.buffer_rows @ self.row_bytes() for tables in self.masks.values()]
+        held = [tables.buffer_rows @ self.row_bytes(name) for name, tables in self.masks.items()]
         stats.max_rank_buffer_bytes = int(np.max(held))
         stats.num_divisions = max(tables.num_divisions for tables in self.masks.values())
 

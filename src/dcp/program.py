@@ -133,6 +133,7 @@ def rank_program(tables: MaskTables, rank: int) -> MaskProgram:
     moves = {name: mine(name)[:, : COLUMNS[name].RANK] for name in COLUMNS if name != "items"}
     return MaskProgram(
         num_steps=tables.num_steps,
+        gradients_hop=tables.gradients_hop,
         items=items,
         buffer_rows=tables.buffer_rows[rank],
         slices=tables.slices[runs(start, count)],

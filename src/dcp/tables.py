@@ -54,6 +54,8 @@ class Tables:
 
     Attributes:
         num_steps: steps of the schedule: its divisions, and more where results travel on.
+        gradients_hop: partial key and value gradients are summed from rank to rank, and travel in
+            full precision, so that each rank does not round the sum once more.
         items, sends, receives, reduces, resets: see :data:`COLUMNS`. Both sides of a communication
             list its moves in the same order.
         buffer_rows: rows of the four buffers, ``[…, 4]``.
@@ -61,6 +63,7 @@ class Tables:
     """
 
     num_steps: int
+    gradients_hop: bool
     items: np.ndarray
     sends: np.ndarray
     receives: np.ndarray
@@ -111,7 +114,7 @@ def from_parts(
     Raises :class:`dcp.wire.WireError` for what is missing and for what is of no use.
     """
     hints = get_type_hints(kind)
-    numbers = [name for name, hint in hints.items() if hint is int]
+    numbers = [name for name, hint in hints.items() if hint in (int, bool)]
     names = [name for name in hints if name not in numbers]
     count = range(len(counts))
     exactly("the message", arrays, [*others, *(f"{i}.{name}" for i in count for name in names)])
@@ -120,7 +123,7 @@ def from_parts(
     masks = {}
     for index, (mask, of) in enumerate(counts.items()):
         exactly(f"mask {mask!r}", of, numbers)
-        if not all(type(number) is int for number in of.values()):
+        if not all(type(number) is hints[name] for name, number in of.items()):
             raise WireError(f"mask {mask!r} counts {of}")
         tables: dict[str, Any] = {name: arrays[f"{index}.{name}"] for name in names}
         masks[mask] = kind(**of, **tables)

@@ -72,11 +72,12 @@ class Alone:
     ) -> None:
         spec, tokens = plan.spec, plan.num_local_tokens
         self.prepared, self.kernel = PreparedPlan(plan), kernel
-        self.options = Call().options(spec.head_dim, needs_grad=True)
+        self.options = Call().options(spec, needs_grad=True)
         q_shape = (tokens, spec.num_heads, spec.head_dim)
-        kv_shape = (tokens, 2, spec.num_kv_heads, spec.head_dim)
+        out_shape = (tokens, spec.num_heads, spec.value_dim)
         self.q, self.kv, self.grad_out = (
-            torch.randn(shape, device=device, dtype=dtype) for shape in (q_shape, kv_shape, q_shape)
+            torch.randn(shape, device=device, dtype=dtype)
+            for shape in (q_shape, (tokens, *spec.kv_shape()), out_shape)
         )
 
     def forward(self) -> tuple[Tensor, Tensor]:

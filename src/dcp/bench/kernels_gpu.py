@@ -203,7 +203,7 @@ def program_ratio(plans: list[RankPlan], repeat: int) -> tuple[float, str]:
     """Time of a rank's whole program over that of the same blocks in one launch, forward and
     backward, one rank at a time."""
     device, dtype = torch.device("cuda"), getattr(torch, SPEC.dtype)
-    kernel = get_kernel("auto", device, dtype, Call().options(SPEC.head_dim, needs_grad=True))
+    kernel = get_kernel("auto", device, dtype, Call().options(SPEC, needs_grad=True))
     on_device: list[float] = []
     on_host: list[float] = []
     for rank_plan in plans:
@@ -267,7 +267,7 @@ def launch_of(name: str, shape: Shape, device: torch.device) -> Callable[[], Any
     )
     kv = torch.randn(PICK_TOKENS, 2, kv_heads, head_dim, device=device, dtype=dtype)
     lse = torch.full((PICK_TOKENS, heads), -torch.inf, device=device)
-    options = Call().options(head_dim, needs_grad=True)
+    options = Call().options(SPEC, needs_grad=True)
     if name == "forward":
 
         def forward() -> None:

@@ -94,9 +94,16 @@ def grid_floor(grid: Grid, batch: SequenceBatch, spec: AttentionSpec, cluster: C
     once = link_seconds(source, target, volume * turns * tokens, cluster)
     passes = 2.0 * sum(batch.weights.values())
     if grid.zigzag and rounds == 1 and contexts > 2:
-        passes += _causal_share(batch, contexts) / 2 * (contexts - 2) / (contexts - 1)
+        share = _causal_share(batch, contexts) / 2 * (contexts - 2) / (contexts - 1)
+        passes += share * gradient_ratio(contexts, spec)
     busiest = column_shares(grid, spec)[0].max() * grid.num_columns
     return float(max(busiest * compute_floor(batch, spec, cluster), passes * once))
+
+
+def gradient_ratio(contexts: int, spec: AttentionSpec) -> float:
+    """Bytes of a ring's partial gradients to those of its keys and values: they are summed on the
+    way in full precision, unless each goes straight to its owner."""
+    return spec.exact_bytes / spec.dtype_bytes if contexts > 2 else 1.0
 
 
 def _causal_share(batch: SequenceBatch, contexts: int) -> float:
@@ -155,9 +162,9 @@ def grid_estimate(
 
     of_busiest = area * heads.max() * grid.num_columns / cluster.num_ranks
     total = 0.0
-    for backward, volume in ((False, 1.0), (True, 2.0)):
+    for backward, volume in ((False, 1.0), (True, 1.0 + gradient_ratio(contexts, spec))):
         compute = float(attention_seconds(of_busiest, spec, cluster, backward=backward))
         step = compute / contexts + cluster.launch_seconds
         total += rounds * (window - 1) * max(step, volume * turn)
-        total += (rounds - 1) * max(step, volume * last) + step + volume * around
+        total += (rounds - 1) * max(step, volume * last) + step + (1 + backward) * around
     return total

@@ -52,6 +52,11 @@ class Cell:
     mask: Tensor | None = None
     first: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every pair counts."""
+        return self.mask is None and not self.causal
+
     def to(self, device: torch.device) -> Cell:
         """The cell with its mask on ``device``."""
         return self if self.mask is None else replace(self, mask=self.mask.to(device))

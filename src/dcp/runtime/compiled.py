@@ -7,6 +7,7 @@ saved for backward. An executor keeps its last plans (:data:`dcp.runtime.regions
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import count
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -14,6 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from dcp.runtime.kernels import split_kv
+from dcp.runtime.kernels.cellwise import finite
 from dcp.runtime.session import Call, Session
 
 
@@ -52,7 +55,11 @@ def attention(
     return out, lse
 
 
-@torch.library.custom_op("dcp::attention", mutates_args=())
+# Launches read a plan's tables: a CUDA graph would replay those of the plan of its capture.
+_custom_op = partial(torch.library.custom_op, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+
+
+@_custom_op("dcp::attention")
 def _attention(
     q: Tensor,
     kv: Tensor,
@@ -72,13 +79,14 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, kv: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = torch.empty(q.shape[:2], dtype=exact, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse, torch.empty(1).long()
+    shape = (*q.shape[:2], split_kv(kv, q.shape[-1])[1].shape[-1])
+    return torch.empty(shape, dtype=q.dtype, device=q.device), lse, torch.empty(1).long()
 
 
-@torch.library.custom_op("dcp::attention_backward", mutates_args=())
+@_custom_op("dcp::attention_backward")
 def _backward(
     grad_out: Tensor,
     q: Tensor,
@@ -123,4 +131,4 @@ _attention.register_autograd(_gradients, setup_context=_remember)
 def sink_gradient(grad_out: Tensor, sink: Tensor, out: Tensor, lse: Tensor) -> Tensor:
     """``[heads]``: the sink is a key that every query sees, whose value is zero."""
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
-    return -(torch.exp(sink.to(lse.dtype) - lse) * delta).sum(dim=0).to(sink.dtype)
+    return -(torch.exp(sink.to(lse.dtype) - finite(lse)) * delta).sum(dim=0).to(sink.dtype)

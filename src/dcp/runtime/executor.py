@@ -16,7 +16,7 @@ from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost
 from dcp.runtime.compiled import sink_gradient
 from dcp.runtime.group import resolve_group
-from dcp.runtime.kernels import get_kernel
+from dcp.runtime.kernels import KV, get_kernel, pack_kv
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.regions import Plans
 from dcp.runtime.session import Call, CallOptions, Session
@@ -93,7 +93,7 @@ class AttentionExecutor:
         CUDA stream. ``like`` is any tensor of the dtype and on the device of the calls to come.
         """
         prepared = PreparedPlan(self._mine(plan))
-        options = (call or Call()).options(prepared.plan.spec.head_dim, needs_grad=True)
+        options = (call or Call()).options(prepared.plan.spec, needs_grad=True)
         kernel = get_kernel(self.kernel, like.device, like.dtype, options)
         for mask in prepared.plan.masks:
             for backward in (False, True):
@@ -119,7 +119,7 @@ class AttentionExecutor:
         return rank_plan
 
     def attention(
-        self, q: Tensor, kv: Tensor, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
+        self, q: Tensor, kv: KV, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
     ) -> Tensor:
         """:meth:`DCPAttention.apply` with this executor."""
         return DCPAttention.apply(self, q, kv, sink=sink, **options)
@@ -146,17 +146,18 @@ class AttentionExecutor:
 
         bound = self.bound()
 
-        def attend(q: Tensor, kv: Tensor) -> Tensor:
+        def attend(q: Tensor, kv: Tensor, sink: Tensor | None = None) -> Tensor:
             return bound.attention(q, kv, sink=sink, **options)
 
+        # the sink is an argument of the graphs: a captured one would get no gradient
+        sinks = () if sink is None else (sink,)
         graphs = cast(
-            Callable[[Tensor, Tensor], Tensor],
-            torch.cuda.make_graphed_callables(attend, (q, kv)),
+            Callable[..., Tensor], torch.cuda.make_graphed_callables(attend, (q, kv, *sinks))
         )
 
         def replay(q: Tensor, kv: Tensor) -> Tensor:
             assert bound.prepared, "the graphs read its tables: it must live as long"
-            return graphs(q, kv)
+            return graphs(q, kv, *sinks)
 
         return replay
 
@@ -227,13 +228,13 @@ class LocalWorld:
         """Differentiable attention in the global layout.
 
         Args:
-            q: ``[tokens, heads, head_dim]``; k, v: ``[keys, kv_heads, head_dim]``, where the keys
-                are the tokens' own and, before those of their sequence, the cached ones.
+            q: ``[tokens, heads, head_dim]``; k: ``[keys, kv_heads, head_dim]``; v: ``[keys,
+                kv_heads, value_dim]``, where the keys are the tokens' own and, before those of
+                their sequence, the cached ones.
             sink, options: as for :meth:`DCPAttention.apply`.
             return_lse: also return the log-sum-exp ``[tokens, heads]`` (not differentiable).
         """
-        kv = torch.stack([k, v], dim=1)
-        out, lse = _attention(self, q, kv, sink, Call(**options))
+        out, lse = _attention(self, q, pack_kv((k, v)), sink, Call(**options))
         return (out, lse) if return_lse else out
 
     def session(self, call: Call) -> Session:
@@ -280,10 +281,11 @@ _attention = _Attention.apply
 def _attend(
     executor: AttentionExecutor | BoundPlan,
     q: Tensor,
-    kv: Tensor,
+    kv: KV,
     sink: Tensor | None,
     call: Call,
 ) -> tuple[Tensor, Tensor]:
+    kv = pack_kv(kv)
     if torch.compiler.is_compiling():
         return compiled.attention(executor, q, kv, sink, call)
     return _attention(executor, q, kv, sink, call)
@@ -296,7 +298,7 @@ class DCPAttention:
     def apply(
         executor: AttentionExecutor | BoundPlan,
         q: Tensor,
-        kv: Tensor,
+        kv: KV,
         *,
         sink: Tensor | None = None,
         **options: Unpack[CallOptions],
@@ -308,14 +310,16 @@ class DCPAttention:
         Args:
             executor: with a prepared plan, or a plan bound to one: :meth:`AttentionExecutor.bind`.
             q: ``[local, heads, head_dim]``, rows in the order of ``plan.token_indices(rank)``.
-            kv: ``[local keys, 2, kv_heads, head_dim]``, keys first; as many rows as ``q``, and
+            kv: keys ``[local keys, kv_heads, head_dim]`` and values ``[…, value_dim]`` as a pair,
+                or in one tensor: ``[local keys, 2, kv_heads, head_dim]``, or where the widths
+                differ ``[local keys, kv_heads, head_dim + value_dim]``. As many rows as ``q``, and
                 those of the rank's cached tokens, as ``plan.key_indices(rank)`` orders them.
             sink: ``[heads]``, a learned score that joins each row's sum of weights and carries no
                 value. The same on all ranks; its gradient is that of the rank's own tokens, to be
                 summed over ranks like every parameter's.
             options: see :class:`dcp.runtime.session.CallOptions`.
 
-        Returns ``[local, heads, head_dim]``. Raises ``ValueError`` for wrong shapes or dtypes, for
+        Returns ``[local, heads, value_dim]``. Raises ``ValueError`` for wrong shapes or dtypes, for
         a mask the plan does not have, and for what no kernel can honour.
         """
         return _attend(executor, q, kv, sink, Call(**options))[0]
@@ -324,7 +328,7 @@ class DCPAttention:
     def apply_with_lse(
         executor: AttentionExecutor | BoundPlan,
         q: Tensor,
-        kv: Tensor,
+        kv: KV,
         *,
         sink: Tensor | None = None,
         **options: Unpack[CallOptions],

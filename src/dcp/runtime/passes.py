@@ -17,7 +17,7 @@ from torch import Tensor
 from dcp.program import Attention, Copy, Instruction, Reduce, Wait
 from dcp.runtime.communicator import Communicator
 from dcp.runtime.kernels import Kernel, Options
-from dcp.runtime.kernels.cellwise import merge
+from dcp.runtime.kernels.cellwise import finite, merge
 from dcp.runtime.prepared import Exchange, Message, PreparedPlan
 from dcp.runtime.rows import Rows
 from dcp.schedule import DKV, KV, OUT, Q
@@ -49,12 +49,14 @@ class AttentionPass:
         spec = plan.spec
         self.groups = plan.num_head_groups
         self.kv_groups = min(self.groups, spec.num_kv_heads)
-        self.q_shape = (spec.num_heads // self.groups, spec.head_dim)
-        self.kv_shape = (2, spec.num_kv_heads // self.kv_groups, spec.head_dim)
+        heads = spec.num_heads // self.groups
+        self.q_shape, self.out_shape = (heads, spec.head_dim), (heads, spec.value_dim)
+        self.kv_shape = spec.kv_shape(spec.num_kv_heads // self.kv_groups)
         # of Q and OUT rows, and of KV and DKV rows: cached tokens have only the latter
         self.num_tokens = (plan.num_local_tokens, plan.num_local_keys)
         self.rank = plan.rank
-        self.num_rows = plan.mask_program(mask).buffer_rows.tolist()
+        program = plan.mask_program(mask)
+        self.num_rows, self.gradients_hop = program.buffer_rows.tolist(), program.gradients_hop
         self.instructions = prepared.instructions(mask, like.device, backward=self.backward)
         self.work = prepared.work(mask, kernel, like.device, like.dtype)
         kinds = [type(each) for each in self.instructions]
@@ -143,8 +145,8 @@ class AttentionPass:
         return tensor, self.compute_dtype if exact else self.dtype
 
     def inputs(self, buffer: int, tensor: Tensor, groups: int, *, exact: bool = False) -> Field:
-        """A buffer whose own rows are the local tensor ``[tokens, …, groups * h, d]`` (or
-        ``[tokens, groups * h]``): the tensor itself where it is laid out so already."""
+        """A buffer whose own rows are the local tensor ``[tokens, …, groups * heads, d]`` (or
+        ``[tokens, groups * heads]``): the tensor itself where it is laid out so already."""
         dtype = self.compute_dtype if exact else self.input_dtype
         tensor, rows = tensor.detach(), self.num_rows[buffer]
         travels = dtype if exact else self.dtype
@@ -217,7 +219,7 @@ class AttentionPass:
 
 
 class ForwardPass(AttentionPass):
-    """``out`` ``[tokens, heads, d]`` and ``lse`` ``[tokens, heads]`` of the rank's own tokens.
+    """``out [tokens, heads, value_dim]`` and ``lse [tokens, heads]`` of the rank's own tokens.
 
     A ``sink [heads]`` joins the sum of weights once, here, where the rows are whole.
     """
@@ -232,8 +234,8 @@ class ForwardPass(AttentionPass):
             Q: [self.inputs(Q, self.tensors[0], self.groups)],
             KV: [self.inputs(KV, self.tensors[1], self.kv_groups)],
             OUT: [
-                self.results(OUT, *self.q_shape, exact=False),
-                self.results(OUT, self.q_shape[0]),
+                self.results(OUT, *self.out_shape, exact=False),
+                self.results(OUT, self.out_shape[0]),
             ],
         }
         [(self.q, _)], [(self.kv, _)], [(self.out, _), (self.lse, _)] = self.fields.values()
@@ -256,11 +258,12 @@ class ForwardPass(AttentionPass):
         out = self.take(OUT, self.out, self.compute_dtype)
         lse = self.take(OUT, self.lse, self.compute_dtype)
         self.result_lse = torch.logaddexp(lse, self.sink.to(self.compute_dtype))
-        self.result_out = (out * torch.exp(lse - self.result_lse)[..., None]).to(self.dtype)
+        weight = torch.exp(lse - finite(self.result_lse))
+        self.result_out = (out * weight[..., None]).to(self.dtype)
 
 
 class BackwardPass(AttentionPass):
-    """``grad_q`` ``[tokens, heads, d]`` and ``grad_kv`` ``[tokens, 2, kv_heads, d]``.
+    """``grad_q`` ``[tokens, heads, head_dim]``, and ``grad_kv`` of the shape of ``kv``.
 
     Flash-attention's backward by blocks: every block needs only the global log-sum-exp and
     delta = sum(grad_out * out) of its rows (FlashAttention-2, arXiv 2307.08691, section 3.1).
@@ -285,7 +288,7 @@ class BackwardPass(AttentionPass):
             ],
             KV: [self.inputs(KV, kv, self.kv_groups)],
             OUT: [self.results(OUT, *self.q_shape, exact=False)],
-            DKV: [self.results(DKV, *self.kv_shape, exact=False)],
+            DKV: [self.results(DKV, *self.kv_shape, exact=self.gradients_hop)],
         }
         *self.q_side, self.kv, self.grad_q, self.grad_kv = (
             tensor for fields in self.fields.values() for tensor, _ in fields

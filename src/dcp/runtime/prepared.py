@@ -60,8 +60,9 @@ class PreparedPlan:
         """What ``kernel`` needs for each division, by step."""
         key = mask or next(iter(self.plan.masks)), kernel.name, device, dtype
         if key not in self._work:
-            program, head_dim = self.plan.mask_program(mask), self.plan.spec.head_dim
-            self._work[key] = kernel.prepare(program, device, head_dim=head_dim, dtype=dtype)
+            program, spec = self.plan.mask_program(mask), self.plan.spec
+            widest = max(spec.head_dim, spec.value_dim)
+            self._work[key] = kernel.prepare(program, device, widest=widest, dtype=dtype)
         return self._work[key]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from dcp.batch import AttentionSpec
 from dcp.runtime.communicator import Communicator
 from dcp.runtime.kernels import Options, get_kernel
 from dcp.runtime.passes import AttentionPass, BackwardPass, ForwardPass
@@ -21,7 +23,7 @@ class CallOptions(TypedDict, total=False):
 
     Keys:
         mask: a mask name of the batch; the first by default.
-        scale: of the scores; ``head_dim ** -0.5`` by default.
+        scale: of the scores, positive; ``head_dim ** -0.5`` by default.
         softcap: scores become ``softcap * tanh(scores / softcap)``; none by default.
         deterministic: equal bits in every run; False lets the kernel add gradients in any order.
         dropout: of attention weights; refused, it would differ from that of one rank.
@@ -49,13 +51,21 @@ class Call:
             raise ValueError(
                 f"dropout={self.dropout} of attention weights is not offered: pass dropout=0.0"
             )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive, or None for none, got {self.softcap}")
+        for name, value, default in (
+            ("scale", self.scale, "head_dim ** -0.5"),
+            ("softcap", self.softcap, "none"),
+        ):
+            if value is not None and not 0 < value < inf:
+                raise ValueError(
+                    f"{name} must be positive and finite, or None for {default}, got {value}"
+                )
 
-    def options(self, head_dim: int, *, needs_grad: bool) -> Options:
+    def options(self, spec: AttentionSpec, *, needs_grad: bool) -> Options:
         """The same for a kernel."""
-        scale = head_dim**-0.5 if self.scale is None else self.scale
-        return Options(head_dim, float(scale), self.softcap, self.deterministic, needs_grad)
+        scale = spec.head_dim**-0.5 if self.scale is None else float(self.scale)
+        return Options(
+            spec.head_dim, scale, self.softcap, self.deterministic, needs_grad, spec.value_dim
+        )
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Session:
     def forward(
         self, q: Tensor, kv: Tensor, sink: Tensor | None, *, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
-        """``out`` like ``q`` and the natural log-sum-exp ``[tokens, heads]``."""
+        """``out [tokens, heads, value_dim]`` and the natural log-sum-exp ``[tokens, heads]``."""
         self._check(q, kv, sink)
         shards = self.split(q), self.split(kv, keys=True)
         out, lse = self.forward_shards(*shards, sink, needs_grad=needs_grad)
@@ -106,7 +116,7 @@ class Session:
     def _run(
         self, kind: type[AttentionPass], like: Tensor, inputs: list[dict], *, needs_grad: bool
     ) -> list[Any]:
-        options = self.call.options(like.shape[-1], needs_grad=needs_grad)
+        options = self.call.options(self.plans[0].plan.spec, needs_grad=needs_grad)
         kernel = get_kernel(self.kernel, like.device, like.dtype, options)
         passes = [
             kind(plan, self.call.mask, kernel, like, options, **tensors)
@@ -125,7 +135,7 @@ class Session:
         keys = sum(plan.num_local_keys for plan in plans)
         wanted = {
             "q": (q, (tokens, spec.num_heads, spec.head_dim)),
-            "kv": (kv, (keys, 2, spec.num_kv_heads, spec.head_dim)),
+            "kv": (kv, (keys, *spec.kv_shape())),
             "sink": (sink, (spec.num_heads,)),
         }
         for name, (tensor, shape) in wanted.items():

@@ -27,11 +27,12 @@ class Options:
     """What one call of attention asks of a kernel.
 
     Attributes:
-        head_dim: numbers of a head.
+        head_dim: numbers of a head's query or key.
         scale: of the scores.
         softcap: ``s -> softcap * tanh(s / softcap)`` on scaled scores; None for none.
         deterministic: two runs give equal bits; False lets a kernel add gradients in any order.
         needs_grad: the backward pass will be asked for.
+        value_dim: numbers of a head's value or output; 0: as many as ``head_dim``.
     """
 
     head_dim: int
@@ -39,13 +40,20 @@ class Options:
     softcap: float | None = None
     deterministic: bool = True
     needs_grad: bool = True
+    value_dim: int = 0
+
+    @property
+    def widest(self) -> int:
+        """Numbers of a key or a value, whichever has more."""
+        return max(self.head_dim, self.value_dim)
 
 
 class Kernel(ABC):
     """Runs the attention of one division, in place on a rank's buffers.
 
-    Rows are of one head group: q-like ``[rows, heads, head_dim]``, kv-like ``[rows, 2, kv_heads,
-    head_dim]``, log-sum-exps and deltas ``[rows, heads]``.
+    Rows are of one head group: queries and their gradients ``[rows, heads, head_dim]``, outputs and
+    theirs ``[rows, heads, value_dim]``, kv-like as :func:`split_kv` takes them, log-sum-exps and
+    deltas ``[rows, heads]``.
 
     Attributes:
         name: in :data:`KERNELS`.
@@ -72,9 +80,10 @@ class Kernel(ABC):
 
     @abstractmethod
     def prepare(
-        self, program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
+        self, program: MaskProgram, device: torch.device, *, widest: int, dtype: torch.dtype
     ) -> dict[int, Any]:
-        """The work of each division by step, made once for all calls."""
+        """The work of each division by step, made once for all calls; see
+        :attr:`Options.widest`."""
 
     def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
         """sum(grad_out * out) of each row ``[rows, heads]``, in compute dtype."""
@@ -98,6 +107,34 @@ class Kernel(ABC):
         options: Options,
     ) -> None:
         """Add the division's gradients; ``q_side`` has the *global* log-sum-exp and delta."""
+
+
+KV = Tensor | tuple[Tensor, Tensor]
+
+
+def pack_kv(kv: KV) -> Tensor:
+    """Keys and values in one tensor, whose rows can travel: packed ones as they are.
+
+    A pair ``[keys, kv_heads, head_dim]``, ``[keys, kv_heads, value_dim]`` becomes ``[keys, 2,
+    kv_heads, head_dim]``, or where the widths differ ``[keys, kv_heads, head_dim + value_dim]``.
+    """
+    if isinstance(kv, Tensor):
+        return kv
+    k, v = kv
+    if k.shape[:-1] != v.shape[:-1] or (k.dtype, k.device) != (v.dtype, v.device):
+        raise ValueError(
+            f"keys are {tuple(k.shape)}, {k.dtype} on {k.device}, values {tuple(v.shape)}, "
+            f"{v.dtype} on {v.device}: only their last dimension may differ"
+        )
+    same = k.shape[-1] == v.shape[-1]
+    return torch.stack([k, v], dim=-3) if same else torch.cat([k, v], dim=-1)
+
+
+def split_kv(kv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Views of keys and values ``[rows, kv_heads, …]``: inverse of :func:`pack_kv`."""
+    if kv.dim() == 4:
+        return kv[:, 0], kv[:, 1]
+    return kv[..., :head_dim], kv[..., head_dim:]
 
 
 @lru_cache(maxsize=256)

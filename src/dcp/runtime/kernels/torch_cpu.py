@@ -3,12 +3,14 @@
 Its traps, all guarded here: rows that see nothing report lse 0, masks must be additive floats, its
 causal flag is aligned to the top left, and empty inputs kill the process (a cell is never empty).
 Half precision is computed in float32: more exact than the fused kernel's own, and faster backward.
+It wants one width, so that the narrower of keys and values is padded by zeros.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dcp.runtime.cells import Cell
 from dcp.runtime.kernels import Options, QSide
@@ -35,7 +37,7 @@ class TorchCpuKernel(CellKernel):
     ) -> tuple[Tensor, Tensor]:
         bias, scale = _additive(cell, q), options.scale
         out, lse = _flash(*_heads_first(q, k, v), 0.0, cell.causal, attn_mask=bias, scale=scale)
-        out, lse = out[0].transpose(0, 1), lse[0].transpose(0, 1)
+        out, lse = out[0].transpose(0, 1)[..., : v.shape[-1]], lse[0].transpose(0, 1)
         if cell.mask is not None:
             lse = lse.masked_fill(~cell.mask.any(dim=1)[:, None], -torch.inf)
         return out, lse
@@ -56,12 +58,18 @@ class TorchCpuKernel(CellKernel):
             attn_mask=_additive(cell, q),
             scale=options.scale,
         )
-        grad_q, grad_k, grad_v = (grad[0].transpose(0, 1) for grad in grads)
+        grad_q, grad_k, grad_v = (
+            grad[0].transpose(0, 1)[..., : like.shape[-1]]
+            for grad, like in zip(grads, (q, k, v), strict=True)
+        )
         return grad_q, grad_k, grad_v
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.transpose(0, 1)[None] for tensor in tensors]
+    """``[1, heads, rows, width]`` of each, the width that of the widest."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    wide = [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
+    return [x.transpose(0, 1)[None] for x in wide]
 
 
 def _additive(cell: Cell, like: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from dcp.runtime.division import (
     merged_slices,
     row_runs,
 )
-from dcp.runtime.kernels import Kernel, Options, QSide
+from dcp.runtime.kernels import Kernel, Options, QSide, split_kv
 from dcp.runtime.kernels.tile_table import TileTable, build_table, by_key, by_query
 from dcp.runtime.rows import copy_to_device
 from dcp.tables import Item
@@ -85,27 +85,27 @@ class TritonKernel(Kernel):
             return "Triton is not installed (pip install triton)"
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it has no {dtype}"
-        if options.head_dim > MAX_HEAD_DIM:
-            return f"it serves head_dim up to {MAX_HEAD_DIM}, not {options.head_dim}"
+        if options.widest > MAX_HEAD_DIM:
+            return f"it serves head_dim up to {MAX_HEAD_DIM}, not {options.widest}"
         if device.type == "cuda" or (device.type == "cpu" and _interprets()):
             return None
         return "it runs on CUDA devices, and on the CPU in Triton's interpreter only"
 
     def prepare(
-        self, program: MaskProgram, device: torch.device, *, head_dim: int, dtype: torch.dtype
+        self, program: MaskProgram, device: torch.device, *, widest: int, dtype: torch.dtype
     ) -> dict[int, Work]:
-        return place_tables(program, device, choose_shapes(device, head_dim, dtype))
+        return place_tables(program, device, choose_shapes(device, widest, dtype))
 
     def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
         """In one pass over memory."""
-        count, head_dim = grad_out.shape[:-1].numel(), grad_out.shape[-1]
+        count, width = grad_out.shape[:-1].numel(), grad_out.shape[-1]
         sums = torch.empty(grad_out.shape[:-1], dtype=torch.float32, device=grad_out.device)
         _start(
             "delta_kernel",
             -(-count // DELTA_ROWS),
             (grad_out.contiguous(), out.contiguous(), sums, count),
-            HEAD_DIM=head_dim,
-            D=_padded(head_dim),
+            HEAD_DIM=width,
+            D=_padded(width),
             ROWS=DELTA_ROWS,
             num_warps=DELTA_WARPS,
         )
@@ -177,11 +177,11 @@ def division_tables(
     return queries, keys
 
 
-def choose_shapes(device: torch.device, head_dim: int, dtype: torch.dtype) -> Shapes:
-    """The tiles for a device, head dimension and dtype."""
+def choose_shapes(device: torch.device, widest: int, dtype: torch.dtype) -> Shapes:
+    """The tiles for a device, head dimension (of keys or values, the larger) and dtype."""
     if device.type == "cpu":
         return INTERPRETER
-    return SHAPES[max(64, _padded(head_dim)), dtype.itemsize]
+    return SHAPES[max(64, _padded(widest)), dtype.itemsize]
 
 
 def launch(
@@ -191,8 +191,9 @@ def launch(
     shape: Shape = getattr(work.shapes, name)
     keys_outside = name == "key_gradient"
     first_tile, num_tiles, *offsets = work.keys if keys_outside else work.queries
-    q, kv_heads = tensors[0], kv.shape[2]
+    q, kv_heads = tensors[0], kv.shape[-2]
     _, heads, head_dim = q.shape
+    value_dim = split_kv(kv, head_dim)[1].shape[-1]
     numbers = options.scale, options.softcap or 1.0
     _start(
         f"{name}_kernel",
@@ -200,6 +201,8 @@ def launch(
         (*tensors, work.table, first_tile, *offsets, heads, kv_heads, *numbers),
         HEAD_DIM=head_dim,
         D=max(16, _padded(head_dim)),
+        VALUE_DIM=value_dim,
+        DV=max(16, _padded(value_dim)),
         OUTER=shape.outer,
         INNER=shape.inner,
         SOFTCAP=options.softcap is not None,
@@ -218,8 +221,8 @@ def _start(name: str, programs: int, arguments: tuple[Any, ...], **constants: An
             kernel[(programs,)](*arguments, **constants)
 
 
-def _padded(head_dim: int) -> int:
-    return 1 << (head_dim - 1).bit_length()
+def _padded(width: int) -> int:
+    return 1 << (width - 1).bit_length()
 
 
 @lru_cache(maxsize=1)

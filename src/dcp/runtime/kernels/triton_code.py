@@ -6,9 +6,14 @@ head), longest first: a loop over several costs registers. Products are summed i
 exponentials are powers of two. The method is FlashAttention-2's (arXiv 2307.08691), with a start
 from an earlier partial result.
 
-Buffers are contiguous: q-like ``[rows, heads, HEAD_DIM]``, kv-like ``[rows, 2, kv_heads,
-HEAD_DIM]``, lse-like ``[rows, heads]``. ``D`` is HEAD_DIM padded to a power of two. ``UPCAST``
-computes products of half-precision inputs in float32, for Triton's interpreter.
+Buffers are contiguous: q-like ``[rows, heads, HEAD_DIM]``, out-like ``[rows, heads, VALUE_DIM]``,
+kv-like ``[rows, 2, kv_heads, HEAD_DIM]`` or, where the widths differ, ``[rows, kv_heads, HEAD_DIM +
+VALUE_DIM]``, lse-like ``[rows, heads]``. ``D`` and ``DV`` are HEAD_DIM and VALUE_DIM padded to a
+power of two. ``UPCAST`` computes products of half-precision inputs in float32, for Triton's
+interpreter.
+
+A weight of 0 times NaN is NaN: in masked tiles, inner rows that are not finite are loaded as 0, and
+their pairs that count are NaN instead.
 """
 
 # Types would say nothing here: the compiler gives arguments theirs.
@@ -26,33 +31,30 @@ _VARYING = ["first_tile", "tiles_at", "entries_at", "bands_at"]
 
 
 @triton.jit
-def _rows(
-    base, start, count: tl.constexpr, head, num_heads, HEAD_DIM: tl.constexpr, D: tl.constexpr
-):
-    """Pointers to ``count`` rows of one head from row ``start`` on, ``[count, D]``; only the first
-    address needs 64 bits."""
-    first = base + (start.to(tl.int64) * num_heads + head) * HEAD_DIM
-    return first + (
-        tl.arange(0, count)[:, None] * (num_heads * HEAD_DIM) + tl.arange(0, D)[None, :]
-    )
+def _rows(base, start, count: tl.constexpr, head, num_heads, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Pointers to ``count`` rows of one head from row ``start`` on, ``[count, D]``, heads STRIDE
+    numbers apart; only the first address needs 64 bits."""
+    first = base + (start.to(tl.int64) * num_heads + head) * STRIDE
+    return first + (tl.arange(0, count)[:, None] * (num_heads * STRIDE) + tl.arange(0, D)[None, :])
 
 
 @triton.jit
 def _load(
     base, start, count: tl.constexpr, head, num_heads, keep,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one head, ``[count, D]``; zero where not kept. ``keep`` None: all are kept."""
-    at = _rows(base, start, count, head, num_heads, HEAD_DIM, D)
+    """Rows of one head, WIDTH numbers each, ``[count, D]``; zero where not kept. ``keep`` None: all
+    are kept."""
+    at = _rows(base, start, count, head, num_heads, STRIDE, D)
     if keep is None:
-        if D == HEAD_DIM:
+        if D == WIDTH:
             x = tl.load(at)
         else:
-            x = tl.load(at, mask=(tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
-    elif D == HEAD_DIM:
+            x = tl.load(at, mask=(tl.arange(0, D) < WIDTH)[None, :], other=0.0)
+    elif D == WIDTH:
         x = tl.load(at, mask=keep[:, None], other=0.0)
     else:
-        x = tl.load(at, mask=keep[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :], other=0.0)
+        x = tl.load(at, mask=keep[:, None] & (tl.arange(0, D) < WIDTH)[None, :], other=0.0)
     if UPCAST:
         x = x.to(tl.float32)
     return x
@@ -61,12 +63,30 @@ def _load(
 @triton.jit
 def _load_pair(
     kv, start, count: tl.constexpr, kv_head, kv_heads, keep,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Keys and values of one head."""
-    k = _load(kv, start, count, kv_head, 2 * kv_heads, keep, HEAD_DIM, D, UPCAST)
-    v = _load(kv, start, count, kv_heads + kv_head, 2 * kv_heads, keep, HEAD_DIM, D, UPCAST)
+    if HEAD_DIM == VALUE_DIM:
+        k = _load(kv, start, count, kv_head, 2 * kv_heads, keep, HEAD_DIM, HEAD_DIM, D, UPCAST)
+        v = _load(
+            kv, start, count, kv_heads + kv_head, 2 * kv_heads, keep, HEAD_DIM, HEAD_DIM, D, UPCAST
+        )
+    else:
+        BOTH: tl.constexpr = HEAD_DIM + VALUE_DIM
+        k = _load(kv, start, count, kv_head, kv_heads, keep, BOTH, HEAD_DIM, D, UPCAST)
+        v = _load(kv + HEAD_DIM, start, count, kv_head, kv_heads, keep, BOTH, VALUE_DIM, DV, UPCAST)
     return k, v
+
+
+@triton.jit
+def _finite_rows(a, b):
+    """Two tiles with 0 in the rows of which either has a number that is not finite, and NaN for
+    each such row, 0 for the others."""
+    x, y = a.to(tl.float32), b.to(tl.float32)
+    fault = tl.sum(x - x, 1) + tl.sum(y - y, 1)
+    good = (fault == 0.0)[:, None]
+    return tl.where(good, a, 0.0).to(a.dtype), tl.where(good, b, 0.0).to(b.dtype), fault
 
 
 @triton.jit
@@ -79,11 +99,11 @@ def _load_numbers(base, start, count: tl.constexpr, head, num_heads, keep, other
 @triton.jit
 def _add(
     base, start, count: tl.constexpr, head, num_heads, keep, x,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr,
+    STRIDE: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Add ``x`` to rows that no other program touches."""
-    at = _rows(base, start, count, head, num_heads, HEAD_DIM, D)
-    mask = keep[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :]
+    at = _rows(base, start, count, head, num_heads, STRIDE, D)
+    mask = keep[:, None] & (tl.arange(0, D) < WIDTH)[None, :]
     tl.store(at, tl.load(at, mask=mask, other=0.0) + x, mask=mask)
 
 
@@ -156,7 +176,8 @@ def _fold(acc, top, total, s, v):
 def forward_kernel(
     q, kv, out, lse, table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     entries, bands = table + entries_at, table + bands_at
@@ -165,32 +186,39 @@ def forward_kernel(
     kv_head = head // (heads // kv_heads)
     tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // heads, OUTER)
     row = start + tl.arange(0, OUTER)
-    q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST)
+    q_tile = _load(q, start, OUTER, head, heads, used, HEAD_DIM, HEAD_DIM, D, UPCAST)
 
     # go on from what earlier divisions left, where they left anything: an output is a sum with
     # weight 1 at its lse
     top = _load_numbers(lse, result, OUTER, head, heads, used, float("-inf")) * LOG2E
     total = tl.where(top == float("-inf"), 0.0, 1.0)
-    acc = _load(out, result, OUTER, head, heads, top > float("-inf"), HEAD_DIM, D, True)
+    some = top != float("-inf")
+    acc = _load(out, result, OUTER, head, heads, some, VALUE_DIM, VALUE_DIM, DV, True)
 
     for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
         at = entries + entry * WIDTH
         first = tl.load(at)
         for visit in range(tl.load(at + 1)):  # noqa: B007
-            k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, UPCAST)
+            k, v = _load_pair(
+                kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
+            )
             s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
             acc, top, total = _fold(acc, top, total, s, v)
             first += INNER
     for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
         first, keep, seen, _shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
-        k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, UPCAST)
+        k, v = _load_pair(
+            kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
+        )
+        k, v, fault = _finite_rows(k, v)
         s, _slope = _scores(q_tile, k, scale, softcap, SOFTCAP)
-        acc, top, total = _fold(acc, top, total, tl.where(keep, s, float("-inf")), v)
+        s = tl.where(keep, s + fault[None, :], float("-inf"))
+        acc, top, total = _fold(acc, top, total, s, v)
 
-    some = total > 0.0
+    some = total != 0.0
     acc = acc / tl.where(some, total, 1.0)[:, None]
-    at_out = _rows(out, result, OUTER, head, heads, HEAD_DIM, D)
-    tl.store(at_out, acc, mask=used[:, None] & (tl.arange(0, D) < HEAD_DIM)[None, :])
+    at_out = _rows(out, result, OUTER, head, heads, VALUE_DIM, DV)
+    tl.store(at_out, acc, mask=used[:, None] & (tl.arange(0, DV) < VALUE_DIM)[None, :])
     new_lse = top * LN2 + tl.log(tl.where(some, total, 1.0))
     at_lse = lse + result.to(tl.int64) * heads + head + tl.arange(0, OUTER) * heads
     tl.store(at_lse, tl.where(some, new_lse, float("-inf")), mask=used)
@@ -199,12 +227,13 @@ def forward_kernel(
 @triton.jit
 def _query_side(
     q, grad_out, lse, delta, start, count: tl.constexpr, head, heads, keep,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Queries and output gradients; log-sum-exps in powers of two, infinite for rows that see
     nothing, whose weights are 0; deltas."""
-    q_tile = _load(q, start, count, head, heads, keep, HEAD_DIM, D, UPCAST)
-    go = _load(grad_out, start, count, head, heads, keep, HEAD_DIM, D, UPCAST)
+    q_tile = _load(q, start, count, head, heads, keep, HEAD_DIM, HEAD_DIM, D, UPCAST)
+    go = _load(grad_out, start, count, head, heads, keep, VALUE_DIM, VALUE_DIM, DV, UPCAST)
     norm = _load_numbers(lse, start, count, head, heads, keep, float("-inf"))
     norm = tl.where(norm == float("-inf"), float("inf"), norm * LOG2E)
     return q_tile, go, norm, _load_numbers(delta, start, count, head, heads, keep, 0.0)
@@ -227,7 +256,8 @@ def query_gradient_kernel(
     q, grad_out, lse, delta, kv, grad_q,
     table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     entries, bands = table + entries_at, table + bands_at
@@ -237,7 +267,7 @@ def query_gradient_kernel(
     tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // heads, OUTER)
     row = start + tl.arange(0, OUTER)
     q_tile, go, norm, drop = _query_side(
-        q, grad_out, lse, delta, start, OUTER, head, heads, used, HEAD_DIM, D, UPCAST
+        q, grad_out, lse, delta, start, OUTER, head, heads, used, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
     )
     norm, drop = norm[:, None], drop[:, None]
     acc = tl.zeros([OUTER, D], dtype=tl.float32)
@@ -246,17 +276,22 @@ def query_gradient_kernel(
         at = entries + entry * WIDTH
         first = tl.load(at)
         for visit in range(tl.load(at + 1)):  # noqa: B007
-            k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, UPCAST)
+            k, v = _load_pair(
+                kv, first, INNER, kv_head, kv_heads, None, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
+            )
             _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
             acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
             first += INNER
     for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
         first, keep, seen, _shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
-        k, v = _load_pair(kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, UPCAST)
+        k, v = _load_pair(
+            kv, first, INNER, kv_head, kv_heads, seen, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
+        )
+        k, v, fault = _finite_rows(k, v)
         _p, ds = _weights(q_tile, k, go, v, norm, drop, scale, softcap, SOFTCAP)
-        ds = tl.where(keep, ds, 0.0)
+        ds = tl.where(keep, ds + fault[None, :], 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-    _add(grad_q, result, OUTER, head, heads, used, acc * scale, HEAD_DIM, D)
+    _add(grad_q, result, OUTER, head, heads, used, acc * scale, HEAD_DIM, HEAD_DIM, D)
 
 
 @triton.jit
@@ -269,23 +304,28 @@ def _add_atomically(base, row, head, num_heads, keep, x, HEAD_DIM: tl.constexpr,
 
 @triton.jit
 def _key_step(
-    acc_k, acc_v, k, v, shift, keep, seen,
+    acc_k, acc_v, k, v, finite_k, key_fault, used, shift, keep, seen,
     q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, INNER: tl.constexpr,
-    SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    INNER: tl.constexpr, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """One inner tile of queries, all its pairs where ``keep`` is None."""
     q_tile, go, norm, drop = _query_side(
-        q, grad_out, lse, delta, first, INNER, head, heads, seen, HEAD_DIM, D, UPCAST
+        q, grad_out, lse, delta, first, INNER, head, heads, seen, HEAD_DIM, D, VALUE_DIM, DV, UPCAST
     )
-    p, ds = _weights(k, q_tile, v, go, norm[None, :], drop[None, :], scale, softcap, SOFTCAP)
     if keep is not None:
-        p, ds = tl.where(keep, p, 0.0), tl.where(keep, ds, 0.0)
+        q_tile, go, fault = _finite_rows(q_tile, go)
+    p, ds = _weights(k, q_tile, v, go, norm[None, :], drop[None, :], scale, softcap, SOFTCAP)
+    if ATOMIC:  # the weights of unused rows, whose keys are 0, may be infinite
+        ds = tl.where(used[:, None], ds + key_fault[:, None], 0.0)
+    if keep is not None:
+        p = tl.where(keep, p + fault[None, :], 0.0)
+        ds = tl.where(keep, ds + fault[None, :], 0.0)
     acc_v = tl.dot(p.to(go.dtype), go, acc_v, input_precision="ieee")
     ds = ds.to(q_tile.dtype)
     acc_k = tl.dot(ds, q_tile, acc_k, input_precision="ieee")
     if ATOMIC:
-        dq = tl.dot(tl.trans(ds), k, input_precision="ieee") * scale
+        dq = tl.dot(tl.trans(ds), finite_k, input_precision="ieee") * scale
         rows = first + tl.arange(0, INNER) + shift
         _add_atomically(grad_q, rows, head, heads, seen, dq, HEAD_DIM, D)
     return acc_k, acc_v
@@ -296,7 +336,8 @@ def key_gradient_kernel(
     q, grad_out, lse, delta, kv, grad_q, grad_kv,
     table, first_tile, tiles_at, entries_at, bands_at,
     heads, kv_heads, scale, softcap,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, VALUE_DIM: tl.constexpr, DV: tl.constexpr,
+    OUTER: tl.constexpr, INNER: tl.constexpr,
     SOFTCAP: tl.constexpr, UPCAST: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """Keys and values outside. The query heads of a KV head are summed in one program; ATOMIC adds
@@ -307,9 +348,10 @@ def key_gradient_kernel(
     kv_head = work % kv_heads
     tile, start, used, result = _outer_tile(table, tiles_at, first_tile + work // kv_heads, OUTER)
     row = start + tl.arange(0, OUTER)
-    k, v = _load_pair(kv, start, OUTER, kv_head, kv_heads, used, HEAD_DIM, D, UPCAST)
+    k, v = _load_pair(kv, start, OUTER, kv_head, kv_heads, used, HEAD_DIM, D, VALUE_DIM, DV, UPCAST)
+    finite_k, _v, key_fault = _finite_rows(k, v)
     acc_k = tl.zeros([OUTER, D], dtype=tl.float32)
-    acc_v = tl.zeros([OUTER, D], dtype=tl.float32)
+    acc_v = tl.zeros([OUTER, DV], dtype=tl.float32)
 
     for head in range(kv_head * ratio, (kv_head + 1) * ratio):
         for entry in range(tl.load(tile + 3), tl.load(tile + 4)):
@@ -318,20 +360,27 @@ def key_gradient_kernel(
             shift = tl.load(at + 4)
             for visit in range(tl.load(at + 1)):  # noqa: B007
                 acc_k, acc_v = _key_step(
-                    acc_k, acc_v, k, v, shift, None, None,
+                    acc_k, acc_v, k, v, finite_k, key_fault, used, shift, None, None,
                     q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
-                    HEAD_DIM, D, INNER, SOFTCAP, UPCAST, ATOMIC,
+                    HEAD_DIM, D, VALUE_DIM, DV, INNER, SOFTCAP, UPCAST, ATOMIC,
                 )  # fmt: skip
                 first += INNER
         for entry in range(tl.load(tile + 4), tl.load(tile + 5)):
             first, keep, seen, shifts = _masked_tile(bands, entries + entry * WIDTH, row, INNER)
             acc_k, acc_v = _key_step(
-                acc_k, acc_v, k, v, shifts, keep, seen,
+                acc_k, acc_v, k, v, finite_k, key_fault, used, shifts, keep, seen,
                 q, grad_out, lse, delta, grad_q, first, head, heads, scale, softcap,
-                HEAD_DIM, D, INNER, SOFTCAP, UPCAST, ATOMIC,
+                HEAD_DIM, D, VALUE_DIM, DV, INNER, SOFTCAP, UPCAST, ATOMIC,
             )  # fmt: skip
-    _add(grad_kv, result, OUTER, kv_head, 2 * kv_heads, used, acc_k * scale, HEAD_DIM, D)
-    _add(grad_kv, result, OUTER, kv_heads + kv_head, 2 * kv_heads, used, acc_v, HEAD_DIM, D)
+    acc_k *= scale
+    if HEAD_DIM == VALUE_DIM:
+        _add(grad_kv, result, OUTER, kv_head, 2 * kv_heads, used, acc_k, HEAD_DIM, HEAD_DIM, D)
+        head = kv_heads + kv_head
+        _add(grad_kv, result, OUTER, head, 2 * kv_heads, used, acc_v, HEAD_DIM, HEAD_DIM, D)
+    else:
+        BOTH: tl.constexpr = HEAD_DIM + VALUE_DIM
+        _add(grad_kv, result, OUTER, kv_head, kv_heads, used, acc_k, BOTH, HEAD_DIM, D)
+        _add(grad_kv + HEAD_DIM, result, OUTER, kv_head, kv_heads, used, acc_v, BOTH, VALUE_DIM, DV)
 
 
 @triton.jit(do_not_specialize=["count"])
