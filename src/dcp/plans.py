@@ -110,6 +110,11 @@ class Plan:
         return self.num_keys - int(self.num_cached.sum())
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.seqlens.max(initial=0))
+
+    @property
     def num_blocks(self) -> int:
         return len(self.owner)
 
@@ -201,6 +206,7 @@ class Plan:
             rank=rank,
             num_ranks=self.num_ranks,
             num_tokens=self.num_tokens,
+            longest=self.longest,
             spec=self.spec,
             num_local_keys=len(self.key_indices(rank)),
             num_head_groups=self.num_head_groups,
@@ -337,6 +343,9 @@ def _rank_program(tables: MaskTables, rank: int) -> MaskProgram:
     moves = {name: mine(name)[:, : COLUMNS[name].RANK] for name in COLUMNS if name != "items"}
     return MaskProgram(
         num_steps=tables.num_steps,
+        first_key=tables.first_key,
+        last_key=tables.last_key,
+        is_band=tables.is_band,
         items=items,
         buffer_rows=tables.buffer_rows[rank],
         slices=tables.slices[runs(start, count)],

@@ -103,7 +103,7 @@ def _at(table: np.ndarray, column: int, step: int) -> np.ndarray:
     return table[start:stop, :column]
 
 
-_COUNTS = ("rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups")
+_COUNTS = ("rank", "num_ranks", "num_tokens", "longest", "num_local_keys", "num_head_groups")
 _BLOCKS = ("block_sequence", "block_offset", "block_position", "block_length")
 
 
@@ -115,6 +115,7 @@ class RankPlan:
 
     Attributes:
         rank, num_ranks, num_tokens: whose plan it is; tokens of the whole batch.
+        longest: tokens of its longest sequence.
         num_local_keys: rows of the rank's keys and values, its cached ones among them.
         spec, num_head_groups: heads, and how many head groups a row is one of.
         token_indices: global index of each local token, int64 ``[local]``.
@@ -127,6 +128,7 @@ class RankPlan:
     rank: int
     num_ranks: int
     num_tokens: int
+    longest: int
     num_local_keys: int
     spec: AttentionSpec
     num_head_groups: int

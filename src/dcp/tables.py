@@ -52,6 +52,7 @@ class Tables:
 
     Attributes:
         num_steps: steps of the schedule: its divisions, and more where results travel on.
+        first_key, last_key, is_band: what the mask is in all, see :meth:`dcp.SequenceBatch.band`.
         items, sends, receives, reduces, resets: see :data:`COLUMNS`. Both sides of a communication
             list its moves in the same order.
         buffer_rows: rows of the four buffers, ``[…, 4]``.
@@ -59,6 +60,9 @@ class Tables:
     """
 
     num_steps: int
+    first_key: int
+    last_key: int
+    is_band: bool
     items: np.ndarray
     sends: np.ndarray
     receives: np.ndarray
