@@ -137,12 +137,15 @@ def _refuse_data(function: Rule) -> None:
 
 
 def asked_of(layer: Any, mask: Asked | None, window: int | None, is_causal: bool | None) -> Asked:
-    """``mask``, or without one what torch's own attention would do for this layer."""
-    if mask is not None:
+    """``mask``, or without one what torch's own attention would do for this layer.
+
+    That goes for plain causal masks, too: transformers leaves them out for torch's attention.
+    """
+    if mask is not None and mask.rule is not masking_utils.causal_mask_function:
         return mask
     if not (getattr(layer, "is_causal", True) if is_causal is None else is_causal):
         return Asked(masking_utils.bidirectional_mask_function)
-    if window is not None:
+    if mask is None and window is not None:
         return Asked(masking_utils.sliding_window_causal_mask_function(window))
     return Asked(masking_utils.causal_mask_function)
 
