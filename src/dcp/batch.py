@@ -10,7 +10,7 @@ import numpy as np
 
 from dcp.checks import positive, shown, whole, whole_numbers
 from dcp.masks import AttnMask, named_mask
-from dcp.slices import shift_slices
+from dcp.slices import shift_slices, slice_area
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 LSE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 4, "float16": 4}
@@ -165,6 +165,15 @@ class SequenceBatch:
         counts = np.array([len(of) for of in bands], dtype=np.int64)
         sequence = np.repeat(np.arange(len(bands)), counts)
         return sequence, np.concatenate([np.zeros((0, 6), dtype=np.int64), *bands])
+
+    def band(self, name: str) -> tuple[int, int, bool]:
+        """Least and greatest key - query, by position, of one mask's pairs; true if the mask shows
+        all pairs between: a window of 8 is ``(-7, 0, True)``, documents inside samples are not."""
+        bands, cached = self.global_bands(name), self.num_cached
+        lo, hi = int(bands[:, 4].min(initial=0)), int(bands[:, 5].max(initial=0))
+        size, zero = self.seqlens, np.zeros_like(self.seqlens)
+        every = np.stack([cached, size, zero, size, zero + lo, zero + hi], axis=1)
+        return lo, hi, bool(slice_area(bands).sum() == slice_area(every).sum())
 
     def reordered(self, order: np.ndarray) -> SequenceBatch:
         """The same sequences and masks in another order."""

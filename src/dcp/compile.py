@@ -48,7 +48,11 @@ def compile_mask(
     t = schedule.transfers
     source_row, target_row = layout.transfer_rows()
     rows = layout.rows(t.buffer, t.piece)
+    first_key, last_key, is_band = blocks.batch.band(mask)
     return MaskTables(
+        first_key=first_key,
+        last_key=last_key,
+        is_band=is_band,
         num_divisions=schedule.num_divisions,
         num_steps=schedule.num_steps,
         gradients_hop=placement.gradients_travel and layout.sums_on_the_way(DKV),

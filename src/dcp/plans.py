@@ -119,6 +119,11 @@ class Plan:
         return self.num_keys - int(self.num_cached.sum())
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return int(self.seqlens.max(initial=0))
+
+    @property
     def num_blocks(self) -> int:
         return len(self.owner)
 
@@ -210,6 +215,7 @@ class Plan:
             rank=rank,
             num_ranks=self.num_ranks,
             num_tokens=self.num_tokens,
+            longest=self.longest,
             spec=self.spec,
             num_local_keys=len(self.key_indices(rank)),
             num_head_groups=self.num_head_groups,

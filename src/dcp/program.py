@@ -134,6 +134,9 @@ def rank_program(tables: MaskTables, rank: int) -> MaskProgram:
     return MaskProgram(
         num_steps=tables.num_steps,
         gradients_hop=tables.gradients_hop,
+        first_key=tables.first_key,
+        last_key=tables.last_key,
+        is_band=tables.is_band,
         items=items,
         buffer_rows=tables.buffer_rows[rank],
         slices=tables.slices[runs(start, count)],
@@ -142,7 +145,8 @@ def rank_program(tables: MaskTables, rank: int) -> MaskProgram:
 
 
 _COUNTS = (
-    "rank", "num_ranks", "num_tokens", "num_local_keys", "num_head_groups", "fingerprint",
+    "rank", "num_ranks", "num_tokens", "longest", "num_local_keys", "num_head_groups",
+    "fingerprint",
 )  # fmt: skip
 _BLOCKS = ("block_sequence", "block_offset", "block_position", "block_length")
 
@@ -155,6 +159,7 @@ class RankPlan:
 
     Attributes:
         rank, num_ranks, num_tokens: whose plan it is; tokens of the whole batch.
+        longest: tokens of its longest sequence.
         num_local_keys: rows of the rank's keys and values, its cached ones among them.
         spec, num_head_groups: heads, and how many head groups a row is one of.
         token_indices: global index of each local token, int64 ``[local]``.
@@ -168,6 +173,7 @@ class RankPlan:
     rank: int
     num_ranks: int
     num_tokens: int
+    longest: int
     num_local_keys: int
     spec: AttentionSpec
     num_head_groups: int

@@ -56,6 +56,7 @@ class Tables:
         num_steps: steps of the schedule: its divisions, and more where results travel on.
         gradients_hop: partial key and value gradients are summed from rank to rank, and travel in
             full precision, so that each rank does not round the sum once more.
+        first_key, last_key, is_band: what the mask is in all, see :meth:`dcp.SequenceBatch.band`.
         items, sends, receives, reduces, resets: see :data:`COLUMNS`. Both sides of a communication
             list its moves in the same order.
         buffer_rows: rows of the four buffers, ``[…, 4]``.
@@ -64,6 +65,9 @@ class Tables:
 
     num_steps: int
     gradients_hop: bool
+    first_key: int
+    last_key: int
+    is_band: bool
     items: np.ndarray
     sends: np.ndarray
     receives: np.ndarray

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.inference.attention import CachedAttention
-from dcp.integrations.transformers import dcp_attention, local_logits
+from dcp.integrations.model_checks import check_model, rotary_limit, try_model
+from dcp.integrations.model_masks import register_masks
+from dcp.integrations.transformers import dcp_attention, local_logits, register_attention
+from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.ragged import runs
 from dcp.runtime.session import Call
@@ -24,12 +27,12 @@ NAME = "dcp_cached"
 class Layer:
     """One layer of a :class:`CachedAttention`, as :func:`dcp_attention` calls an executor.
 
-    ``plan`` is this rank's, None where all ranks run in this process: then no rank is alone.
+    ``plan`` is this rank's, or all ranks' where all run in this process.
     """
 
     cached: CachedAttention
     index: int
-    plan: RankPlan | None
+    plan: Plan | RankPlan | None
 
     def attention(
         self,
@@ -52,15 +55,24 @@ def cached_attention(
     """:func:`dcp.integrations.transformers.dcp_attention` over what is cached of this layer."""
     if dcp_executor is None:
         raise ValueError(f'attention "{NAME}" needs the model called by an InferenceEngine')
-    layer = Layer(dcp_executor, module.layer_idx, dcp_executor.rank_plan)
+    plan = dcp_executor.plan if dcp_executor.is_local else dcp_executor.rank_plan
+    layer = Layer(dcp_executor, module.layer_idx, plan)
     return dcp_attention(module, *tensors, dcp_executor=layer, **others)
 
 
 def use_cached_attention(model: Any) -> AttentionSpec:
-    """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute."""
+    """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute.
+
+    Raises ``ValueError`` for a model that dcp attention cannot serve.
+    """
     from transformers import AttentionInterface
 
+    register_attention()
+    check_model(model)
+    model.set_attn_implementation("dcp")
+    try_model(model)
     AttentionInterface.register(NAME, cached_attention)
+    register_masks(NAME)
     model.set_attn_implementation(NAME)
     config = model.config
     heads = config.num_attention_heads
@@ -78,10 +90,17 @@ def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) ->
     Args:
         tokens: new tokens of each sequence.
 
-    Returns them by sequence number, those whose last token this process holds.
+    Returns them by sequence number, those whose last token this process holds. Raises
+    ``ValueError`` where rotary frequencies would change with the length of the conversation.
     """
     plan = cached.plan
     assert plan is not None
+    limit = rotary_limit(model.config.get_text_config())
+    if limit is not None and plan.longest > limit:
+        raise ValueError(
+            f"a conversation of {plan.longest} tokens is beyond {limit}, from which on the rotary "
+            "frequencies of this model depend on its length: keys that are cached would not fit"
+        )
     counts = np.array([len(of) for of in tokens])
     ends = np.cumsum(counts)
     every = np.stack([np.concatenate(tokens).astype(np.int64), runs(plan.num_cached, counts)])

@@ -90,7 +90,9 @@ class Trainer(TrainingLoop[TrainConfig, tuple[LocalBatch, RankPlan]]):
         self.executor.prepare(rank_plan)
         autocast = self.config.dtype == "bfloat16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=autocast):
-            logits = local_logits(self.model, local.tokens, local.positions, self.executor)
+            logits = local_logits(
+                self.model, local.tokens, local.positions, self.executor, dcp_any_mask=True
+            )
         loss = summed_loss(logits, local.labels) / max(local.num_loss_tokens, 1)
         self.optimizer.zero_grad()
         loss.backward()
