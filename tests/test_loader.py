@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp import AttnMask, Cluster
 from dcp.data import ModalityMasks, PlanningError
-from dcp.data.datasets import sampled_documents
+from dcp.data.datasets import as_dataset
+from dcp.data.identity import sampled_documents
 from tests.loading import DOCUMENTS, AtOnce, documents_of, drain, loader_of
 
 
@@ -286,7 +287,8 @@ def test_all_ranks_hear_of_an_error_in_planning(gloo_pool):
 def unequal_on_each_rank():
     rank = torch.distributed.get_rank()
     documents = documents_of([30] * 12)  # a rank looks at 8 of them beforehand, to compare
-    unseen = min(set(range(12)) - {int(n.split()[1]) for n in sampled_documents(documents)})
+    seen = {int(name.split()[1]) for name in sampled_documents(as_dataset(documents))}
+    unseen = min(set(range(12)) - seen)
     documents[unseen] = np.arange(90 + rank)
     with loader_of(
         documents,

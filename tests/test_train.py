@@ -187,7 +187,7 @@ def test_the_command_trains_and_reports(tmp_path, texts, capfd):
     ("match", "values"),
     [
         ("tokens, more than max_seqlen=400", {"over_long": "raise"}),
-        ("is neither a path here", {"source": "/no/such/texts"}),
+        ("is neither a path or pattern here", {"source": "/no/such/texts"}),
         ("no checkpoint in", {"resume": "latest"}),
     ],
 )

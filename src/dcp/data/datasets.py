@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from inspect import getattr_static
 from threading import Lock
 from typing import Any
 
@@ -55,7 +56,7 @@ class SampleDataset:
     def __init__(self, samples: Any, form: SampleFormat, *, group_ids: Any = None) -> None:
         self._samples, self._form, self._lock = samples, form, Lock()
         self._group_ids = getattr(samples, "group_ids", None) if group_ids is None else group_ids
-        self._given_lengths = getattr(samples, "lengths", None)
+        self._has_lengths = getattr_static(samples, "lengths", None) is not None  # not read yet
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -78,7 +79,7 @@ class SampleDataset:
     def sample(self, index: int) -> Sample:
         """A sample as the loader understands it; ``ValueError`` where it does not."""
         sample = self._form.read(self[index], index)
-        given = self._given_lengths is not None or self._group_ids is not None
+        given = self._has_lengths or self._group_ids is not None
         if sample.group is not None and given:
             raise ValueError(
                 f"document {index} has a group_id, but the dataset gives its lengths or its "
@@ -116,7 +117,7 @@ class SampleDataset:
 
     @cached_property
     def _found(self) -> tuple[np.ndarray, np.ndarray | None]:
-        lengths, groups = self._given_lengths, self._group_ids
+        lengths, groups = getattr(self._samples, "lengths", None), self._group_ids
         if lengths is None:
             lengths, own = [], []
             for index in range(len(self)):

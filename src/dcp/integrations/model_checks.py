@@ -105,11 +105,12 @@ def _name(model: nn.Module) -> str:
 def _mixers(model: nn.Module, config: Any) -> set[str]:
     """Names of what mixes tokens outside attention."""
     found = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
+    family = type(config).__name__.removesuffix("Config")  # it may be named for what it mixes with
     for module in model.modules():
         mixes = isinstance(module, nn.RNNBase | nn.modules.batchnorm._BatchNorm) or (
             isinstance(module, nn.Conv1d) and module.kernel_size != (1,)
         )
-        if mixes or _MIXERS.search(type(module).__name__):
+        if mixes or _MIXERS.search(type(module).__name__.removeprefix(family)):
             found.add(type(module).__name__)
     return found
 
