@@ -111,7 +111,7 @@ def test_what_cannot_be_honoured_is_refused_by_name():
     q, kv = torch.zeros(a_plan.num_tokens, 4, 16), torch.zeros(a_plan.num_tokens, 2, 2, 16)
     with pytest.raises(ValueError, match=r"dropout=0\.1 of attention weights is not offered"):
         DCPAttention.apply(executor, q, kv, dropout=0.1)
-    with pytest.raises(ValueError, match=r"softcap must be positive and finite, or None for none, got 0"):
+    with pytest.raises(ValueError, match=r"softcap must be positive and finite.* got 0"):
         DCPAttention.apply(executor, q, kv, softcap=0.0)
     with pytest.raises(ValueError, match=r"sink has shape \(3,\), the plan needs \(4,\)"):
         DCPAttention.apply(executor, q, kv, sink=torch.zeros(3))

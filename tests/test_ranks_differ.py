@@ -117,4 +117,5 @@ def test_the_compared_documents_are_few():
     found = sampled_documents(as_dataset(Counted([np.arange(3)] * 1000)))
     assert len(found) == NUM_SAMPLED
     assert Counted.read == 2 * NUM_SAMPLED  # as it is, and as the loader understands it
-    assert set(sampled_documents(as_dataset([np.arange(3)])).values()) - set(found.values()) == {None}
+    of_one = sampled_documents(as_dataset([np.arange(3)]))
+    assert set(of_one.values()) - set(found.values()) == {None}

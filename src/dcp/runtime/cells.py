@@ -52,17 +52,12 @@ class Cell:
     mask: Tensor | None = None
     first: bool = False
 
-    @property
-    def is_full(self) -> bool:
-        """Whether every pair counts."""
-        return self.mask is None and not self.causal
-
     def to(self, device: torch.device) -> Cell:
         """The cell with its mask on ``device``."""
         return self if self.mask is None else replace(self, mask=self.mask.to(device))
 
     def dense_mask(self, device: torch.device) -> Tensor | None:
-        """Boolean ``[queries, keys]`` in every case but a full cell's, which is None."""
+        """Boolean ``[queries, keys]`` ; None where every pair counts."""
         if self.causal:
             side = self.q.stop - self.q.start
             return torch.ones(side, side, dtype=torch.bool, device=device).tril()

@@ -65,24 +65,26 @@ class CellKernel(Kernel):
             grad_k[cell.dkv] += dk
             grad_v[cell.dkv] += dv
 
-    # A kernel computes a masked cell whole, and its weight of 0 times NaN is NaN. So rows that are
-    # not finite are set to 0, and what meets them in a pair that counts is NaN afterwards.
+    # A kernel computes a masked cell whole, and its weight of 0 times NaN is NaN; and torch's for
+    # the CPU loses a score of NaN among fewer than 16 keys. So rows that are not finite are set to
+    # 0, and what meets them in a pair that counts is NaN afterwards.
 
     def _attend_apart(
         self, q: Tensor, k: Tensor, v: Tensor, cell: Cell, options: Options
     ) -> tuple[Tensor, Tensor]:
-        if cell.is_full or _are_finite(k, v):
+        if _are_finite(q, k, v):
             return self.attend(q, k, v, cell, options)
-        bad = _not_finite(k, v)
-        out, lse = self.attend(q, _without(bad, k), _without(bad, v), cell, options)
-        spoilt = _spread(_meet(cell, bad), q.shape[1])
+        bad_q, bad_k = _not_finite(q), _not_finite(k, v)
+        kept = _without(bad_q, q), _without(bad_k, k), _without(bad_k, v)
+        out, lse = self.attend(*kept, cell, options)
+        spoilt = (bad_q & (lse > -torch.inf)) | _spread(_meet(cell, bad_k), q.shape[1])
         return out.masked_fill(spoilt[..., None], torch.nan), lse.masked_fill(spoilt, torch.nan)
 
     def _gradients_apart(
         self, q_side: QSide, k: Tensor, v: Tensor, cell: Cell, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, grad_out, lse, delta = q_side
-        if cell.is_full or _are_finite(q, grad_out, finite(lse), delta, k, v):
+        if _are_finite(q, grad_out, finite(lse), delta, k, v):
             return self.gradients(q_side, k, v, cell, options)
         numbers = torch.stack([finite(lse), delta], dim=-1)
         bad_q, bad_k = _not_finite(q, grad_out, numbers), _not_finite(k, v)
@@ -115,7 +117,9 @@ def _without(bad: Tensor, rows: Tensor) -> Tensor:
 def _meet(cell: Cell, bad: Tensor, *, by_key: bool = False) -> Tensor:
     """Which queries see a bad key ``[keys, heads]``; ``by_key``: which keys a bad query sees."""
     mask = cell.dense_mask(bad.device)
-    assert mask is not None, "in a full cell everything meets"
+    if mask is None:  # everything meets
+        side = cell.k if by_key else cell.q
+        return bad.any(dim=0).expand(side.stop - side.start, -1)
     return (mask.T if by_key else mask).float() @ bad.float() > 0
 
 
