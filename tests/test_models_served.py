@@ -94,6 +94,24 @@ def test_architectures_that_are_served(kind):
     assert error < 1e-4 * found.abs().max()
 
 
+@pytest.mark.parametrize("kind", ["DeepseekV2", "DeepseekV3"])
+def test_latent_attention_with_values_of_their_own_width_is_served(kind):
+    low_rank = {"q_lora_rank": 12, "kv_lora_rank": 8, "num_key_value_heads": 4}
+    widths = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "head_dim": 4}
+    experts = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    model, seqlens = make(kind, **low_rank, **widths, **experts), [12, 7]
+    tokens = make_tokens(seqlens)
+    spec = AttentionSpec(num_heads=4, num_kv_heads=4, head_dim=12, value_dim=6, dtype="float32")
+    executor = AttentionExecutor()
+    executor.prepare(plan(SequenceBatch(seqlens), spec, Cluster(devices_per_node=1)))
+    positions = torch.cat([torch.arange(seqlen) for seqlen in seqlens])
+    with torch.no_grad():
+        wanted = [model(input_ids=of[None]).logits[0] for of in tokens.split(seqlens)]
+        model.set_attn_implementation("dcp")
+        found = local_logits(model, tokens, positions, executor)
+    assert (found - torch.cat(wanted)).abs().max() < 1e-4 * found.abs().max()
+
+
 REFUSED = {
     "Bloom": "takes no position_ids",
     "Mpt": "takes no position_ids",

@@ -55,8 +55,13 @@ def planned(a_plan, **call):
     return lambda q, k, v: world.attention(q, k, v, return_lse=True, **call)
 
 
-@pytest.mark.parametrize("shape", [(1, 16), (4, 8)])
-@pytest.mark.parametrize("strategy", strategy_names())
+HOPPING = ("ring", "zigzag", "usp", "allgather", "double_ring")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape"),
+    [(name, (2, 4)) for name in strategy_names()] + [(name, (2, 12)) for name in HOPPING],
+)
 def test_many_ranks_err_hardly_more_than_one(rounded, strategy, shape):
     """dK and dV lost accuracy with every hop: 5 times the error of one rank on 64."""
     spec, tensors, exact, dense, one = rounded

@@ -18,6 +18,7 @@ from dcp.integrations.transformers import dcp_attention, local_logits, register_
 from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.ragged import runs
+from dcp.runtime.kernels import KV, pack_kv
 from dcp.runtime.session import Call
 
 NAME = "dcp_cached"
@@ -37,7 +38,7 @@ class Layer:
     def attention(
         self,
         q: Tensor,
-        kv: Tensor,
+        kv: KV,
         *,
         mask: str | None = None,
         sink: Tensor | None = None,
@@ -46,7 +47,8 @@ class Layer:
         """Attention of the new tokens in this layer. Raises ``ValueError`` for a named mask."""
         if mask is not None:
             raise ValueError(f"mask {mask!r} cannot be honoured: inference is causal")
-        return self.cached.attention(self.index, q, kv, sink=sink, call=Call(**options))
+        call = Call(**options)
+        return self.cached.attention(self.index, q, pack_kv(kv), sink=sink, call=call)
 
 
 def cached_attention(
@@ -75,6 +77,11 @@ def use_cached_attention(model: Any) -> AttentionSpec:
     register_masks(NAME)
     model.set_attn_implementation(NAME)
     config = model.config
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(
+            f"{type(model).__name__} has latent attention, of keys and values of two widths, which "
+            "the cache does not hold: train it with dcp, serve it elsewhere"
+        )
     heads = config.num_attention_heads
     return AttentionSpec(
         num_heads=heads,

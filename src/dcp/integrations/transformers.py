@@ -198,7 +198,7 @@ def dcp_attention(
     if stands_in:
         q, k, v = q[:0], k[:0], v[:0]
     out = dcp_executor.attention(
-        q.contiguous(), _together(k, v), mask=mask, scale=scaling, sink=s_aux, softcap=softcap
+        q.contiguous(), (k, v), mask=mask, scale=scaling, sink=s_aux, softcap=softcap
     )
     if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])
@@ -238,16 +238,6 @@ def balance_loss(
     rows = counts[-1].clamp(min=1)
     share = (counts[:-1] / rows).to(weights.dtype)
     return num_experts * (share * weights.sum(dim=0) / rows.to(weights.dtype)).sum()
-
-
-def _together(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Keys and values as an executor takes them."""
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"keys of {key.shape[-1]} and values of {value.shape[-1]} numbers a head cannot be "
-            "honoured by dcp attention: use a model where they are equal"
-        )
-    return torch.stack([key, value], dim=1)
 
 
 def _check_shapes(query: torch.Tensor, key: torch.Tensor) -> None:

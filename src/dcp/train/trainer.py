@@ -93,7 +93,7 @@ class Trainer(TrainingLoop[TrainConfig, tuple[LocalBatch, RankPlan]]):
             logits = local_logits(
                 self.model, local.tokens, local.positions, self.executor, dcp_any_mask=True
             )
-        loss = summed_loss(logits, local.labels) / max(local.num_loss_tokens, 1)
+        loss = local.mean_loss(summed_loss(logits, local.labels))
         self.optimizer.zero_grad()
         loss.backward()
         total = loss.detach()
