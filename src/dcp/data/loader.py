@@ -231,6 +231,20 @@ class DCPDataLoader:
             raise TypeError("a stream does not tell how many batches its epochs have: count them")
         return self._num_batches
 
+    def count_batches(self, num_epochs: int) -> list[int]:
+        """Batches of each of the first epochs, known on every rank; collective.
+
+        ``TypeError`` for a stream.
+        """
+        _ = len(self)
+        counts = [0] * num_epochs
+        with self._together():
+            if self._batches is not None:
+                for epoch in range(num_epochs):
+                    places = BatchesFrom(self._batches, epoch=epoch, position=0)
+                    counts[epoch] = places.num_batches
+        return [self._exchange.largest(count) for count in counts]
+
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch stands, counting what was yielded; JSON-able, equal on all ranks."""
         state = {"epoch": self._epoch, "position": self._position, **self._identity()}

@@ -108,6 +108,7 @@ def local_output(
     without tokens it is that of one stand-in."""
     if len(tokens) == 0:
         tokens, positions = tokens.new_zeros(1), positions.new_zeros(1)
+        others["dcp_stand_ins"] = 1
     with planned_forward(model, executor) as keywords:
         return model(input_ids=tokens[None], position_ids=positions[None], **keywords, **others)
 
@@ -147,6 +148,7 @@ def dcp_attention(
     dcp_sliding_mask: str | None = None,
     dcp_any_mask: bool = False,
     dcp_calls: list[str] | None = None,
+    dcp_stand_ins: int = 0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
@@ -165,6 +167,8 @@ def dcp_attention(
         dcp_any_mask: the plan's mask is meant, whatever the model asks for. Without it, a layer
             that asks for causal attention or a window must not see more, and a bidirectional one
             needs a plan that shows later tokens.
+        dcp_stand_ins: last rows of ``local`` that are no tokens: attention leaves them out, their
+            output is 0.
         dcp_calls: where each call leaves its layer's class, see :func:`planned_forward`.
         softcap: cap of the scores (Gemma 2).
         s_aux: attention sinks ``[heads]`` (gpt-oss).
@@ -194,14 +198,13 @@ def dcp_attention(
         dcp_calls.append(type(module).__name__)
     # Under autocast the rotary embedding leaves queries and keys in fp32.
     q, k, v = (t[0].transpose(0, 1).to(value.dtype) for t in (query, key, value))
-    stands_in = len(q) == 1 and isinstance(plan, RankPlan) and not plan.num_local_tokens
-    if stands_in:
-        q, k, v = q[:0], k[:0], v[:0]
+    if dcp_stand_ins:
+        q, k, v = (t[:-dcp_stand_ins] for t in (q, k, v))
     out = dcp_executor.attention(
         q.contiguous(), (k, v), mask=mask, scale=scaling, sink=s_aux, softcap=softcap
     )
-    if stands_in:  # zeros that keep attention in the graph: its backward works for other ranks
-        out = torch.cat([out, out.new_zeros(1, *out.shape[1:])])
+    if dcp_stand_ins:  # attention stays in the graph: its backward works for other ranks
+        out = torch.cat([out, out.new_zeros(dcp_stand_ins, *out.shape[1:])])
     return out[None], None
 
 

@@ -1,0 +1,391 @@
+"""Hugging Face's Trainer with planned attention: the loop, the schedules, the logs are Trainer's.
+
+::
+
+    trainer = DCPTrainer(model, args, train_dataset=samples, plan=PlanningArguments(tokens_per_batch=65536))
+    trainer.train()
+
+A batch is one batch of tokens over all ranks, whatever ``per_device_train_batch_size`` says. Each
+rank feeds its model one row of its own tokens and, behind them, one stand-in: a rank without tokens
+has a row, too, and the label of the last token has a place, for labels are given as Trainer's are,
+beside their tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+
+from dcp.cluster import Cluster
+from dcp.data import DCPDataLoader, LocalBatch, gather_samples
+from dcp.data.samples import IGNORED
+from dcp.integrations.transformers import attention_of, planned_forward, register_attention
+from dcp.program import RankPlan
+from dcp.ragged import starts
+from dcp.runtime import AttentionExecutor
+
+LOADER_STATE = "dcp_loader.json"  # in a checkpoint's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningArguments:
+    """How batches are filled and attention is planned; what is not here is ``TrainingArguments``'.
+
+    Args:
+        tokens_per_batch: of a micro-batch, over all ranks.
+        eval_tokens_per_batch: the same in evaluation; None is ``tokens_per_batch``.
+        mask: name of a mask, or ``mask_fn(seqlens, samples)``, for every layer; None is what the
+            model asks for (:func:`dcp.integrations.transformers.attention_of`).
+        strategy, block_size, look_ahead, cluster: see :func:`dcp.plan` and
+            :class:`dcp.DCPDataLoader`.
+        num_workers: planning processes of a planning rank.
+        loader_options: further keywords of :class:`dcp.DCPDataLoader`, such as ``fields`` or
+            ``max_seqlen``.
+        plan_options: further keywords of :func:`dcp.plan`.
+    """
+
+    tokens_per_batch: int
+    eval_tokens_per_batch: int | None = None
+    mask: Any = None
+    strategy: str = "auto"
+    block_size: int | str = "auto"
+    look_ahead: int = 4
+    num_workers: int = 1
+    cluster: Cluster | None = None
+    loader_options: dict[str, Any] = field(default_factory=dict)
+    plan_options: dict[str, Any] = field(default_factory=dict)
+
+
+class PlannedBatches:
+    """A loader as Trainer wants it: one epoch of model inputs per iteration."""
+
+    def __init__(self, loader: DCPDataLoader, executor: AttentionExecutor, dataset: Any) -> None:
+        self.loader, self.executor, self.dataset = loader, executor, dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch, plan in self.loader:
+            yield model_inputs(batch, plan, self.executor)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def model_inputs(
+    batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor
+) -> dict[str, Any]:
+    """A batch as keywords of a Hugging Face model, and as ``dcp_batch`` and ``dcp_plan``.
+
+    Rows are ``[1, local + 1]``: the rank's tokens and a stand-in. ``labels`` lie one row behind the
+    token that predicts them, where models, ``compute_loss_func`` and label smoothing look for them.
+    """
+    row = batch.tokens.new_zeros(1)
+    return {
+        "input_ids": torch.cat([batch.tokens, row])[None],
+        "position_ids": torch.cat([batch.positions, row])[None],
+        "labels": torch.cat([row + IGNORED, batch.labels])[None],
+        "dcp_batch": batch,
+        "dcp_plan": executor.bind(plan),
+    }
+
+
+class PlannedTrainerMixin:
+    """What makes a Trainer plan its attention; put it before any kin of ``transformers.Trainer``.
+
+    Args:
+        plan: how, see :class:`PlanningArguments`.
+        peft_config: adapters to train instead of the model, see ``peft.get_peft_model``.
+
+    Raises ``ValueError`` for arguments that would have no effect or a wrong one.
+    """
+
+    def __init__(
+        self, model: Any = None, args: Any = None, *others: Any,
+        plan: PlanningArguments, peft_config: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if options.get("data_collator") is not None:
+            raise ValueError("data_collator has no part in planned batches: prepare the samples")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, peft_config)
+        super().__init__(model, args, *others, **options)
+        self.plan = plan
+        self._check_arguments()
+        self.args.ignore_data_skip = True  # the loader goes on by its own state
+        self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.executor = AttentionExecutor(self.group)
+        self._loader: DCPDataLoader | None = None
+        self._resume_from: str | None = None
+        self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
+        self._evaluated = _Evaluated()
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        refused = {
+            "more than one GPU a process": args.n_gpu > 1,
+            "auto_find_batch_size": args.auto_find_batch_size,
+            "average_tokens_across_devices=False": not args.average_tokens_across_devices,
+            "batch_eval_metrics": args.batch_eval_metrics,
+            "tensor parallelism": self.get_tp_size() > 1,
+            "a context-parallel degree": self.get_cp_size() > 1 or self.get_sp_size() > 1,
+        }
+        for what, holds in refused.items():
+            if holds:
+                raise ValueError(
+                    f"{what} does not go with planned attention: start one process per device with "
+                    "torchrun, leave the argument out, and say tokens_per_batch=… instead"
+                )
+        if not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            raise ValueError(
+                f"{type(self.model).__name__} takes no num_items_in_batch, so that its loss would be "
+                "a rank's mean: give compute_loss_func=fn(outputs, labels, num_items_in_batch)"
+            )
+
+    # ------------------------------------------------------------------ data
+
+    def _open_loader(self, dataset: Any, *, tokens_per_batch: int, seed: int | None) -> Any:
+        plan, register = self.plan, register_attention
+        register()
+        self.model.set_attn_implementation("dcp")
+        self.model.config.use_cache = False
+        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        self.attention = attention_of(self.model, dtype=dtype)
+        config = self.model.config.get_text_config()
+        return DCPDataLoader(
+            dataset,
+            self.attention.mask_fn if plan.mask is None else plan.mask,
+            spec=self.attention.spec,
+            mask_weights=self.attention.weights if plan.mask is None else None,
+            tokens_per_batch=tokens_per_batch,
+            group=self.group,
+            cluster=plan.cluster,
+            seed=seed,
+            look_ahead=plan.look_ahead,
+            num_workers=plan.num_workers,
+            device=self.args.device,
+            plan_options={
+                "strategy": plan.strategy,
+                "block_size": plan.block_size,
+                "model_width": config.hidden_size,
+                **plan.plan_options,
+            },
+            **plan.loader_options,
+        )
+
+    def get_train_dataloader(self) -> PlannedBatches:
+        """Batches of ``train_dataset``, from where the checkpoint stood that training resumes."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        self.close()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        tokens = self.plan.tokens_per_batch
+        self._loader = self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed)
+        if self._resume_from is not None:
+            self._loader.load_state_dict(_read_state(Path(self._resume_from)))
+        return PlannedBatches(self._loader, self.executor, self.train_dataset)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedBatches:
+        """Batches of an evaluation dataset, each token once."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = self.eval_dataset[dataset]
+        if dataset is None:
+            raise ValueError("evaluation needs an eval_dataset")
+        tokens = self.plan.eval_tokens_per_batch or self.plan.tokens_per_batch
+        loader = self._open_loader(dataset, tokens_per_batch=tokens, seed=None)
+        return PlannedBatches(loader, self.executor, dataset)
+
+    get_test_dataloader = get_eval_dataloader
+
+    def close(self) -> None:
+        """End the planning processes."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
+
+    # ------------------------------------------------------------------ steps and loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
+        """Labels of all ranks, over which the loss of an optimiser step is a mean."""
+        count = sum(inputs["dcp_batch"].num_loss_tokens for inputs in batch_samples)
+        return torch.tensor(max(count, 1), device=device)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any
+    ) -> Any:
+        """Trainer's own, of a model whose attention is that of the batch's plan."""
+        batch, bound = inputs["dcp_batch"], inputs["dcp_plan"]
+        if model.training:
+            self._seen.append((batch, bound.plan))
+        keywords = {"dcp_any_mask": True} if self.plan.mask is not None else self.attention.keywords
+        own = {name: x for name, x in inputs.items() if name not in ("dcp_batch", "dcp_plan")}
+        with planned_forward(model, bound) as planned:
+            every = {**own, **planned, **keywords, "dcp_stand_ins": 1}
+            return super().compute_loss(model, every, *args, **options)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
+        """Trainer's, with as many steps as the epochs really have: they differ by some batches."""
+        values = list(super().set_initial_training_values(args, dataloader))
+        if args.max_steps < 0:
+            counts = dataloader.loader.count_batches(ceil(args.num_train_epochs))
+            steps = [ceil(count / args.gradient_accumulation_steps) for count in counts]
+            part = args.num_train_epochs - (len(steps) - 1)
+            values[-1] = sum(steps[:-1]) + ceil(part * steps[-1])
+        return tuple(values)
+
+    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
+        epochs, _ = super()._init_training_state(*args, **options)
+        assert self._loader is not None
+        return (epochs if self._resume_from is None else self._loader.state_dict()["epoch"]), 0
+
+    def _run_epoch(self, **options: Any) -> Any:
+        loader = options["train_dataloader"].loader
+        try:
+            left = len(loader) - loader.state_dict()["position"]
+        except TypeError:  # of a stream
+            return super()._run_epoch(**options)
+        every = self.args.gradient_accumulation_steps
+        options |= {"steps_in_epoch": left, "num_update_steps_per_epoch": ceil(left / every)}
+        return super()._run_epoch(**options)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """Trainer's; going on from a checkpoint is exact to the batch, on any number of ranks."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no checkpoint to resume in {self.args.output_dir!r}")
+        self._resume_from = resume_from_checkpoint or None
+        try:
+            return super().train(self._resume_from, *args, **options)
+        finally:
+            self._resume_from = None
+            self.close()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            assert self._loader is not None
+            (folder / LOADER_STATE).write_text(json.dumps(self._loader.state_dict()))
+        super()._save_checkpoint(model, trial)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Trainer's lines, with what planning did since the last one: means over batches."""
+        if "loss" in logs and self._seen:
+            batches, plans = zip(*self._seen, strict=True)
+            stats = [plan.stats for plan in plans]
+            moved = [each.inter_node_bytes + each.intra_node_bytes for each in stats]
+            logs |= {
+                "num_tokens": float(sum(batch.num_tokens for batch in batches)),
+                "compute_balance": float(np.mean([each.compute_balance for each in stats])),
+                "token_balance": float(np.mean([each.token_balance for each in stats])),
+                "attention_bytes": float(np.mean(moved)),
+                "plan_wait_seconds": float(np.mean([b.plan_wait_seconds for b in batches])),
+            }
+            self._seen.clear()
+        super().log(logs, *args, **options)
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_loop(
+        self, dataloader: PlannedBatches, *args: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> EvalLoopOutput:
+        """Trainer's; the loss is the mean over all labels, predictions are those of the samples in
+        the dataset's order, ``[samples, longest, vocab]``, the same on every rank."""
+        self._evaluated = _Evaluated()
+        with ExitStack() as stack:
+            stack.callback(dataloader.loader.close)
+            self.gather_function = lambda tensor: tensor  # every rank has all of them
+            found = super().evaluation_loop(
+                dataloader, *args, metric_key_prefix=metric_key_prefix, **options
+            )
+        metrics, key = dict(found.metrics or {}), f"{metric_key_prefix}_loss"
+        if key in metrics:
+            metrics[key] = self._evaluated.mean_loss(self.group, self.args.device)
+        order = self._evaluated.order()
+        predictions, labels = (
+            rows if rows is None else rows[order] for rows in (found.predictions, found.label_ids)
+        )
+        return EvalLoopOutput(predictions, labels, metrics, len(dataloader.dataset))
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **options: Any
+    ) -> tuple[Any, Any, Any]:
+        """Trainer's, with the batch's sequences in place of this rank's rows."""
+        batch = inputs["dcp_batch"]
+        loss, logits, labels = super().prediction_step(
+            model, inputs, prediction_loss_only, *args, **options
+        )
+        ranks = dist.get_world_size(self.group) if self.group is not None else 1
+        self._evaluated.add(batch, loss / ranks)
+        if logits is None or labels is None:
+            return loss, None, None
+        rows = _by_sequence(batch, logits[0, :-1].float(), self.group)
+        shown = _by_sequence(batch, labels[0, 1:], self.group)
+        return loss, rows, torch.nn.functional.pad(shown, (1, 0), value=IGNORED)[:, :-1]
+
+
+class DCPTrainer(PlannedTrainerMixin, Trainer):
+    """``transformers.Trainer`` with planned attention, see :class:`PlannedTrainerMixin`."""
+
+
+class _Evaluated:
+    """What evaluation has seen so far: losses, labels, and the documents' pieces in turn."""
+
+    def __init__(self) -> None:
+        self.loss, self.num_labels = torch.zeros((), dtype=torch.float64), 0
+        self.pieces: list[np.ndarray] = []
+
+    def add(self, batch: LocalBatch, loss: torch.Tensor) -> None:
+        """``loss``: this rank's part of the batch's mean."""
+        self.loss += loss.double().cpu() * max(batch.num_loss_tokens, 1)
+        self.num_labels += batch.num_loss_tokens
+        self.pieces.append(batch.pieces)
+
+    def mean_loss(self, group: Any, device: torch.device) -> float:
+        total = self.loss.float().to(device)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return float(total) / max(self.num_labels, 1)
+
+    def order(self) -> np.ndarray:
+        """Sequences by document and place in it."""
+        pieces = np.concatenate(self.pieces)
+        return np.lexsort((pieces[:, 1], pieces[:, 0]))
+
+
+def _by_sequence(batch: LocalBatch, rows: torch.Tensor, group: Any) -> torch.Tensor:
+    """A batch's rows of all ranks as ``[num_sequences, longest, …]``, padded with -100."""
+    samples = gather_samples(batch, rows, group=group)
+    whole = torch.cat([samples[sample] for sample in sorted(samples)])
+    order = np.lexsort((batch.pieces[:, 1], batch.pieces[:, 0]))
+    sizes = batch.seqlens
+    begins = np.empty_like(sizes)
+    begins[order] = starts(sizes[order])
+    padded = whole.new_full((len(sizes), int(sizes.max()), *whole.shape[1:]), IGNORED)
+    for sequence, (begin, size) in enumerate(zip(begins.tolist(), sizes.tolist(), strict=True)):
+        padded[sequence, :size] = whole[begin : begin + size]
+    return padded
+
+
+def _read_state(folder: Path) -> Any:
+    path = folder / LOADER_STATE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it is "
+            "no checkpoint of planned training"
+        ) from None
