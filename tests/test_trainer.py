@@ -111,7 +111,9 @@ def test_evaluation_is_a_mean_over_labels(gloo_pool, tmp_path):
         assert found["predictions"].shape == (5, 100, 64)
         for n, sample in enumerate(samples):
             close(found["predictions"][n, : lengths[n]], wanted[n])
-            assert found["label_ids"][n, 1 : lengths[n]].tolist() == sample["input_ids"][1:].tolist()
+            assert (
+                found["label_ids"][n, 1 : lengths[n]].tolist() == sample["input_ids"][1:].tolist()
+            )
             assert (found["label_ids"][n, lengths[n] :] == -100).all()
 
 
@@ -137,7 +139,9 @@ def test_an_own_loss_function_sees_trainers_labels(gloo_pool, tmp_path):
 def with_own_loss(output):
     def own(outputs, labels, num_items_in_batch):
         logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        return (
+            torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+        )
 
     with work.launched():
         trainer = work.DCPTrainer(

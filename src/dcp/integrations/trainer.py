@@ -30,7 +30,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 from dcp.cluster import Cluster
 from dcp.data import DCPDataLoader, LocalBatch, gather_samples
 from dcp.data.samples import IGNORED
-from dcp.integrations.transformers import attention_of, planned_forward, register_attention
+from dcp.integrations.transformers import (
+    Attention,
+    attention_of,
+    planned_forward,
+    register_attention,
+)
 from dcp.program import RankPlan
 from dcp.ragged import starts
 from dcp.runtime import AttentionExecutor
@@ -81,9 +86,7 @@ class PlannedBatches:
         return len(self.loader)
 
 
-def model_inputs(
-    batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor
-) -> dict[str, Any]:
+def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor) -> dict[str, Any]:
     """A batch as keywords of a Hugging Face model, and as ``dcp_batch`` and ``dcp_plan``.
 
     Rows are ``[1, local + 1]``: the rank's tokens and a stand-in. ``labels`` lie one row behind the
@@ -155,8 +158,8 @@ class PlannedTrainerMixin:
     # ------------------------------------------------------------------ data
 
     def _open_loader(self, dataset: Any, *, tokens_per_batch: int, seed: int | None) -> Any:
-        plan, register = self.plan, register_attention
-        register()
+        plan = self.plan
+        register_attention()
         self.model.set_attn_implementation("dcp")
         self.model.config.use_cache = False
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
@@ -164,7 +167,7 @@ class PlannedTrainerMixin:
         config = self.model.config.get_text_config()
         return DCPDataLoader(
             dataset,
-            self.attention.mask_fn if plan.mask is None else plan.mask,
+            _masks_of(self.attention) if plan.mask is None else plan.mask,
             spec=self.attention.spec,
             mask_weights=self.attention.weights if plan.mask is None else None,
             tokens_per_batch=tokens_per_batch,
@@ -221,9 +224,7 @@ class PlannedTrainerMixin:
         count = sum(inputs["dcp_batch"].num_loss_tokens for inputs in batch_samples)
         return torch.tensor(max(count, 1), device=device)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Trainer's own, of a model whose attention is that of the batch's plan."""
         batch, bound = inputs["dcp_batch"], inputs["dcp_plan"]
         if model.training:
@@ -300,7 +301,11 @@ class PlannedTrainerMixin:
     # ------------------------------------------------------------------ evaluation
 
     def evaluation_loop(
-        self, dataloader: PlannedBatches, *args: Any, metric_key_prefix: str = "eval", **options: Any
+        self,
+        dataloader: PlannedBatches,
+        *args: Any,
+        metric_key_prefix: str = "eval",
+        **options: Any,
     ) -> EvalLoopOutput:
         """Trainer's; the loss is the mean over all labels, predictions are those of the samples in
         the dataset's order, ``[samples, longest, vocab]``, the same on every rank."""
@@ -321,7 +326,12 @@ class PlannedTrainerMixin:
         return EvalLoopOutput(predictions, labels, metrics, len(dataloader.dataset))
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **options: Any
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        *args: Any,
+        **options: Any,
     ) -> tuple[Any, Any, Any]:
         """Trainer's, with the batch's sequences in place of this rank's rows."""
         batch = inputs["dcp_batch"]
@@ -364,6 +374,15 @@ class _Evaluated:
         """Sequences by document and place in it."""
         pieces = np.concatenate(self.pieces)
         return np.lexsort((pieces[:, 1], pieces[:, 0]))
+
+
+def _masks_of(attention: Attention) -> Any:
+    """The ``mask_fn`` of what a model asks for: the same masks for every sequence."""
+
+    def mask_fn(seqlens: Any, samples: Any) -> dict[str, list[str]]:
+        return {name: [mask] * len(seqlens) for name, mask in attention.masks.items()}
+
+    return mask_fn
 
 
 def _by_sequence(batch: LocalBatch, rows: torch.Tensor, group: Any) -> torch.Tensor:
