@@ -249,7 +249,8 @@ class Stream:
         self.next = state["next"]
 
     def __iter__(self):
-        for self.next in range(self.next + 1, len(self.records) + 1):
+        while self.next < len(self.records):
+            self.next += 1
             yield self.records[self.next - 1]
         self.next = 0
 

@@ -50,10 +50,13 @@ class EncodedRecords(Sequence[Any]):
         index = range(len(self))[index]
         return self.encode(self.records[index], index)
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))  # no IndexError of records ends it
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, padding left out: int64 ``[n]``; encodes every record once."""
-        return np.array([_length(self[index]) for index in range(len(self))], dtype=np.int64)
+        return np.array([_length(sample) for sample in self], dtype=np.int64)
 
     def encode(self, record: Any, index: int) -> dict[str, Any]:
         """The sample of a record; ``ValueError``, with its index, where it cannot be one."""

@@ -88,8 +88,7 @@ class PreferencePairs(EncodedRecords):
     @property
     def tokens_saved(self) -> int:
         """Tokens less than chosen and rejected would have as two sequences each; encodes all."""
-        samples = (self[index] for index in range(len(self)))
-        return sum(int(len(s["input_ids"]) - sum(s["answer_lengths"])) for s in samples)
+        return sum(int(len(s["input_ids"]) - sum(s["answer_lengths"])) for s in self)
 
     def encode(self, record: Any, index: int) -> dict[str, Any]:
         where = f"record {index}"

@@ -182,7 +182,8 @@ class ParquetTables:
         number = int(np.searchsorted(self.group_end, index, side="right"))
         if self._last[0] != number:
             self._last = (number, self._table(*self._groups[number]))
-        return self._last[1], int(index - self.group_end[number])
+        table = self._last[1]
+        return table, int(index - self.group_end[number]) + len(table)
 
     def _open(self, file: PinnedFile, metadata: Any = None) -> Any:
         file.check()
