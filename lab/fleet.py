@@ -56,7 +56,9 @@ def measured_cluster(found: list[dict[str, Any]], like: Cluster, *, name: str) -
         for field in seen[0]
         if field not in ("kernel_rates", "kernel_tile", "device_flops")
     }
-    kernel_rates = np.mean([rates["kernel_rates"] for rates in seen], axis=0).tolist()
+    every = np.array([rates["kernel_rates"] for rates in seen])
+    sides, means = every[0, :, 0].astype(int).tolist(), every[:, :, 1].mean(axis=0).tolist()
+    kernel_rates = tuple(zip(sides, means, strict=True))
     fields["kernel_tile"] = round(median(rates["kernel_tile"] for rates in seen))
     flops = max(rate for _, rate in kernel_rates)
     return replace(like, name=name, kernel_rates=kernel_rates, device_flops=flops, **fields)

@@ -14,16 +14,15 @@ from dcp.integrations.transformers import (  # noqa: E402
     local_output,
     register_attention,
 )
-from tests.model_cases import make_config, make_model, make_tokens  # noqa: E402
+from tests.model_cases import (  # noqa: E402
+    make_config,
+    make_executor,
+    make_model,
+    make_tiny,
+    make_tokens,
+    relative_error,
+)
 
-WINDOW = 5
-EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-}
 SERVED = [
     "Apertus", "Arcee", "AriaText", "BioGpt", "BitNet", "CTRL", "CodeGen", "Cohere", "Cohere2",
     "Ernie4_5", "Exaone4", "FlexOlmo", "GPT2", "GPTJ", "GPTNeoX", "Gemma", "Gemma2",
@@ -34,82 +33,9 @@ SERVED = [
 ]  # fmt: skip
 
 
-def make(kind, **others):
-    """A tiny model of an architecture, with its own attention, and the sizes that it has."""
-    register_attention()
-    config_kind = getattr(T, f"{kind}Config")
-    known = config_kind()
-    sizes = {
-        "num_hidden_layers": 2,
-        "intermediate_size": 48,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 64,
-        "rotary_dim": 8,
-        "layer_types": None,
-        "sliding_window": WINDOW,
-        "n_embd": 32,
-        "ffn_dim": 48,
-        "word_embed_proj_dim": 32,
-        "dff": 48,
-        "query_pre_attn_scalar": 8,
-        **EXPERTS,
-    }
-    fixed = {name for name in sizes if isinstance(getattr(config_kind, name, None), property)}
-    values = {n: value for n, value in sizes.items() if hasattr(known, n) and n not in fixed}
-    values |= {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0}
-    if hasattr(config_kind, "layers_block_type"):  # made from other fields
-        values.pop("layer_types", None)
-    values |= {"bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    return T.AutoModelForCausalLM.from_config(config_kind(**values | others)).eval()
-
-
-def make_executor(model, seqlens):
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    spec = AttentionSpec(
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype="float32",
-    )
-    masks = {"all": "causal", "near": f"sliding_window:window={WINDOW}"}
-    executor = AttentionExecutor()
-    executor.prepare(plan(SequenceBatch(seqlens, masks), spec, Cluster(devices_per_node=1)))
-    return executor
-
-
 @pytest.mark.parametrize("kind", SERVED)
 def test_architectures_that_are_served(kind):
-    model, seqlens = make(kind), [12, 7]
-    tokens = make_tokens(seqlens)
-    with torch.no_grad():
-        wanted = [model(input_ids=of[None]).logits[0] for of in tokens.split(seqlens)]
-        model.set_attn_implementation("dcp")
-        positions = torch.cat([torch.arange(seqlen) for seqlen in seqlens])
-        executor = make_executor(model, seqlens)
-        found = local_logits(model, tokens, positions, executor, dcp_sliding_mask="near")
-    error = (found - torch.cat(wanted)).abs().max()
-    assert error < 1e-4 * found.abs().max()
-
-
-@pytest.mark.parametrize("kind", ["DeepseekV2", "DeepseekV3"])
-def test_latent_attention_with_values_of_their_own_width_is_served(kind):
-    low_rank = {"q_lora_rank": 12, "kv_lora_rank": 8, "num_key_value_heads": 4}
-    widths = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "head_dim": 4}
-    experts = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1}
-    model, seqlens = make(kind, **low_rank, **widths, **experts), [12, 7]
-    tokens = make_tokens(seqlens)
-    spec = AttentionSpec(num_heads=4, num_kv_heads=4, head_dim=12, value_dim=6, dtype="float32")
-    executor = AttentionExecutor()
-    executor.prepare(plan(SequenceBatch(seqlens), spec, Cluster(devices_per_node=1)))
-    positions = torch.cat([torch.arange(seqlen) for seqlen in seqlens])
-    with torch.no_grad():
-        wanted = [model(input_ids=of[None]).logits[0] for of in tokens.split(seqlens)]
-        model.set_attn_implementation("dcp")
-        found = local_logits(model, tokens, positions, executor)
-    assert (found - torch.cat(wanted)).abs().max() < 1e-4 * found.abs().max()
+    assert relative_error(make_tiny(kind)) < 1e-4
 
 
 REFUSED = {
@@ -155,10 +81,10 @@ TINY = {  # what else a small one needs
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_architectures_that_are_refused_by_name(kind):
-    model = make(kind, **TINY.get(kind, {}))
+    model = make_tiny(kind, **TINY.get(kind, {}))
     model.set_attn_implementation("dcp")
     with pytest.raises(ValueError, match=REFUSED[kind]) as refusal:
-        local_logits(model, make_tokens([12]), torch.arange(12), make_executor(model, [12]))
+        local_logits(model, make_tokens([12]), torch.arange(12), make_executor([12]))
     assert kind in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -198,14 +124,14 @@ def test_encoder_decoders_are_refused():
 def test_heads_without_a_result_per_token_are_refused(head, words):
     model = head(make_config("dcp", pad_token_id=0))
     with pytest.raises(ValueError, match=words):
-        local_logits(model, make_tokens([40]), torch.arange(40), make_executor(model, [40]))
+        local_logits(model, make_tokens([40]), torch.arange(40), make_executor([40]))
 
 
 def test_heads_with_a_result_per_token_are_right():
     torch.manual_seed(0)
     model = T.LlamaForTokenClassification(make_config("dcp")).eval()
     tokens = make_tokens([40])
-    found = local_logits(model, tokens, torch.arange(40), make_executor(model, [40]))
+    found = local_logits(model, tokens, torch.arange(40), make_executor([40]))
     model.set_attn_implementation("eager")
     assert (found - model(input_ids=tokens[None]).logits[0]).abs().max() < 1e-5
 
@@ -247,7 +173,7 @@ def test_unknown_layers_that_mix_tokens_are_found(how, dtype):
 def test_layers_are_counted_once_whatever_is_recomputed():
     model = make_model(make_config("dcp")).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    executor = make_executor(model, [12])
+    executor = make_executor([12])
     for _ in range(2):
         local_logits(model, make_tokens([12]), torch.arange(12), executor).sum().backward()
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)

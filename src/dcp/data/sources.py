@@ -142,37 +142,48 @@ class JsonRecords(Documents):
             raise ValueError(f"{where} has text that is no Unicode: {error.reason}") from None
 
 
-class ParquetRows(Documents):
-    """One document per row of Parquet files: the string column ``text_field``.
+class ParquetTables:
+    """Row groups of Parquet files, one after another; keeps the last one that was read.
 
-    Reads one row group at a time and keeps the last one.
+    Args:
+        paths: the files; ``ValueError`` for one that is damaged or has no rows.
+        columns: which to read; None: all. ``ValueError`` where a file has not all of them.
+
+    Attributes:
+        group_end: rows up to the end of each row group, int64.
     """
 
-    def __init__(self, paths: Iterable[str], *, text_field: str = "text") -> None:
+    def __init__(self, paths: Iterable[str], *, columns: list[str] | None = None) -> None:
         self._parquet = import_or_refuse("pyarrow.parquet", "pyarrow", "Parquet files")
-        self.text_field, sizes = text_field, []
+        self._columns, rows = columns, []
         self._groups: list[tuple[PinnedFile, Any, int]] = []  # file, its metadata, row group
         for path in paths:
             file = PinnedFile(path)
             with closing(self._open(file)) as opened:
                 names, metadata = opened.schema_arrow.names, opened.metadata
-            if text_field not in names:
-                raise ValueError(f"{path} has no column {text_field!r} but {', '.join(names)}")
+            for name in columns or ():
+                if name not in names:
+                    raise ValueError(f"{path} has no column {name!r} but {', '.join(names)}")
             if not metadata.num_rows:
                 raise ValueError(f"{path} is empty: remove it, or write it again")
             for group in range(metadata.num_row_groups):
                 self._groups.append((file, metadata, group))
-                column = self._column(*self._groups[-1])
-                sizes.append(_text_bytes(column, f"{path}, row group {group}", text_field))
-        self.num_bytes = _joined(sizes)
-        self._group_end = np.cumsum([len(s) for s in sizes], dtype=np.int64)
+                rows.append(metadata.row_group(group).num_rows)
+        self.group_end = np.cumsum(rows, dtype=np.int64)
         self._last: tuple[int, Any] = (-1, None)
 
-    def read(self, index: int) -> bytes:
-        number = int(np.searchsorted(self._group_end, index, side="right"))
+    def tables(self) -> Iterator[tuple[str, Any]]:
+        """Each row group, with its name for messages."""
+        for file, metadata, group in self._groups:
+            yield f"{file.path}, row group {group}", self._table(file, metadata, group)
+
+    def find(self, index: int) -> tuple[Any, int]:
+        """The table that holds a row, and the row's number in it."""
+        number = int(np.searchsorted(self.group_end, index, side="right"))
         if self._last[0] != number:
-            self._last = (number, self._column(*self._groups[number]))
-        return self._last[1][int(index - self._group_end[number])].as_py().encode()
+            self._last = (number, self._table(*self._groups[number]))
+        table = self._last[1]
+        return table, int(index - self.group_end[number]) + len(table)
 
     def _open(self, file: PinnedFile, metadata: Any = None) -> Any:
         file.check()
@@ -182,31 +193,38 @@ class ParquetRows(Documents):
             reason = first_line(error)
             raise ValueError(f"{file.path} is not a Parquet file: {reason}") from None
 
-    def _column(self, file: PinnedFile, metadata: Any, group: int) -> Any:
-        """The texts of a row group."""
+    def _table(self, file: PinnedFile, metadata: Any, group: int) -> Any:
         with closing(self._open(file, metadata)) as opened:
             try:
-                return opened.read_row_group(group, columns=[self.text_field])[self.text_field]
+                return opened.read_row_group(group, columns=self._columns)
             except Exception as error:  # pyarrow raises its own kinds
                 reason = first_line(error)
                 raise ValueError(f"{file.path}, row group {group} is damaged: {reason}") from None
+
+
+class ParquetRows(Documents):
+    """One document per row of Parquet files: the string column ``text_field``.
+
+    Reads one row group at a time and keeps the last one.
+    """
+
+    def __init__(self, paths: Iterable[str], *, text_field: str = "text") -> None:
+        self._tables, self.text_field = ParquetTables(paths, columns=[text_field]), text_field
+        self.num_bytes = _joined(
+            _text_bytes(table[text_field], where, text_field)
+            for where, table in self._tables.tables()
+        )
+
+    def read(self, index: int) -> bytes:
+        table, row = self._tables.find(index)
+        return table[self.text_field][row].as_py().encode()
 
 
 class HuggingFaceDocuments(Documents):
     """One document per row of a Hugging Face dataset, by hub name or local path."""
 
     def __init__(self, name: str, *, text_field: str = "text", split: str = "train") -> None:
-        library = import_or_refuse("datasets", "datasets", f"the Hugging Face dataset {name!r}")
-        try:
-            if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
-                rows = library.load_from_disk(name)
-                rows = rows[split] if hasattr(rows, "keys") else rows
-            else:
-                rows = library.load_dataset(name, split=split)
-        except Exception as error:  # network, name, split: the library raises many kinds
-            raise ValueError(
-                f"Hugging Face dataset {name!r} cannot be loaded: {first_line(error)}"
-            ) from None
+        rows = hugging_face_rows(name, split=split)
         if text_field not in rows.column_names:
             names = ", ".join(rows.column_names)
             raise ValueError(f"dataset {name!r} has no column {text_field!r} but {names}")
@@ -219,6 +237,20 @@ class HuggingFaceDocuments(Documents):
 
     def read(self, index: int) -> bytes:
         return self._rows[int(index)][self.text_field].encode()
+
+
+def hugging_face_rows(name: str, *, split: str) -> Any:
+    """A Hugging Face dataset, by hub name or local path; ``ValueError`` where it cannot be had."""
+    library = import_or_refuse("datasets", "datasets", f"the Hugging Face dataset {name!r}")
+    try:
+        if (Path(name) / "state.json").exists() or (Path(name) / "dataset_dict.json").exists():
+            rows = library.load_from_disk(name)
+            return rows[split] if hasattr(rows, "keys") else rows
+        return library.load_dataset(name, split=split)
+    except Exception as error:  # network, name, split: the library raises many kinds
+        raise ValueError(
+            f"Hugging Face dataset {name!r} cannot be loaded: {first_line(error)}"
+        ) from None
 
 
 def open_documents(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.inference.attention import CachedAttention
-from dcp.integrations.model_checks import check_model, rotary_limit, try_model
+from dcp.integrations.describe import attention_of
+from dcp.integrations.model_checks import rotary_limit, try_model
 from dcp.integrations.model_masks import register_masks
 from dcp.integrations.transformers import dcp_attention, local_logits, register_attention
 from dcp.plans import Plan
@@ -65,30 +66,24 @@ def cached_attention(
 def use_cached_attention(model: Any) -> AttentionSpec:
     """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute.
 
-    Raises ``ValueError`` for a model that dcp attention cannot serve.
+    Raises ``ValueError`` for a model that dcp attention cannot serve, and for one whose keys and
+    values have two widths.
     """
     from transformers import AttentionInterface
 
     register_attention()
-    check_model(model)
+    spec = attention_of(model).spec
+    if spec.value_dim != spec.head_dim:
+        raise ValueError(
+            f"{type(model).__name__} has latent attention, of keys and values of two widths, which "
+            "the cache does not hold: train it with dcp, serve it elsewhere"
+        )
     model.set_attn_implementation("dcp")
     try_model(model)
     AttentionInterface.register(NAME, cached_attention)
     register_masks(NAME)
     model.set_attn_implementation(NAME)
-    config = model.config
-    if getattr(config, "kv_lora_rank", None):
-        raise ValueError(
-            f"{type(model).__name__} has latent attention, of keys and values of two widths, which "
-            "the cache does not hold: train it with dcp, serve it elsewhere"
-        )
-    heads = config.num_attention_heads
-    return AttentionSpec(
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    return spec
 
 
 def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) -> dict[int, Tensor]:

@@ -20,6 +20,8 @@ _MIXERS = re.compile(
     "Mamba|SSM|StateSpace|LinearAttention|LightningAttention|DeltaNet|DeltaAttention|Recurrent"
     "|ShortConv|Retention|Rwkv|[xms]LSTM|Hyena|Indexer"
 )
+#: Kinds with a fixed list of attention classes of their own, by the name of that list.
+OWN_TABLES = {"falcon": "FALCON_ATTENTION_CLASSES", "gpt_neo": "GPT_NEO_ATTENTION_CLASSES"}
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _TRIED = "_dcp_tried"  # set on a model whose trial went well
 _ROWS = [5, 3, 1, 0]  # of six tokens, in another order: none of them stays where it was
@@ -35,7 +37,7 @@ def check_model(model: nn.Module) -> None:
     linear attention), and for temperatures that count rows.
     """
     name, config = _name(model), text_config(model)
-    parameters = inspect.signature(_inner(model).forward).parameters
+    parameters = inspect.signature(inner_model(model).forward).parameters
     refused = {
         "is an encoder-decoder, whose attentions run between two sequences": getattr(
             config, "is_encoder_decoder", False
@@ -89,17 +91,17 @@ def check_logits(model: nn.Module, output: Any, rows: int | None) -> Tensor:
 
 def text_config(model: nn.Module) -> Any:
     """The configuration of the layers that read text; None of a model that has none."""
-    config = getattr(_inner(model), "config", None)
+    config = getattr(inner_model(model), "config", None)
     return config.get_text_config() if isinstance(config, PreTrainedConfig) else None
 
 
-def _inner(model: nn.Module) -> nn.Module:
+def inner_model(model: nn.Module) -> nn.Module:
     """The model inside wrappers of torch, such as DistributedDataParallel."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
 def _name(model: nn.Module) -> str:
-    return type(_inner(model)).__name__
+    return type(inner_model(model)).__name__
 
 
 def _mixers(model: nn.Module, config: Any) -> set[str]:
@@ -137,7 +139,7 @@ def try_model(model: nn.Module) -> None:
     rows, where dcp cannot know of it. Raises ``ValueError`` for that, and for a model that fails.
     The modes and random state of the model are as before; a model is tried only once.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if getattr(inner, _TRIED, False):
         return
     modes = {module: module.training for module in model.modules()}

@@ -4,8 +4,10 @@
 
     register_attention()
     model = LlamaForCausalLM(LlamaConfig(…, attn_implementation="dcp", use_cache=False))
-    executor.prepare(plan)
-    logits = local_logits(model, tokens, positions, executor)
+    asked = attention_of(model)
+    batch = SequenceBatch(seqlens, asked.masks, weights=asked.weights)
+    executor.prepare(plan(batch, asked.spec, cluster))
+    logits = local_logits(model, tokens, positions, executor, **asked.keywords)
 
 The model sees one row of this rank's tokens, in the plan's order. Every rank must call it, one
 without tokens too, because it computes for the others. Which tokens see which is the plan's
@@ -24,7 +26,9 @@ import torch
 import torch.distributed as dist
 from transformers import AttentionInterface
 
+from dcp.integrations.describe import Attention, attention_of
 from dcp.integrations.model_checks import (
+    OWN_TABLES,
     check_calls,
     check_logits,
     check_model,
@@ -38,8 +42,17 @@ from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.group import resolve_group
 
+__all__ = [
+    "Attention",
+    "attention_of",
+    "balance_loss",
+    "dcp_attention",
+    "local_logits",
+    "local_output",
+    "planned_forward",
+    "register_attention",
+]
 NAME = "dcp"
-_OWN_TABLES = {"falcon": "FALCON_ATTENTION_CLASSES", "gpt_neo": "GPT_NEO_ATTENTION_CLASSES"}
 _REFUSED = {  # what a model may ask for and a plan cannot give, and what to do
     "attention_mask": "masks belong to the plan",
     "dropout": "set attention dropout to 0",
@@ -57,7 +70,7 @@ def register_attention() -> None:
     """Make ``attn_implementation="dcp"`` known to transformers."""
     AttentionInterface.register(NAME, dcp_attention)
     register_masks(NAME)
-    for model, table in _OWN_TABLES.items():
+    for model, table in OWN_TABLES.items():
         module = import_module(f"transformers.models.{model}.modeling_{model}")
         getattr(module, table, {})[NAME] = _Unserved
 
