@@ -59,6 +59,15 @@ def test_the_training_loop_example():
     run_example([*launcher, "--nproc-per-node", "2", "examples/train_loop.py"], "step 9: loss")
 
 
+def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
+    for package in ("transformers", "accelerate", "peft"):
+        pytest.importorskip(package)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "examples/finetune_chat.py", "--output", str(tmp_path)]
+    run_example([*launcher, *words, "--lora"], "plan_wait_seconds")
+    assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+
+
 def run_example(command, wanted):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

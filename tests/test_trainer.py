@@ -1,5 +1,7 @@
 """DCPTrainer against plain loops over single documents, one rank, and undisturbed runs."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from tests import trainer_work as work  # noqa: E402
+from tests import trainer_work as work
 
 
 def logits_of(model, tokens):
@@ -41,7 +43,7 @@ def test_one_step_is_that_of_a_plain_loop(tmp_path):
     loss, count = loss_by_documents(model, work.documents())
     (loss / count).backward()
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    close(found["losses"], [float(loss / count)])
+    close(found["losses"], [float(loss.detach() / count)])
     close(found["norms"], [float(norm)])
     for weight, parameter in zip(found["weights"], model.parameters(), strict=True):
         close(weight, (parameter - 1e-2 * parameter.grad).detach().numpy(), 1e-5)
@@ -92,7 +94,8 @@ def test_resuming_changes_nothing(gloo_pool, tmp_path, step):
     whole = work.run(tmp_path, **options)
     resume = str(tmp_path / f"checkpoint-{step}")
     again = work.run(tmp_path, resume=resume, **options)
-    assert [np.array_equal(a, b) for a, b in zip(again["weights"], whole["weights"], strict=True)]
+    for weight, wanted in zip(again["weights"], whole["weights"], strict=True):
+        assert np.array_equal(weight, wanted)
     assert again["losses"] == whole["losses"]  # the log goes on from the checkpoint's
     others = {**options, "resume": resume, "save_strategy": "no"}
     for found in gloo_pool(3).run(job, tmp_path / "other", others):
@@ -117,12 +120,37 @@ def test_evaluation_is_a_mean_over_labels(gloo_pool, tmp_path):
             assert (found["label_ids"][n, lengths[n] :] == -100).all()
 
 
+def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
+    work.run(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    (tmp_path / "checkpoint-1" / "dcp_loader.json").unlink()
+    with pytest.raises(ValueError, match=r"dcp_loader\.json is missing .* is no checkpoint"):
+        work.run(tmp_path, resume=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("trains with 1 processes, the group has 2", {"use_cpu": False}),
+        ("accelerate leaves fsdp=.* out here", {"fsdp": True}),
+    ],
+)
+def test_what_accelerate_would_leave_out_is_refused(gloo_pool, tmp_path, words, options):
+    for message in gloo_pool(2).run(refusal, tmp_path, options):
+        assert re.search(words, message)
+
+
+def refusal(output, options):
+    try:
+        work.run(output, **options)
+    except ValueError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize(
     ("words", "options"),
     [
         ("auto_find_batch_size does not go with", {"auto_find_batch_size": True}),
         ("average_tokens_across_devices=False", {"average_tokens_across_devices": False}),
-        ("is no checkpoint of planned training", {"resume": "."}),
     ],
 )
 def test_what_would_have_no_effect_is_refused(tmp_path, words, options):

@@ -25,7 +25,7 @@ def make_model(kind="Llama", **others):
     sizes = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 256, "use_cache": False, "pad_token_id": 0, **others,
+        "max_position_embeddings": 256, "pad_token_id": 0, **others,
     }  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**sizes)
     return transformers.AutoModelForCausalLM.from_config(config)

@@ -136,4 +136,6 @@ def _begins(batch: LocalBatch) -> np.ndarray:
 
 
 def _as_bytes(values: Tensor) -> Tensor:
+    if not values.numel():  # an empty one may have no stride that a view can keep
+        return values.new_empty(0, dtype=torch.uint8)
     return values.reshape(-1).view(torch.uint8)

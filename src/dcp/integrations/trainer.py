@@ -2,7 +2,8 @@
 
 ::
 
-    trainer = DCPTrainer(model, args, train_dataset=samples, plan=PlanningArguments(tokens_per_batch=65536))
+    planning = PlanningArguments(tokens_per_batch=65536)
+    trainer = DCPTrainer(model, args, train_dataset=samples, plan=planning)
     trainer.train()
 
 A batch is one batch of tokens over all ranks, whatever ``per_device_train_batch_size`` says. Each
@@ -102,7 +103,10 @@ def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor)
     }
 
 
-class PlannedTrainerMixin:
+_Trainer: Any = object  # what comes behind the mixin, a Trainer, has more
+
+
+class PlannedTrainerMixin(_Trainer):
     """What makes a Trainer plan its attention; put it before any kin of ``transformers.Trainer``.
 
     Args:
@@ -149,11 +153,27 @@ class PlannedTrainerMixin:
                     f"{what} does not go with planned attention: start one process per device with "
                     "torchrun, leave the argument out, and say tokens_per_batch=… instead"
                 )
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if args.world_size != ranks:
+            raise ValueError(
+                f"accelerate trains with {args.world_size} processes, the group has {ranks}: "
+                "each would train a model of its own; on the CPU, give use_cpu=True"
+            )
+        if args.fsdp and not self._is_sharded:
+            raise ValueError(
+                f"accelerate leaves fsdp={args.fsdp!r} out here (it runs as "
+                f"{self.accelerator.distributed_type}), as it does on CPUs: leave it out, too"
+            )
         if not (self.model_accepts_loss_kwargs or self.compute_loss_func):
             raise ValueError(
-                f"{type(self.model).__name__} takes no num_items_in_batch, so that its loss would be "
-                "a rank's mean: give compute_loss_func=fn(outputs, labels, num_items_in_batch)"
+                f"{type(self.model).__name__} takes no num_items_in_batch, so that its loss would "
+                "be a rank's mean: give compute_loss_func=fn(outputs, labels, num_items_in_batch)"
             )
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether accelerate shards the model; Trainer's own flag says that it was asked to."""
+        return bool(self.accelerator.distributed_type.name == "FSDP")
 
     # ------------------------------------------------------------------ data
 
@@ -161,7 +181,6 @@ class PlannedTrainerMixin:
         plan = self.plan
         register_attention()
         self.model.set_attn_implementation("dcp")
-        self.model.config.use_cache = False
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
         self.attention = attention_of(self.model, dtype=dtype)
         config = self.model.config.get_text_config()
@@ -232,7 +251,7 @@ class PlannedTrainerMixin:
         keywords = {"dcp_any_mask": True} if self.plan.mask is not None else self.attention.keywords
         own = {name: x for name, x in inputs.items() if name not in ("dcp_batch", "dcp_plan")}
         with planned_forward(model, bound) as planned:
-            every = {**own, **planned, **keywords, "dcp_stand_ins": 1}
+            every = {**own, **planned, **keywords, "dcp_stand_ins": 1, "use_cache": False}
             return super().compute_loss(model, every, *args, **options)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
@@ -320,9 +339,8 @@ class PlannedTrainerMixin:
         if key in metrics:
             metrics[key] = self._evaluated.mean_loss(self.group, self.args.device)
         order = self._evaluated.order()
-        predictions, labels = (
-            rows if rows is None else rows[order] for rows in (found.predictions, found.label_ids)
-        )
+        predictions: Any = None if found.predictions is None else found.predictions[order]
+        labels: Any = None if found.label_ids is None else found.label_ids[order]
         return EvalLoopOutput(predictions, labels, metrics, len(dataloader.dataset))
 
     def prediction_step(
@@ -347,7 +365,7 @@ class PlannedTrainerMixin:
         return loss, rows, torch.nn.functional.pad(shown, (1, 0), value=IGNORED)[:, :-1]
 
 
-class DCPTrainer(PlannedTrainerMixin, Trainer):
+class DCPTrainer(PlannedTrainerMixin, Trainer):  # type: ignore[misc]  # of its own loaders
     """``transformers.Trainer`` with planned attention, see :class:`PlannedTrainerMixin`."""
 
 
@@ -405,6 +423,6 @@ def _read_state(folder: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it is "
-            "no checkpoint of planned training"
+            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it "
+            "is no checkpoint of planned training"
         ) from None
