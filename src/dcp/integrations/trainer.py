@@ -15,9 +15,7 @@ beside their tokens.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -28,80 +26,26 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
 
-from dcp.cluster import Cluster
-from dcp.data import DCPDataLoader, LocalBatch, gather_samples
+from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
+from dcp.integrations.trainer_batches import (
+    LOADER_STATE,
+    Evaluated,
+    PlannedBatches,
+    PlanningArguments,
+    by_sequence,
+    masks_of,
+    read_state,
+)
 from dcp.integrations.transformers import (
-    Attention,
     attention_of,
     planned_forward,
     register_attention,
 )
 from dcp.program import RankPlan
-from dcp.ragged import starts
 from dcp.runtime import AttentionExecutor
 
-LOADER_STATE = "dcp_loader.json"  # in a checkpoint's folder
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanningArguments:
-    """How batches are filled and attention is planned; what is not here is ``TrainingArguments``'.
-
-    Args:
-        tokens_per_batch: of a micro-batch, over all ranks.
-        eval_tokens_per_batch: the same in evaluation; None is ``tokens_per_batch``.
-        mask: name of a mask, or ``mask_fn(seqlens, samples)``, for every layer; None is what the
-            model asks for (:func:`dcp.integrations.transformers.attention_of`).
-        strategy, block_size, look_ahead, cluster: see :func:`dcp.plan` and
-            :class:`dcp.DCPDataLoader`.
-        num_workers: planning processes of a planning rank.
-        loader_options: further keywords of :class:`dcp.DCPDataLoader`, such as ``fields`` or
-            ``max_seqlen``.
-        plan_options: further keywords of :func:`dcp.plan`.
-    """
-
-    tokens_per_batch: int
-    eval_tokens_per_batch: int | None = None
-    mask: Any = None
-    strategy: str = "auto"
-    block_size: int | str = "auto"
-    look_ahead: int = 4
-    num_workers: int = 1
-    cluster: Cluster | None = None
-    loader_options: dict[str, Any] = field(default_factory=dict)
-    plan_options: dict[str, Any] = field(default_factory=dict)
-
-
-class PlannedBatches:
-    """A loader as Trainer wants it: one epoch of model inputs per iteration."""
-
-    def __init__(self, loader: DCPDataLoader, executor: AttentionExecutor, dataset: Any) -> None:
-        self.loader, self.executor, self.dataset = loader, executor, dataset
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch, plan in self.loader:
-            yield model_inputs(batch, plan, self.executor)
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-
-def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor) -> dict[str, Any]:
-    """A batch as keywords of a Hugging Face model, and as ``dcp_batch`` and ``dcp_plan``.
-
-    Rows are ``[1, local + 1]``: the rank's tokens and a stand-in. ``labels`` lie one row behind the
-    token that predicts them, where models, ``compute_loss_func`` and label smoothing look for them.
-    """
-    row = batch.tokens.new_zeros(1)
-    return {
-        "input_ids": torch.cat([batch.tokens, row])[None],
-        "position_ids": torch.cat([batch.positions, row])[None],
-        "labels": torch.cat([row + IGNORED, batch.labels])[None],
-        "dcp_batch": batch,
-        "dcp_plan": executor.bind(plan),
-    }
-
+__all__ = ["DCPTrainer", "PlannedTrainerMixin", "PlanningArguments"]
 
 _Trainer: Any = object  # what comes behind the mixin, a Trainer, has more
 
@@ -135,7 +79,7 @@ class PlannedTrainerMixin(_Trainer):
         self._loader: DCPDataLoader | None = None
         self._resume_from: str | None = None
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
-        self._evaluated = _Evaluated()
+        self._evaluated = Evaluated()
 
     def _check_arguments(self) -> None:
         args = self.args
@@ -186,7 +130,7 @@ class PlannedTrainerMixin(_Trainer):
         config = self.model.config.get_text_config()
         return DCPDataLoader(
             dataset,
-            _masks_of(self.attention) if plan.mask is None else plan.mask,
+            masks_of(self.attention) if plan.mask is None else plan.mask,
             spec=self.attention.spec,
             mask_weights=self.attention.weights if plan.mask is None else None,
             tokens_per_batch=tokens_per_batch,
@@ -214,7 +158,7 @@ class PlannedTrainerMixin(_Trainer):
         tokens = self.plan.tokens_per_batch
         self._loader = self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed)
         if self._resume_from is not None:
-            self._loader.load_state_dict(_read_state(Path(self._resume_from)))
+            self._loader.load_state_dict(read_state(Path(self._resume_from)))
         return PlannedBatches(self._loader, self.executor, self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedBatches:
@@ -328,7 +272,7 @@ class PlannedTrainerMixin(_Trainer):
     ) -> EvalLoopOutput:
         """Trainer's; the loss is the mean over all labels, predictions are those of the samples in
         the dataset's order, ``[samples, longest, vocab]``, the same on every rank."""
-        self._evaluated = _Evaluated()
+        self._evaluated = Evaluated()
         with ExitStack() as stack:
             stack.callback(dataloader.loader.close)
             self.gather_function = lambda tensor: tensor  # every rank has all of them
@@ -360,69 +304,10 @@ class PlannedTrainerMixin(_Trainer):
         self._evaluated.add(batch, loss / ranks)
         if logits is None or labels is None:
             return loss, None, None
-        rows = _by_sequence(batch, logits[0, :-1].float(), self.group)
-        shown = _by_sequence(batch, labels[0, 1:], self.group)
+        rows = by_sequence(batch, logits[0, :-1].float(), self.group)
+        shown = by_sequence(batch, labels[0, 1:], self.group)
         return loss, rows, torch.nn.functional.pad(shown, (1, 0), value=IGNORED)[:, :-1]
 
 
 class DCPTrainer(PlannedTrainerMixin, Trainer):  # type: ignore[misc]  # of its own loaders
     """``transformers.Trainer`` with planned attention, see :class:`PlannedTrainerMixin`."""
-
-
-class _Evaluated:
-    """What evaluation has seen so far: losses, labels, and the documents' pieces in turn."""
-
-    def __init__(self) -> None:
-        self.loss, self.num_labels = torch.zeros((), dtype=torch.float64), 0
-        self.pieces: list[np.ndarray] = []
-
-    def add(self, batch: LocalBatch, loss: torch.Tensor) -> None:
-        """``loss``: this rank's part of the batch's mean."""
-        self.loss += loss.double().cpu() * max(batch.num_loss_tokens, 1)
-        self.num_labels += batch.num_loss_tokens
-        self.pieces.append(batch.pieces)
-
-    def mean_loss(self, group: Any, device: torch.device) -> float:
-        total = self.loss.float().to(device)
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return float(total) / max(self.num_labels, 1)
-
-    def order(self) -> np.ndarray:
-        """Sequences by document and place in it."""
-        pieces = np.concatenate(self.pieces)
-        return np.lexsort((pieces[:, 1], pieces[:, 0]))
-
-
-def _masks_of(attention: Attention) -> Any:
-    """The ``mask_fn`` of what a model asks for: the same masks for every sequence."""
-
-    def mask_fn(seqlens: Any, samples: Any) -> dict[str, list[str]]:
-        return {name: [mask] * len(seqlens) for name, mask in attention.masks.items()}
-
-    return mask_fn
-
-
-def _by_sequence(batch: LocalBatch, rows: torch.Tensor, group: Any) -> torch.Tensor:
-    """A batch's rows of all ranks as ``[num_sequences, longest, …]``, padded with -100."""
-    samples = gather_samples(batch, rows, group=group)
-    whole = torch.cat([samples[sample] for sample in sorted(samples)])
-    order = np.lexsort((batch.pieces[:, 1], batch.pieces[:, 0]))
-    sizes = batch.seqlens
-    begins = np.empty_like(sizes)
-    begins[order] = starts(sizes[order])
-    padded = whole.new_full((len(sizes), int(sizes.max()), *whole.shape[1:]), IGNORED)
-    for sequence, (begin, size) in enumerate(zip(begins.tolist(), sizes.tolist(), strict=True)):
-        padded[sequence, :size] = whole[begin : begin + size]
-    return padded
-
-
-def _read_state(folder: Path) -> Any:
-    path = folder / LOADER_STATE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it "
-            "is no checkpoint of planned training"
-        ) from None

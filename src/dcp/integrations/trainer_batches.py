@@ -1,0 +1,141 @@
+"""What DCPTrainer gives its model and takes back: batches of one row, and evaluation by sample."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dcp.cluster import Cluster
+from dcp.data import DCPDataLoader, LocalBatch, gather_samples
+from dcp.data.samples import IGNORED
+from dcp.integrations.describe import Attention
+from dcp.program import RankPlan
+from dcp.ragged import starts
+from dcp.runtime import AttentionExecutor
+
+LOADER_STATE = "dcp_loader.json"  # in a checkpoint's folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanningArguments:
+    """How batches are filled and attention is planned; what is not here is ``TrainingArguments``'.
+
+    Args:
+        tokens_per_batch: of a micro-batch, over all ranks.
+        eval_tokens_per_batch: the same in evaluation; None is ``tokens_per_batch``.
+        mask: name of a mask, or ``mask_fn(seqlens, samples)``, for every layer; None is what the
+            model asks for (:func:`dcp.integrations.transformers.attention_of`).
+        strategy, block_size, look_ahead, cluster: see :func:`dcp.plan` and
+            :class:`dcp.DCPDataLoader`.
+        num_workers: planning processes of a planning rank.
+        loader_options: further keywords of :class:`dcp.DCPDataLoader`, such as ``fields`` or
+            ``max_seqlen``.
+        plan_options: further keywords of :func:`dcp.plan`.
+    """
+
+    tokens_per_batch: int
+    eval_tokens_per_batch: int | None = None
+    mask: Any = None
+    strategy: str = "auto"
+    block_size: int | str = "auto"
+    look_ahead: int = 4
+    num_workers: int = 1
+    cluster: Cluster | None = None
+    loader_options: dict[str, Any] = field(default_factory=dict)
+    plan_options: dict[str, Any] = field(default_factory=dict)
+
+
+class PlannedBatches:
+    """A loader as Trainer wants it: one epoch of model inputs per iteration."""
+
+    def __init__(self, loader: DCPDataLoader, executor: AttentionExecutor, dataset: Any) -> None:
+        self.loader, self.executor, self.dataset = loader, executor, dataset
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch, plan in self.loader:
+            yield model_inputs(batch, plan, self.executor)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+
+def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor) -> dict[str, Any]:
+    """A batch as keywords of a Hugging Face model, and as ``dcp_batch`` and ``dcp_plan``.
+
+    Rows are ``[1, local + 1]``: the rank's tokens and a stand-in. ``labels`` lie one row behind the
+    token that predicts them, where models, ``compute_loss_func`` and label smoothing look for them.
+    """
+    row = batch.tokens.new_zeros(1)
+    return {
+        "input_ids": torch.cat([batch.tokens, row])[None],
+        "position_ids": torch.cat([batch.positions, row])[None],
+        "labels": torch.cat([row + IGNORED, batch.labels])[None],
+        "dcp_batch": batch,
+        "dcp_plan": executor.bind(plan),
+    }
+
+
+def masks_of(attention: Attention) -> Any:
+    """The ``mask_fn`` of what a model asks for: the same masks for every sequence."""
+
+    def mask_fn(seqlens: Any, samples: Any) -> dict[str, list[str]]:
+        return {name: [mask] * len(seqlens) for name, mask in attention.masks.items()}
+
+    return mask_fn
+
+
+def read_state(folder: Path) -> Any:
+    path = folder / LOADER_STATE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it "
+            "is no checkpoint of planned training"
+        ) from None
+
+
+class Evaluated:
+    """What evaluation has seen so far: losses, labels, and the documents' pieces in turn."""
+
+    def __init__(self) -> None:
+        self.loss, self.num_labels = torch.zeros((), dtype=torch.float64), 0
+        self.pieces: list[np.ndarray] = []
+
+    def add(self, batch: LocalBatch, loss: torch.Tensor) -> None:
+        """``loss``: this rank's part of the batch's mean."""
+        self.loss += loss.double().cpu() * max(batch.num_loss_tokens, 1)
+        self.num_labels += batch.num_loss_tokens
+        self.pieces.append(batch.pieces)
+
+    def mean_loss(self, group: Any, device: torch.device) -> float:
+        total = self.loss.float().to(device)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return float(total) / max(self.num_labels, 1)
+
+    def order(self) -> np.ndarray:
+        """Sequences by document and place in it."""
+        pieces = np.concatenate(self.pieces)
+        return np.lexsort((pieces[:, 1], pieces[:, 0]))
+
+
+def by_sequence(batch: LocalBatch, rows: torch.Tensor, group: Any) -> torch.Tensor:
+    """A batch's rows of all ranks as ``[num_sequences, longest, …]``, padded with -100."""
+    samples = gather_samples(batch, rows, group=group)
+    whole = torch.cat([samples[sample] for sample in sorted(samples)])
+    order = np.lexsort((batch.pieces[:, 1], batch.pieces[:, 0]))
+    sizes = batch.seqlens
+    begins = np.empty_like(sizes)
+    begins[order] = starts(sizes[order])
+    padded = whole.new_full((len(sizes), int(sizes.max()), *whole.shape[1:]), IGNORED)
+    for sequence, (begin, size) in enumerate(zip(begins.tolist(), sizes.tolist(), strict=True)):
+        padded[sequence, :size] = whole[begin : begin + size]
+    return padded
