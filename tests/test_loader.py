@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from dcp import AttnMask, Cluster
 from dcp.data import ModalityMasks, PlanningError
 from dcp.data.datasets import as_dataset
+from dcp.data.exchange import Exchange
 from dcp.data.identity import sampled_documents
 from tests.loading import DOCUMENTS, AtOnce, documents_of, drain, loader_of
 
@@ -267,6 +268,28 @@ def test_ranks_share_each_batch_out(gloo_pool, planning_ranks, as_mesh):
             found = sorted(row for part in parts for row in zip(*part[:3], strict=True))
             assert found == rows
             assert {part[3] for part in parts} == {wanted[3]}
+
+
+def withdrawn_on_each_rank():
+    """Rank 1 takes a batch back that rank 0 has seen and reads only then."""
+    group, key = torch.distributed.group.WORLD, "0/0/1"
+    exchange = Exchange(group, None, timeout_seconds=20)
+    if exchange.rank == 1:
+        exchange.publish(key, [b"share", b""])
+    torch.distributed.barrier()
+    seen = exchange.num_published([key])
+    torch.distributed.barrier()
+    if exchange.rank == 1:
+        exchange.withdraw(key)
+    torch.distributed.barrier()
+    if exchange.rank == 0:
+        with pytest.raises(PlanningError, match="rank 1 has closed its loader"):
+            exchange.fetch(key, 1)
+    return seen
+
+
+def test_a_batch_taken_back_is_not_waited_for(gloo_pool):
+    assert gloo_pool(2).run(withdrawn_on_each_rank)[0] == 1
 
 
 def failing_on_each_rank():

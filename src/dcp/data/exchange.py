@@ -24,6 +24,7 @@ from dcp.runtime.waiting import NoAnswer, PatientStore
 Met = TypeVar("Met")
 
 _KIND = "batch-share"
+_WITHDRAWN = b"withdrawn"
 _COUNTS = ("num_loss_tokens", "last", "num_batches", "checksum")
 _ERRORS = {"lost": PoolLost, "value": ValueError, "planning": PlanningError}
 ERROR_SECONDS = 5.0  # an error's rank stays that long for the others to read it
@@ -196,6 +197,8 @@ class Exchange:
                     f"still, or planning takes longer"
                 )
             message = self._store.get(name)
+            if message == _WITHDRAWN:
+                raise PlanningError(f"rank {planner} has closed its loader: it plans no more")
             self._acknowledge(key, planner)
         except RuntimeError as error:
             raise _lost(error) from None
@@ -229,10 +232,14 @@ class Exchange:
         return True
 
     def withdraw(self, key: str) -> None:
-        """Take back a published batch that nobody will fetch."""
+        """Take back a published batch that nobody needs.
+
+        A word is left in its place: a rank that reads ahead may have seen it a moment ago, and
+        would wait for a key that is gone.
+        """
         with suppress(RuntimeError):  # the store is gone, and the batch with it
             for plan_rank in self._published_by(self.rank):
-                self._store.delete_key(f"{key}/{plan_rank}")
+                self._store.set(f"{key}/{plan_rank}", _WITHDRAWN)
 
     def close(self) -> None:
         """Publish nothing more: the store may be gone before the last plan is finished."""
