@@ -15,7 +15,7 @@ from dcp import __version__
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.checks import read_json, shown
 from dcp.cluster import PRESETS, Cluster
-from dcp.launch.command import CommandParser, run_command
+from dcp.launch.command import CommandParser, run_command, run_guarded
 from dcp.launch.ending import ending_on_sigterm
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
@@ -28,7 +28,15 @@ _BATCH_KEYS = ("name", "seqlens", "nodes", "devices_per_node")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 on success and 2 for a mistake of the user."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:  # its parser is transformers' own
+        return run_guarded("dcp train", lambda: _train(words[1:]))
     return run_command("dcp", lambda: _build_parser(words), words)
+
+
+def _train(words: list[str]) -> int:
+    from dcp.train.command import run
+
+    return run(words)
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,14 @@ class _Later:
 
     help: str
     module: str
-    has_jobs: bool = False  # its options depend on the words
 
-    def fill(self, parser: argparse.ArgumentParser, words: list[str]) -> None:
+    def fill(self, parser: argparse.ArgumentParser) -> None:
         module = import_module(self.module)
-        module.add_arguments(parser, *([words] if self.has_jobs else []))
+        module.add_arguments(parser)
         parser.set_defaults(run=ending_on_sigterm(module.run))
 
 
 _COMMANDS = {
-    "train": _Later("train a transformer on this machine or a cluster", "dcp.jobs", True),
     "generate": _Later("continue prompts over several ranks", "dcp.inference.command"),
     "doctor": _Later("check that everything a run needs works here", "dcp.doctor"),
     "profile": _Later("measure this cluster, write a cluster file", "dcp.profile"),
@@ -80,6 +86,7 @@ def _build_parser(words: list[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure this machine's kernels")
     benches = bench.add_subparsers(dest="bench", required=True, metavar="WHAT")
     _add_later(benches, _BENCHES, words[1:] if words[:1] == ["bench"] else [])
+    commands.add_parser("train", help="train a model on this machine or a cluster")
     _add_later(commands, _COMMANDS, words)
     return parser
 
@@ -88,7 +95,7 @@ def _add_later(commands: Any, known: dict[str, _Later], words: list[str]) -> Non
     for name, later in known.items():
         parser = commands.add_parser(name, help=later.help)
         if words[:1] == [name]:
-            later.fill(parser, words[1:])
+            later.fill(parser)
 
 
 # --------------------------------------------------------------------------- plan and compare

@@ -37,6 +37,14 @@ class ParquetRecords(Sequence[Any]):
         return table.slice(row, 1).to_pylist()[0]
 
 
+def holds_records(source: str) -> bool:
+    """Whether a source of :func:`dcp.data.open_documents` has records: JSON, Parquet, or a Hugging
+    Face dataset; else its files are texts."""
+    if source == "python" or source.startswith("hf:"):
+        return source != "python"
+    return kind_of_files(find_files(source), source) in (JSON, PARQUET)
+
+
 def open_records(source: Any, *, split: str = "train") -> Any:
     """Records by index, or a stream of them.
 

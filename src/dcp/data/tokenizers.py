@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,9 @@ class Tokenizer(Protocol):
     def length_of(self, num_bytes: np.ndarray) -> np.ndarray | None:
         """Tokens of documents of so many bytes, or None where only encoding tells."""
 
+    def for_transformers(self) -> Any:
+        """The same as a tokenizer of transformers, to encode chats and to be saved."""
+
 
 class ByteTokenizer:
     """A token per byte between a begin and an end token: a vocabulary of 258."""
@@ -38,6 +41,24 @@ class ByteTokenizer:
 
     def length_of(self, num_bytes: np.ndarray) -> np.ndarray:
         return np.asarray(num_bytes, dtype=np.int64) + 2
+
+    def for_transformers(self) -> Any:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        inner = Tokenizer(models.BPE(letters, []))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.decoder = decoders.ByteLevel()
+        ends = {"<begin>": self.begin, "<end>": self.end}
+        inner.add_special_tokens([AddedToken(name, special=True) for name in ends])
+        inner.post_processor = processors.TemplateProcessing(
+            single="<begin> $A <end>", special_tokens=list(ends.items())
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=inner, bos_token="<begin>", eos_token="<end>"
+        )
 
 
 class PretrainedTokenizer:
@@ -66,6 +87,9 @@ class PretrainedTokenizer:
 
     def length_of(self, num_bytes: np.ndarray) -> None:
         return None
+
+    def for_transformers(self) -> Any:
+        return self._inner
 
 
 def open_tokenizer(name: str) -> Tokenizer:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dcp.datacentric.config import DataCentric
+from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.draw import draw_choices, share_out
 from dcp.datacentric.inter import accumulate
@@ -23,7 +23,7 @@ Remaining = Mapping[str, int]  # samples by bucket
 Chooser = Callable[[Remaining, int, np.random.Generator], Iteration]
 
 
-def make_chooser(profile: Profile, keys: DataCentric) -> Chooser:
+def make_chooser(profile: Profile, keys: DataCentricArguments) -> Chooser:
     """The function (remaining, number of ranks, rng) -> iteration that the configuration asks for.
 
     Without ``auto_grad_accumulation`` it is :func:`choose_intra`, without ``dynamic_sp`` at the one

@@ -1,14 +1,13 @@
-"""The configurations of the data-centric jobs: documents, and videos."""
+"""The options of the data-centric jobs, beside those of ``dcp train``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, Literal
 
 from dcp.datacentric.buckets import DISTRIBUTIONS
 from dcp.datacentric.clips import SOURCES
-from dcp.train.config import Documents, JobConfig, Llama
-from dcp.train.keys import Keys, key
+from dcp.train.arguments import option, require
 
 PRESETS: dict[str, dict[str, bool]] = {
     "intra": {"dynamic_sp": True},
@@ -18,85 +17,91 @@ PRESETS: dict[str, dict[str, bool]] = {
 _CAPS = ("max_grad_accumulation_steps", "min_grad_accumulation_steps", "max_micro_batches")
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataCentric(Keys):
+@dataclass
+class DataCentricArguments:
     """What is chosen anew for every iteration, within which bounds, from which profile.
 
-    A preset switches on the booleans that it stands for, where they are left open (None). Keys that
-    the switches leave without effect must keep their defaults.
+    A preset switches on the booleans that it stands for, where they are left open (None). Options
+    that the switches leave without effect must keep their defaults.
     """
 
-    preset: str = key("", f"switches to set: {', '.join(PRESETS)}", one_of=("", *PRESETS))
-    dynamic_sp: bool | None = key(
+    _argument_group_name = "data-centric"
+
+    preset: str = option("", f"switches to set: {', '.join(PRESETS)}")
+    dynamic_sp: bool | None = option(
         None, "choose the sequence-parallel degree of every group anew (unset: as in the preset)"
     )
-    dynamic_recompute: bool | None = key(
+    dynamic_recompute: bool | None = option(
         None, "keep activations of layers that memory has room for (unset: as in the preset)"
     )
-    auto_grad_accumulation: bool | None = key(
+    auto_grad_accumulation: bool | None = option(
         None, "accumulate more steps in groups that are faster (unset: as in the preset)"
     )
-    max_grad_accumulation_steps: int = key(
-        3, "longest iteration, in micro-batches of its slowest group", least=1
+    max_grad_accumulation_steps: int = option(
+        3, "longest iteration, in micro-batches of its slowest group"
     )
-    min_grad_accumulation_steps: int = key(
-        2,
-        "micro-batches of the group with most, where samples and the other caps allow it",
-        least=1,
+    min_grad_accumulation_steps: int = option(
+        2, "micro-batches of the group with most, where samples and the other caps allow it"
     )
-    max_micro_batches: int = key(64, "most micro-batches of any group in an iteration", least=1)
-    calculate_imbalance: bool = key(False, "log predicted and measured imbalance, and plot it")
-    sp_size: int = key(1, "sequence-parallel degree where dynamic_sp is off", least=1)
-    max_batch_size: int = key(8, "most samples of a micro-batch that are profiled", least=1)
-    profile_path: str = key("", "profile of this model and machine; '' is in the output folder")
-    profile_depth: int = key(
-        2, "layers of each kind that are profiled, the rest is extrapolated", least=1
+    max_micro_batches: int = option(64, "most micro-batches of any group in an iteration")
+    calculate_imbalance: bool = option(False, "log predicted and measured imbalance, and plot it")
+    sp_size: int = option(1, "sequence-parallel degree where dynamic_sp is off")
+    max_batch_size: int = option(8, "most samples of a micro-batch that are profiled")
+    profile_path: str = option("", "profile of this model and machine; '' is in the output folder")
+    profile_depth: int = option(
+        2, "layers of each kind that are profiled, the rest is extrapolated"
     )
-    profile_only: bool = key(False, "measure the profile and stop")
-    memory_limit_mb: int = key(
-        0, "of a rank, MiB; 0 takes alloc_memory_fraction of what there is", least=0
+    profile_only: bool = option(False, "measure the profile and stop")
+    memory_limit_mb: int = option(
+        0, "of a rank, MiB; 0 takes alloc_memory_fraction of what there is"
     )
-    alloc_memory_fraction: float = key(0.7, "share of a device's memory that may be used", above=0)
+    alloc_memory_fraction: float = option(0.7, "share of a device's memory that may be used")
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        known = ("", *PRESETS)
+        require("preset", self.preset, self.preset in known, f"one of {', '.join(PRESETS)}")
+        for name in (*_CAPS, "sp_size", "max_batch_size", "profile_depth"):
+            value = getattr(self, name)
+            require(name, value, value >= 1, "1 or more")
+        require("memory_limit_mb", self.memory_limit_mb, self.memory_limit_mb >= 0, "0 or more")
         fraction = self.alloc_memory_fraction
-        self.require("alloc_memory_fraction", fraction <= 1, "above 0 and at most 1")
+        require("alloc_memory_fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
         for name, value in PRESETS.get(self.preset, {}).items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+                setattr(self, name, value)
         if self.dynamic_sp:
-            self.require_default("sp_size", "where dynamic_sp chooses", "switch dynamic_sp off")
+            self._require_default("sp_size", "where dynamic_sp chooses", "switch dynamic_sp off")
         if not self.auto_grad_accumulation:
             for name in _CAPS:
                 how = "switch that on, as preset 'inter' does"
-                self.require_default(name, "without auto_grad_accumulation", how)
+                self._require_default(name, "without auto_grad_accumulation", how)
+
+    def _require_default(self, name: str, where: str, how: str) -> None:
+        value: Any = getattr(self, name)
+        if value != self.__dataclass_fields__[name].default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value!r} has no effect {where}: leave it out, "
+                f"or {how}"
+            )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataCentricConfig(JobConfig, DataCentric):
-    """What both data-centric jobs have."""
+@dataclass
+class VideoArguments:
+    """A space-time diffusion transformer, and latents of many sizes for it."""
 
+    _argument_group_name = "video model"
 
-@dataclass(frozen=True, kw_only=True)
-class TextConfig(DataCentricConfig, Llama, Documents):
-    """A Llama on variable-length documents, dealt out whole to groups of ranks."""
+    hidden_size: int = option(128, "width of the model")
+    num_layers: int = option(4, "layers of each kind")
+    num_heads: int = option(4, "attention heads")
+    video_source: Literal[SOURCES] = option("synthetic", "latents: synthetic or rendered clips")  # type: ignore[valid-type]
+    video_samples: int = option(200, "samples of an epoch")
+    video_distribution: Literal[DISTRIBUTIONS] = option("balanced", "lengths of videos")  # type: ignore[valid-type]
 
-    job: ClassVar[str] = "data-centric"
-
-    max_seqlen: int = key(4096, "tokens of the longest sequence", least=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoConfig(DataCentricConfig):
-    """A space-time diffusion transformer on latents of many sizes."""
-
-    job: ClassVar[str] = "video"
-
-    video_source: str = key(
-        "synthetic", "latents of the video model: synthetic or rendered clips", one_of=SOURCES
-    )
-    video_samples: int = key(200, "samples of an epoch of the video model", least=1)
-    video_distribution: str = key(
-        "balanced", f"lengths of videos: {', '.join(DISTRIBUTIONS)}", one_of=DISTRIBUTIONS
-    )
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_layers", "num_heads", "video_samples"):
+            value = getattr(self, name)
+            require(name, value, value >= 1, "1 or more")
+        pairs = self.hidden_size % (2 * self.num_heads) == 0
+        wanted = f"a multiple of 2 * num_heads={2 * self.num_heads}"
+        require("hidden_size", self.hidden_size, pairs, wanted)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp.datacentric.iteration import epoch_imbalance
-from dcp.train.journal import METRICS
+from dcp.train.record import METRICS
 
 EPOCHS, FIGURE = "imbalance.json", "imbalance.png"
 KINDS = ("predicted", "measured")
@@ -27,7 +27,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Imbalance of every epoch, from its steps' metrics."""
     epochs: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
-        epochs.setdefault(row["epoch"], []).append(row)
+        epochs.setdefault(row["data_epoch"], []).append(row)
     return [
         {"epoch": epoch, "steps": len(steps)}
         | {

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.profile import LayerCost, Measurement
 from dcp.datacentric.sequence_group import CheckedGroup, PeerFailed, SequenceGroup
+from dcp.datacentric.sums import sum_over_ranks
 from dcp.datacentric.workload import Workload, keep_activations_of
 from dcp.runtime.communicator import GroupCommunicator
-from dcp.train.model import sum_over_ranks
 
 _FIELDS = ("forward_seconds", "backward_seconds", "input_bytes", "activation_bytes")
 

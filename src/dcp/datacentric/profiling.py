@@ -15,19 +15,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dcp.datacentric.config import DataCentricConfig
+from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.measure import Meter, memory_cap
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.search import candidate_degrees, search
 from dcp.datacentric.workload import Workload
 from dcp.launch.environment import local_world_size
+from dcp.train.arguments import RunArguments
 
 FILE = "profile.json"
 STATES = 4  # of a weight: itself, its gradient, and two moments
 
 
 def job_profile(
-    config: DataCentricConfig,
+    config: DataCentricArguments,
+    run: RunArguments,
     workload: Workload,
     model: nn.Module,
     group: dist.ProcessGroup,
@@ -42,9 +44,9 @@ def job_profile(
     """
     num_ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
     if config.sp_size > num_ranks and not config.dynamic_sp:
-        raise ValueError(f"config key sp_size={config.sp_size} is more than the {num_ranks} ranks")
-    path = Path(config.profile_path or Path(config.output) / FILE)
-    profile = _empty_profile(config, workload, model, num_ranks, device)
+        raise ValueError(f"--sp-size {config.sp_size} is more than the {num_ranks} ranks")
+    path = Path(config.profile_path or Path(str(run.output_dir)) / FILE)
+    profile = _empty_profile(config, run, workload, model, num_ranks, device)
     if first and path.exists():
         profile = _read_profile(config, path, expected=profile)
     profile = _spread(profile, group, device)
@@ -53,16 +55,17 @@ def job_profile(
     def save() -> None:
         if first:
             profile.save(path)
-            _show(config, f"{len(profile.found)} cases", end="")
+            _show(run, f"{len(profile.found)} cases", end="")
 
-    _measure_missing(config, profile, workload, model, group, device, save)
+    _measure_missing(config, profile, workload, model, group, device, save, autocast=run.bf16)
     if first and len(profile.found) > known:
-        _show(config, f"{len(profile.found)} cases in {path}")
+        _show(run, f"{len(profile.found)} cases in {path}")
     return profile
 
 
 def _empty_profile(
-    config: DataCentricConfig,
+    config: DataCentricArguments,
+    run: RunArguments,
     workload: Workload,
     model: nn.Module,
     num_ranks: int,
@@ -71,7 +74,7 @@ def _empty_profile(
     """The job's profile before anything is measured."""
     depth = {kind: min(config.profile_depth, count) for kind, count in workload.depth.items()}
     return Profile(
-        machine=_machine(config, num_ranks, device),
+        machine=_machine(run, num_ranks, device),
         model={**workload.identity, "max_batch_size": config.max_batch_size},
         depth=dict(workload.depth),
         measured_depth=depth,
@@ -80,7 +83,7 @@ def _empty_profile(
     )
 
 
-def _read_profile(config: DataCentricConfig, path: Path, *, expected: Profile) -> Profile:
+def _read_profile(config: DataCentricArguments, path: Path, *, expected: Profile) -> Profile:
     """The file's profile, of this machine and model; a configured memory limit wins over its."""
     profile = Profile.load(path, machine=expected.machine, model=expected.model)
     if config.memory_limit_mb:
@@ -89,13 +92,15 @@ def _read_profile(config: DataCentricConfig, path: Path, *, expected: Profile) -
 
 
 def _measure_missing(
-    config: DataCentricConfig,
+    config: DataCentricArguments,
     profile: Profile,
     workload: Workload,
     model: nn.Module,
     group: dist.ProcessGroup,
     device: torch.device,
     save: Callable[[], None],
+    *,
+    autocast: bool,
 ) -> None:
     """Measure what the profile lacks of the buckets that occur; ``save`` after every case."""
     num_ranks = dist.get_world_size(group)
@@ -105,7 +110,7 @@ def _measure_missing(
         group,
         device,
         depth=max(profile.measured_depth.values()),
-        autocast=config.dtype == "bfloat16",
+        autocast=autocast,
     )
     if not profile.sync_seconds:
         profile.sync_seconds = meter.measure_sync(model)
@@ -121,12 +126,12 @@ def _measure_missing(
         )
 
 
-def _show(config: DataCentricConfig, text: str, *, end: str = "\n") -> None:
-    if config.progress:
+def _show(run: RunArguments, text: str, *, end: str = "\n") -> None:
+    if not run.disable_tqdm:
         print(f"\rprofile: {text}", end=end, file=sys.stderr, flush=True)
 
 
-def memory_bytes(config: DataCentricConfig, device: torch.device) -> int:
+def memory_bytes(config: DataCentricArguments, device: torch.device) -> int:
     """What a rank may use: as configured, or a share of its GPU or of the free memory here."""
     if config.memory_limit_mb:
         return config.memory_limit_mb << 20
@@ -138,13 +143,13 @@ def memory_bytes(config: DataCentricConfig, device: torch.device) -> int:
     return int(config.alloc_memory_fraction * whole)
 
 
-def _machine(config: DataCentricConfig, num_ranks: int, device: torch.device) -> dict[str, Any]:
+def _machine(run: RunArguments, num_ranks: int, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": f"{device.type} {name or platform.machine()}",
         "num_ranks": num_ranks,
         "ranks_per_node": local_world_size(num_ranks),
-        "threads": config.threads,
+        "threads": run.threads,
     }
 
 

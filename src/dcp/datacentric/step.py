@@ -17,9 +17,9 @@ from torch import nn
 from dcp.datacentric.iteration import Iteration
 from dcp.datacentric.measure import now
 from dcp.datacentric.sequence_group import SequenceGroup
+from dcp.datacentric.sums import sum_over_ranks
 from dcp.datacentric.workload import Workload, keep_activations_of
 from dcp.runtime.communicator import GroupCommunicator
-from dcp.train.model import sum_over_ranks
 
 
 class IterationRunner:

@@ -1,9 +1,10 @@
-"""The text workload: the Llama of ``dcp train`` on its documents, shared out by Ulysses."""
+"""The text workload: the model of ``dcp train`` on its documents, shared out by Ulysses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from transformers import AttentionInterface
 
 from dcp.data.samples import IGNORED, SampleFormat
 from dcp.datacentric.buckets import Bucket, text_buckets
-from dcp.datacentric.config import TextConfig
 from dcp.datacentric.sequence_group import SequenceGroup
-from dcp.train.model import build_llama, open_dataset, summed_loss
+from dcp.train.arguments import DataArguments, ModelArguments, require
+from dcp.train.model import config_of, open_model, open_texts, tokenizer_of
 
 NAME = "dcp_group"
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,48 +41,46 @@ class TextWorkload:
     The loss is a mean over all tokens that have a label.
     """
 
-    def __init__(self, config: TextConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: ModelArguments,
+        data: DataArguments,
+        device: torch.device | str = "cpu",
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+    ) -> None:
         AttentionInterface.register(NAME, group_attention)
-        self.config, self.device = config, torch.device(device)
-        self._dataset, self._vocab_size = open_dataset(config)
-        longest, lengths = config.max_seqlen, self._dataset.lengths
-        if not len(lengths):
-            raise ValueError(f"source {config.source!r} has no documents")
-        if config.over_long == "raise" and lengths.max() > longest:
-            raise ValueError(
-                f"document {int(lengths.argmax())} has {lengths.max()} tokens, more than "
-                f"max_seqlen={longest}: raise it or set over_long='split'"
-            )
-        self._pieces = [
-            (document, start, min(start + longest, length))
-            for document, length in enumerate(lengths.tolist())
-            for start in range(0, max(length, 1), longest)
-        ]
+        self._model, self._seed, self.device = model, seed, torch.device(device)
+        if model.lora:
+            raise ValueError("--lora is for planned attention: leave it out, or --job")
+        tokenizer = tokenizer_of(model)
+        self._vocab_size, longest = tokenizer.vocab_size, data.max_seqlen
+        require("max_seqlen", longest, longest >= 1, "1 or more in a data-centric job")
+        self._dataset = open_texts(data.data, data, tokenizer)
+        self._pieces = _pieces(self._dataset.lengths, longest, data.over_long)
         self.buckets = text_buckets(longest)
         at = np.searchsorted(
             [b.size for b in self.buckets], [stop - start for _, start, stop in self._pieces]
         )
         self.bucket_of = [self.buckets[index].name for index in at.tolist()]
-        self.depth = {"layer": config.num_layers}
-        shape = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+        self._config = config_of(model, tokenizer=tokenizer, max_positions=longest)
+        self.depth = {"layer": self._config.num_hidden_layers}
         self.identity = {
-            "kind": "llama",
-            **{name: getattr(config, name) for name in shape},
-            "vocab_size": self._vocab_size,
-            "dtype": config.dtype,
+            "kind": self._config.model_type,
+            **{name: getattr(self._config, name, None) for name in _SIZES},
+            "dtype": dtype,
             "buckets": {bucket.name: list(bucket.shape) for bucket in self.buckets},
         }
 
     def build(self, depth: int | None = None) -> nn.Module:
-        config = self.config if depth is None else replace(self.config, num_layers=depth)
-        model: Any = build_llama(
-            config,
-            seed=config.seed,
-            vocab_size=self._vocab_size,
-            max_positions=config.max_seqlen,
-            attention=NAME,
-            device=self.device,
-        )
+        config = copy(self._config)
+        if depth is not None:
+            config.num_hidden_layers = depth
+        torch.manual_seed(self._seed)
+        model: Any = open_model(self._model, config)
+        model.to(self.device)
+        model.set_attn_implementation(NAME)
         # transformers 5 renamed it on the way
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -115,9 +118,9 @@ class TextWorkload:
             dcp_lengths=batch.lengths,
         )
         logits = output.logits[0, : len(labels)]
-        if logits.dtype == torch.float64:  # the training loss is in fp32
-            return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        return summed_loss(logits, labels)
+        if logits.dtype != torch.float64:  # of tests
+            logits = logits.float()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
 
     def weight(self, samples: Sequence[int]) -> int:
         pieces = (self._pieces[sample] for sample in samples)
@@ -128,6 +131,22 @@ class TextWorkload:
 
     def _tensor(self, arrays: list[np.ndarray]) -> Tensor:
         return torch.as_tensor(np.concatenate(arrays), dtype=torch.int64, device=self.device)
+
+
+def _pieces(lengths: np.ndarray, longest: int, over_long: str) -> list[tuple[int, int, int]]:
+    """(document, start, stop) of every sequence."""
+    if not len(lengths):
+        raise ValueError("the data has no documents")
+    if over_long == "raise" and lengths.max() > longest:
+        raise ValueError(
+            f"document {int(lengths.argmax())} has {lengths.max()} tokens, more than "
+            f"max_seqlen={longest}: raise it or set over_long='split'"
+        )
+    return [
+        (document, start, min(start + longest, length))
+        for document, length in enumerate(lengths.tolist())
+        for start in range(0, max(length, 1), longest)
+    ]
 
 
 def group_attention(

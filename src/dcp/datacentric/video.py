@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dcp.datacentric.buckets import Bucket, draw_buckets, video_buckets
 from dcp.datacentric.clips import TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
-from dcp.datacentric.config import VideoConfig
+from dcp.datacentric.config import VideoArguments
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.video_model import SpaceTimeTransformer, VideoModelConfig
 
@@ -41,15 +41,17 @@ class VideoWorkload:
 
     def __init__(
         self,
-        config: VideoConfig,
+        config: VideoArguments,
         device: torch.device | str = "cpu",
         *,
+        seed: int = 0,
+        dtype: str = "float32",
         buckets: Sequence[Bucket] | None = None,
     ) -> None:
-        self.config, self.device = config, torch.device(device)
+        self.config, self.device, self.seed = config, torch.device(device), seed
         self.buckets = list(buckets or video_buckets(pixels=PIXELS, frames=FRAMES))
         drawn = draw_buckets(
-            self.buckets, config.video_samples, config.video_distribution, seed=config.seed
+            self.buckets, config.video_samples, config.video_distribution, seed=seed
         )
         self.bucket_of = [bucket.name for bucket in drawn]
         self._shapes = [bucket.shape for bucket in drawn]
@@ -63,12 +65,12 @@ class VideoWorkload:
         self.identity = {
             "kind": "video",
             **asdict(self._model_config),
-            "dtype": config.dtype,
+            "dtype": dtype,
             "buckets": {bucket.name: list(bucket.shape) for bucket in self.buckets},
         }
 
     def build(self, depth: int | None = None) -> nn.Module:
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.seed)
         config = self._model_config if depth is None else replace(self._model_config, depth=depth)
         return SpaceTimeTransformer(config).to(self.device)
 
@@ -77,7 +79,7 @@ class VideoWorkload:
         return {kind: [b for b in blocks if b.kind == kind] for kind in ("spatial", "temporal")}
 
     def load(self, samples: Sequence[int], epoch: int) -> VideoBatch:
-        seed = self.config.seed
+        seed = self.seed
         make = rendered_latents if self.config.video_source == "rendered" else synthetic_latents
         made = [make(self._shapes[s], np.random.default_rng([seed, s])) for s in samples]
         rngs = [np.random.default_rng([seed, s, epoch]) for s in samples]

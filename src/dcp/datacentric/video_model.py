@@ -150,7 +150,7 @@ class SpaceTimeTransformer(nn.Module):
     def __init__(self, config: VideoModelConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.config = config
+        self.sizes = config
         self.patches = nn.Linear(config.patch_size, width)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.extent = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
@@ -180,7 +180,7 @@ class SpaceTimeTransformer(nn.Module):
             grid: rows and columns of patches of a frame, over all ranks of ``group``.
         """
         space, frames, dtype = grid[0] * grid[1], patches.shape[1], self.patches.weight.dtype
-        width = self.config.hidden_size
+        width = self.sizes.hidden_size
         place = self._places(grid, patches.device)[group.part(space)]
         x = self.patches(patches) + place.to(dtype)
         when = self.time(_waves(time * 1000, width).to(dtype))
@@ -195,8 +195,8 @@ class SpaceTimeTransformer(nn.Module):
 
     def _places(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """Embedding of each patch's place in its frame, relative to it: ``[space, width]``."""
-        half = self.config.hidden_size // 2
+        half = self.sizes.hidden_size // 2
         rows, columns = (torch.arange(n, device=device) / n * 32 for n in grid)
         row = _waves(rows, half)[:, None].expand(-1, grid[1], -1)
-        column = _waves(columns, self.config.hidden_size - half)[None].expand(grid[0], -1, -1)
+        column = _waves(columns, self.sizes.hidden_size - half)[None].expand(grid[0], -1, -1)
         return torch.cat([row, column], -1).flatten(0, 1)

@@ -14,28 +14,26 @@ beside their tokens.
 
 from __future__ import annotations
 
-import json
+import time
 from contextlib import ExitStack
 from math import ceil
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput
 
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
+from dcp.integrations.resuming import ExactResume
 from dcp.integrations.trainer_batches import (
-    LOADER_STATE,
     Evaluated,
     PlannedBatches,
     PlanningArguments,
     by_sequence,
+    figures_of,
     masks_of,
-    read_state,
 )
 from dcp.integrations.transformers import (
     attention_of,
@@ -47,10 +45,8 @@ from dcp.runtime import AttentionExecutor
 
 __all__ = ["DCPTrainer", "PlannedTrainerMixin", "PlanningArguments"]
 
-_Trainer: Any = object  # what comes behind the mixin, a Trainer, has more
 
-
-class PlannedTrainerMixin(_Trainer):
+class PlannedTrainerMixin(ExactResume):
     """What makes a Trainer plan its attention; put it before any kin of ``transformers.Trainer``.
 
     Args:
@@ -73,12 +69,11 @@ class PlannedTrainerMixin(_Trainer):
         super().__init__(model, args, *others, **options)
         self.plan = plan
         self._check_arguments()
-        self.args.ignore_data_skip = True  # the loader goes on by its own state
         self.group = dist.group.WORLD if dist.is_initialized() else None
         self.executor = AttentionExecutor(self.group)
-        self._loader: DCPDataLoader | None = None
-        self._resume_from: str | None = None
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
+        self._logged = 0.0
+        self._strategy = ""
         self._evaluated = Evaluated()
 
     def _check_arguments(self) -> None:
@@ -127,7 +122,6 @@ class PlannedTrainerMixin(_Trainer):
         self.model.set_attn_implementation("dcp")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
         self.attention = attention_of(self.model, dtype=dtype)
-        config = self.model.config.get_text_config()
         return DCPDataLoader(
             dataset,
             masks_of(self.attention) if plan.mask is None else plan.mask,
@@ -140,26 +134,29 @@ class PlannedTrainerMixin(_Trainer):
             look_ahead=plan.look_ahead,
             num_workers=plan.num_workers,
             device=self.args.device,
-            plan_options={
-                "strategy": plan.strategy,
-                "block_size": plan.block_size,
-                "model_width": config.hidden_size,
-                **plan.plan_options,
-            },
+            plan_options=self.plan_options,
             **plan.loader_options,
         )
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        """Keywords of :func:`dcp.plan` for every batch."""
+        return {
+            "strategy": self.plan.strategy,
+            "block_size": self.plan.block_size,
+            "model_width": self.model.config.get_text_config().hidden_size,
+            **self.plan.plan_options,
+        }
 
     def get_train_dataloader(self) -> PlannedBatches:
         """Batches of ``train_dataset``, from where the checkpoint stood that training resumes."""
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        self.close()
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tokens = self.plan.tokens_per_batch
-        self._loader = self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed)
-        if self._resume_from is not None:
-            self._loader.load_state_dict(read_state(Path(self._resume_from)))
-        return PlannedBatches(self._loader, self.executor, self.train_dataset)
+        self.begin(self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed))
+        self._logged = time.perf_counter()
+        return PlannedBatches(self.data, self.executor, self.train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedBatches:
         """Batches of an evaluation dataset, each token once."""
@@ -173,12 +170,6 @@ class PlannedTrainerMixin(_Trainer):
         return PlannedBatches(loader, self.executor, dataset)
 
     get_test_dataloader = get_eval_dataloader
-
-    def close(self) -> None:
-        """End the planning processes."""
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
 
     # ------------------------------------------------------------------ steps and loss
 
@@ -208,11 +199,6 @@ class PlannedTrainerMixin(_Trainer):
             values[-1] = sum(steps[:-1]) + ceil(part * steps[-1])
         return tuple(values)
 
-    def _init_training_state(self, *args: Any, **options: Any) -> tuple[int, int]:
-        epochs, _ = super()._init_training_state(*args, **options)
-        assert self._loader is not None
-        return (epochs if self._resume_from is None else self._loader.state_dict()["epoch"]), 0
-
     def _run_epoch(self, **options: Any) -> Any:
         loader = options["train_dataloader"].loader
         try:
@@ -223,41 +209,16 @@ class PlannedTrainerMixin(_Trainer):
         options |= {"steps_in_epoch": left, "num_update_steps_per_epoch": ceil(left / every)}
         return super()._run_epoch(**options)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        """Trainer's; going on from a checkpoint is exact to the batch, on any number of ranks."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(f"there is no checkpoint to resume in {self.args.output_dir!r}")
-        self._resume_from = resume_from_checkpoint or None
-        try:
-            return super().train(self._resume_from, *args, **options)
-        finally:
-            self._resume_from = None
-            self.close()
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder = Path(self._get_output_dir(trial=trial)) / name
-            folder.mkdir(parents=True, exist_ok=True)
-            assert self._loader is not None
-            (folder / LOADER_STATE).write_text(json.dumps(self._loader.state_dict()))
-        super()._save_checkpoint(model, trial)
+    def details(self) -> dict[str, Any]:
+        """What there is to say of the last step besides the log's numbers."""
+        return {"strategy": self._strategy}
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Trainer's lines, with what planning did since the last one: means over batches."""
+        """Trainer's lines, with what planning did since the last one."""
         if "loss" in logs and self._seen:
-            batches, plans = zip(*self._seen, strict=True)
-            stats = [plan.stats for plan in plans]
-            moved = [each.inter_node_bytes + each.intra_node_bytes for each in stats]
-            logs |= {
-                "num_tokens": float(sum(batch.num_tokens for batch in batches)),
-                "compute_balance": float(np.mean([each.compute_balance for each in stats])),
-                "token_balance": float(np.mean([each.token_balance for each in stats])),
-                "attention_bytes": float(np.mean(moved)),
-                "plan_wait_seconds": float(np.mean([b.plan_wait_seconds for b in batches])),
-            }
+            seconds, self._logged = time.perf_counter() - self._logged, time.perf_counter()
+            logs |= figures_of(self._seen, seconds)
+            self._strategy = self._seen[-1][1].stats.strategy
             self._seen.clear()
         super().log(logs, *args, **options)
 

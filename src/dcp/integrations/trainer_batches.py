@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +17,6 @@ from dcp.integrations.describe import Attention
 from dcp.program import RankPlan
 from dcp.ragged import starts
 from dcp.runtime import AttentionExecutor
-
-LOADER_STATE = "dcp_loader.json"  # in a checkpoint's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +78,30 @@ def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor)
     }
 
 
+def figures_of(seen: Sequence[tuple[LocalBatch, RankPlan]], seconds: float) -> dict[str, float]:
+    """Of the batches since the last line of a log: tokens of all, the rest as means.
+
+    Bytes are those of a layer's forward pass, between all ranks.
+    """
+    batches, plans = zip(*seen, strict=True)
+    stats = [plan.stats for plan in plans]
+    num_tokens = sum(batch.num_tokens for batch in batches)
+    ahead = [batch.planned_ahead for batch in batches if batch.planned_ahead is not None]
+    of_plans = ("inter_node_bytes", "intra_node_bytes", "compute_balance", "token_balance",
+                "num_divisions", "block_size", "planning_seconds")  # fmt: skip
+    means = {name: float(np.mean([getattr(each, name) for each in stats])) for name in of_plans}
+    return {
+        "seconds": seconds,
+        "num_tokens": float(num_tokens),
+        "tokens_per_second": num_tokens / seconds,
+        "num_sequences": float(sum(len(batch.seqlens) for batch in batches)),
+        **means,
+        "attention_bytes": means["inter_node_bytes"] + means["intra_node_bytes"],
+        "plan_wait_seconds": float(np.mean([batch.plan_wait_seconds for batch in batches])),
+        **({"planned_ahead": float(np.mean(ahead))} if ahead else {}),
+    }
+
+
 def masks_of(attention: Attention) -> Any:
     """The ``mask_fn`` of what a model asks for: the same masks for every sequence."""
 
@@ -89,17 +109,6 @@ def masks_of(attention: Attention) -> Any:
         return {name: [mask] * len(seqlens) for name, mask in attention.masks.items()}
 
     return mask_fn
-
-
-def read_state(folder: Path) -> Any:
-    path = folder / LOADER_STATE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} cannot be resumed exactly: {path.name} is missing or damaged ({error}); it "
-            "is no checkpoint of planned training"
-        ) from None
 
 
 class Evaluated:

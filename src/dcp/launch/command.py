@@ -26,16 +26,23 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(
     prog: str, build: Callable[[], argparse.ArgumentParser], words: Sequence[str]
 ) -> int:
-    """Build the parser, parse the words and call the command's ``run``; the exit status.
+    """Build the parser, parse the words and call the command's ``run``; see :func:`run_guarded`."""
+
+    def run() -> int:
+        args = build().parse_args(words)
+        return int(args.run(args) or 0)
+
+    return run_guarded(" ".join([prog, *words[:1]]), run)
+
+
+def run_guarded(name: str, run: Callable[[], int]) -> int:
+    """Run a command; the exit status.
 
     Whatever goes wrong is one line: 2 for a mistake of the user, 1 for what failed. A reader of the
     output that has gone (``| head -1``) has seen enough, and nothing is said.
     """
-    name = " ".join([prog, *words[:1]])
     try:
-        parser = build()
-        args = parser.parse_args(words)
-        status = args.run(args) or 0
+        status = run()
         sys.stdout.flush()
         return status
     except BrokenPipeError:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
-Run = Callable[[argparse.Namespace], int]
+Argument = TypeVar("Argument")
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
@@ -20,10 +20,10 @@ def _leave(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-def ending_on_sigterm(run: Run) -> Run:
+def ending_on_sigterm(run: Callable[[Argument], int]) -> Callable[[Argument], int]:
     """``run``, which SIGTERM ends as Ctrl-C does: it cleans up on its way out."""
 
-    def unwinding(args: argparse.Namespace) -> int:
+    def unwinding(args: Argument) -> int:
         if threading.current_thread() is not threading.main_thread():
             return run(args)  # signals are not this thread's
         before = {number: signal.signal(number, _leave) for number in _SIGNALS}

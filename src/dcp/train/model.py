@@ -1,107 +1,142 @@
-"""The documents, the model, its optimiser and its loss."""
+"""The model and the samples that the options name."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+import numpy as np
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from dcp.data.datasets import TokenDataset
-from dcp.data.samples import IGNORED
-from dcp.data.sources import open_documents
-from dcp.data.tokenizers import open_tokenizer
-from dcp.train.config import Documents, JobConfig, Llama
+from dcp.data import TokenDataset, open_chat, open_documents
+from dcp.data.records import holds_records, open_records
+from dcp.data.tokenizers import Tokenizer, open_tokenizer
+from dcp.train.arguments import DataArguments, ModelArguments
+
+# Of an architecture that is made here, where nothing else is said.
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+# With these keys a record is more than a plain text.
+_OF_CHATS = ("messages", "prompt", "completion", "input_ids")
 
 
-def open_dataset(config: Documents) -> tuple[TokenDataset, int]:
-    """The documents that the configuration names, and the size of their vocabulary."""
-    tokenizer = open_tokenizer(config.tokenizer)
+def tokenizer_of(options: ModelArguments) -> Tokenizer:
+    """The tokenizer that the options name, else the model's, else bytes."""
+    folder = Path(options.model)
+    has_own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return open_tokenizer(options.tokenizer or (options.model if has_own else "bytes"))
+
+
+def config_of(options: ModelArguments, *, tokenizer: Tokenizer, max_positions: int) -> Any:
+    """The configuration of a folder, or of an architecture by its name."""
+    overrides = _overrides(options.config_overrides)
+    if options.is_folder:
+        if overrides:
+            raise ValueError(
+                f"--config-overrides has no effect on the folder {options.model}: leave it out"
+            )
+        return AutoConfig.from_pretrained(options.model)
+    if options.model not in CONFIG_MAPPING_NAMES:
+        raise ValueError(
+            f"--model {options.model!r} is neither a folder here nor an architecture of "
+            "transformers, such as llama or qwen3"
+        )
+    sizes = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": max_positions}
+    like = tokenizer.for_transformers()
+    ends = {name: getattr(like, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(options.model, **SMALL | sizes | ends | overrides)
+    if unknown := sorted(name for name in overrides if not hasattr(type(config)(), name)):
+        raise ValueError(f"--config-overrides: a {options.model} has no {unknown[0]!r}")
+    return config
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a token goes through some of a layer's parameters only."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any((getattr(config.get_text_config(), name, 0) or 0) > 1 for name in names)
+
+
+def open_model(options: ModelArguments, config: Any) -> PreTrainedModel:
+    """The model with its weights, random ones where it has none."""
+    has_weights = options.is_folder and any(
+        Path(options.model).glob(ending) for ending in ("*.safetensors", "*.bin")
+    )
+    if not has_weights:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        return model
+    try:
+        found: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            options.model, config=config, dtype=options.model_dtype
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"--model {options.model} cannot be loaded: {error}") from None
+    return found
+
+
+def lora_config(options: ModelArguments) -> Any:
+    """What ``peft`` is to make of the model; None without ``lora``."""
+    if not options.lora:
+        return None
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise ValueError("--lora needs the peft package: pip install peft") from None
+    names = options.lora_targets
+    targets = names if names == "all-linear" else names.split(",")
+    return LoraConfig(r=options.lora_rank, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def open_samples(source: str, options: DataArguments, tokenizer: Tokenizer) -> Any:
+    """Texts as tokens; of records with more than a text, samples of :func:`dcp.data.open_chat`."""
+    if holds_records(source):
+        records = open_records(source, split=options.split)
+        if set(_OF_CHATS) & set(next(iter(records), {})):
+            records = _some(records, options.max_documents)
+            encoder = tokenizer.for_transformers()
+            return open_chat(records, encoder, assistant_only=options.assistant_only)
+    if options.assistant_only:
+        raise ValueError(f"--assistant-only needs messages, and {source!r} has none")
+    return open_texts(source, options, tokenizer)
+
+
+def open_texts(source: str, options: DataArguments, tokenizer: Tokenizer) -> TokenDataset:
+    """Texts as tokens."""
     documents = open_documents(
-        config.source,
-        text_field=config.text_field,
-        split=config.split,
-        limit=config.max_documents or None,
+        source,
+        text_field=options.text_field,
+        split=options.split,
+        limit=options.max_documents or None,
     )
-    return TokenDataset(documents, tokenizer), tokenizer.vocab_size
+    return TokenDataset(documents, tokenizer)
 
 
-def build_llama(
-    config: Llama,
-    *,
-    seed: int,
-    vocab_size: int,
-    max_positions: int,
-    attention: str,
-    device: torch.device,
-) -> torch.nn.Module:
-    """A Llama with random weights that depend on ``seed`` alone.
-
-    Args:
-        attention: name of an attention that transformers knows.
-    """
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    mlp = config.intermediate_size or (config.hidden_size * 8 // 3 + 31) // 32 * 32
-    architecture = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=mlp,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.spec.head_dim,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        use_cache=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(architecture, attn_implementation=attention)
-    return model.to(device)
+def _some(records: Any, limit: int) -> Any:
+    """At most so many records, spread evenly; 0 is all."""
+    if not limit or not isinstance(records, Sequence) or limit >= len(records):
+        return records
+    return [records[i] for i in (np.arange(limit) * len(records) // limit).tolist()]
 
 
-def build_optimizer(model: torch.nn.Module, config: JobConfig) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors do not."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95))
-
-
-def learning_rate(config: JobConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth. ``step`` counts from 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(done, 1.0)))
-
-
-def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over this rank's labels, in fp32; 0 (with a graph) where it has none.
-
-    Args:
-        logits: ``[local, vocab]``.
-        labels: int64 ``[local]``, already shifted; -100 does not count.
-    """
-    return torch.nn.functional.cross_entropy(
-        logits.float(), labels, ignore_index=IGNORED, reduction="sum"
-    )
-
-
-def sum_over_ranks(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
-    """Replace each tensor by its sum over the group, in one all-reduce per dtype."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for same in by_dtype.values():
-        flat = torch.cat([tensor.reshape(-1) for tensor in same])
-        dist.all_reduce(flat, group=group)
-        for tensor, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
-            tensor.copy_(total.view_as(tensor))
+def _overrides(text: str) -> dict[str, Any]:
+    """``a=1,b=[2,3]`` as values."""
+    if not text:
+        return {}
+    given: dict[str, Any] = {}
+    for part in text.replace(",", "\n").split("\n"):
+        name, equals, value = part.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--config-overrides must be NAME=VALUE,NAME=VALUE, got {text!r}")
+        try:
+            given[name.strip()] = json.loads(value)
+        except ValueError:
+            given[name.strip()] = value
+    return given
