@@ -66,8 +66,8 @@ def test_an_interrupt_while_a_command_is_imported_is_one_line(capsys, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dcp.cli.import_module", interrupted)
-    assert main(["train"]) == 130
-    assert capsys.readouterr().err == "dcp train: interrupted\n"
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "dcp doctor: interrupted\n"
 
 
 def test_a_reader_that_has_seen_enough_hears_nothing():
@@ -111,8 +111,8 @@ def test_a_port_in_use_is_one_line():
 
 
 JOBS = {
-    "train": ["train", "--num-processes=2", "--steps=100000", "--hidden-size=32",
-              "--tokens-per-batch=600", "--max-seqlen=300", "--no-progress"],
+    "train": ["train", "--num-processes=2", "--max-steps=100000", "--disable-tqdm=true",
+              "--tokens-per-batch=600", "--max-seqlen=300", "--config-overrides=hidden_size=32"],
     "generate": ["generate", "--num-processes=2", "--prompt=Hello", "--max-new-tokens=8000"],
 }  # fmt: skip
 

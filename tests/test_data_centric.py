@@ -16,31 +16,36 @@ from torch import distributed as dist
 from dcp import cli
 from dcp.datacentric.buckets import Bucket
 from dcp.datacentric.clips import CHANNELS, TEXT_SIZE, WORDS, rendered_latents, synthetic_latents
-from dcp.datacentric.config import TextConfig, VideoConfig
+from dcp.datacentric.config import VideoArguments
 from dcp.datacentric.iteration import Iteration, MicroBatch, RankGroup
 from dcp.datacentric.measure import LayerProbe, Meter, SavedBytes
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.step import IterationRunner
+from dcp.datacentric.trainer import open_workload
+from dcp.datacentric.video import VideoWorkload
 from dcp.datacentric.workload import keep_activations_of
-from dcp.jobs import JOBS, load_config
 from dcp.runtime.communicator import GroupCommunicator
+from dcp.train.arguments import RunArguments
+from dcp.train.command import JOBS, arguments_of, read_options
+from tests.trainer_work import launched
 
-SIZE = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "progress": False}
-VIDEO = SIZE | {"job": "video", "preset": "inter+PAC", "video_samples": 15}
-TEXT = SIZE | {"job": "data-centric", "num_kv_heads": 2, "preset": "inter+PAC", "max_seqlen": 100}
+QUIET = {"preset": "inter+PAC", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+VIDEO = QUIET | {"job": "video", "video_samples": 15, "hidden_size": 32, "num_layers": 2}
+TEXT = QUIET | {
+    "job": "data-centric",
+    "config_overrides": "hidden_size=32,intermediate_size=96,num_hidden_layers=2",
+    "max_seqlen": 100,
+}
 # sizes that nothing divides: 3 x 5 latents are 2 x 3 patches, the last ones padded
 BUCKETS = [Bucket("a", (1, 2, 2)), Bucket("b", (3, 3, 5)), Bucket("c", (5, 4, 6))]
 
 
 def workload_of(values):
-    config = load_config(None, values)
-    if isinstance(config, VideoConfig):
-        from dcp.datacentric.video import VideoWorkload
-
-        return VideoWorkload(config, buckets=BUCKETS)
-    from dcp.datacentric.text import TextWorkload
-
-    return TextWorkload(config)
+    with launched():
+        arguments = arguments_of(values)
+    if values["job"] == "video":
+        return VideoWorkload(arguments[0], buckets=BUCKETS)
+    return open_workload(arguments, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,7 @@ def by_bucket(values, count):
 
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_mixed_degrees_and_accumulations_equal_one_process(gloo_pool, kind, texts):
-    values = VIDEO if kind == "video" else TEXT | {"source": str(texts)}
+    values = VIDEO if kind == "video" else TEXT | {"data": str(texts)}
     kinds = ("spatial", "temporal") if kind == "video" else ("layer",)
     nothing, some, everything = (dict.fromkeys(kinds, n) for n in (0, 1, 2))
     one, few = by_bucket(values, 100), by_bucket(values, 3)
@@ -111,7 +116,7 @@ def test_mixed_degrees_and_accumulations_equal_one_process(gloo_pool, kind, text
 
 @pytest.mark.parametrize("kind", ["video", "text"])
 def test_recomputing_changes_no_gradient_and_saves_bytes(gloo_pool, kind, texts):
-    values = VIDEO if kind == "video" else TEXT | {"source": str(texts)}
+    values = VIDEO if kind == "video" else TEXT | {"data": str(texts)}
     results = gloo_pool(1).run(recompute_cases, values)[0]
     saved = [num_bytes for _, num_bytes in results]
     assert saved[0] < saved[1] < saved[2]
@@ -273,19 +278,13 @@ DATA_CENTRIC = "--job=data-centric"
 
 
 def options(values):
-    switches = {True: "--{}", False: "--no-{}"}
-    return [
-        switches[value].format(key.replace("_", "-"))
-        if isinstance(value, bool)
-        else f"--{key.replace('_', '-')}={value}"
-        for key, value in values.items()
-    ]
+    return [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
 
 
 JOB = VIDEO | {
     "num_layers": 1,
     "preset": "inter",
-    "steps": 3,
+    "max_steps": 3,
     "calculate_imbalance": True,
     "max_batch_size": 1,
     "video_samples": 4,
@@ -296,11 +295,11 @@ def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
     assert cli.main(["train", *command, "--profile-only"]) == 0
     profile = (tmp_path / "profile.json").read_text()
-    assert not (tmp_path / "checkpoints").exists()
-    gloo_pool(2).run(train, JOB | {"output": str(tmp_path)})
+    assert not (tmp_path / "checkpoint-3").exists()
+    gloo_pool(2).run(train, JOB | {"output_dir": str(tmp_path)})
     assert (tmp_path / "profile.json").read_text() == profile
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert sum(group["degree"] for group in row["groups"]) == 2
         assert 0 <= row["predicted_imbalance"] < 1
@@ -312,30 +311,35 @@ def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
 
 
 def train(values):
-    """Losses, learning rate and final weights of a job in this process."""
-    from dcp.datacentric.trainer import DataCentricTrainer
+    """Losses, learning rates and final weights of a job in this process."""
+    from dcp.datacentric import trainer as data_centric
 
-    with DataCentricTrainer(load_config(None, values), dist.group.WORLD) as trainer:
-        losses = trainer.train()
+    with launched():
+        found = data_centric.train(
+            values, arguments_of(values), dist.group.WORLD, torch.device("cpu")
+        )
     dist.barrier()
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    return losses, rates, [p.detach().numpy() for p in trainer.model.parameters()]
+    lines = [line for line in found.state.log_history if "loss" in line]
+    losses, rates = ([line[name] for line in lines] for name in ("loss", "learning_rate"))
+    return losses, rates, [p.detach().numpy() for p in found.model.parameters()]
 
 
 def test_all_ranks_log_one_loss_and_one_learning_rate(gloo_pool, tmp_path, texts):
-    values = TEXT | {"source": str(texts), "steps": 3, "max_batch_size": 2, "profile_depth": 1}
-    (losses, rates, weights), *others = gloo_pool(4).run(train, values | {"output": str(tmp_path)})
+    values = TEXT | {"data": str(texts), "max_steps": 3, "max_batch_size": 2, "profile_depth": 1}
+    (losses, rates, weights), *others = gloo_pool(4).run(
+        train, values | {"output_dir": str(tmp_path)}
+    )
     for other_losses, other_rates, other_weights in others:
         assert (other_losses, other_rates) == (losses, rates)
         assert all((a == b).all() for a, b in zip(weights, other_weights, strict=True))
 
 
 def test_stopping_and_resuming_changes_nothing(gloo_pool, tmp_path):
-    values = JOB | {"output": str(tmp_path), "checkpoint_every": 1}
+    values = JOB | {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 1}
     losses, _, weights = gloo_pool(1).run(train, values)[0]
-    resumed = {"resume": str(tmp_path / "checkpoints" / "step-00000001")}
-    rest, _, again = gloo_pool(1).run(train, values | resumed)[0]
-    assert rest == losses[1:]
+    resumed = {"resume_from_checkpoint": str(tmp_path / "checkpoint-1")}
+    every, _, again = gloo_pool(1).run(train, values | resumed)[0]
+    assert every == losses
     assert all((a == b).all() for a, b in zip(weights, again, strict=True))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
@@ -344,12 +348,12 @@ def test_stopping_and_resuming_changes_nothing(gloo_pool, tmp_path):
     ("match", "values"),
     [
         (r"bucket '\w+ x \d+' does not fit: one sample needs", {"memory_limit_mb": 1}),
-        ("sp_size=2 is more than the 1 ranks", {"dynamic_sp": False, "sp_size": 2}),
+        ("--sp-size 2 is more than the 1 ranks", {"dynamic_sp": False, "sp_size": 2}),
         ("profile of another model: hidden_size is 32 there, 64 here", {"hidden_size": 64}),
     ],
 )
 def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
-    job = JOB | {"steps": 1, "output": str(tmp_path), "num_layers": 2}
+    job = JOB | {"max_steps": 1, "output_dir": str(tmp_path), "num_layers": 2}
     if "hidden_size" in values:
         gloo_pool(1).run(train, job | {"profile_only": True})
     with pytest.raises(AssertionError, match=f"ValueError: .*{match}"):
@@ -364,15 +368,15 @@ def test_what_cannot_run_is_named(gloo_pool, tmp_path, match, values):
         ("--packing belongs to --job planned, this is", [DATA_CENTRIC, "--packing=ordered"]),
         ("--planning-pool belongs to --job planned", [DATA_CENTRIC, "--planning-pool=ray"]),
         ("--tokens-per-batch belongs to --job planned", [DATA_CENTRIC, "--tokens-per-batch=99"]),
-        ("--source belongs to --job planned and data-cen", ["--job=video", "--source=x"]),
+        ("--data belongs to --job planned and data-cen", ["--job=video", "--data=x"]),
         ("--preset belongs to --job data-centric and video, this is", ["--preset=intra"]),
         ("--profile-depth belongs to --job data-centric and vid", ["--profile-depth=3"]),
         ("--profile-only belongs to --job data-centric and video", ["--profile-only"]),
         ("--video-samples belongs to --job video", [DATA_CENTRIC, "--video-samples=9"]),
-        ("sp_size=2 has no effect where", [DATA_CENTRIC, "--preset=intra", "--sp-size=2"]),
-        ("preset must be one of", [DATA_CENTRIC, "--preset=outer"]),
-        ("preset must be one of", [DATA_CENTRIC, "--preset=bucket"]),
-        ("alloc_memory_fraction must be above 0", ["--job=video", "--alloc-memory-fraction=0"]),
+        ("--sp-size 2 has no effect where", [DATA_CENTRIC, "--preset=intra", "--sp-size=2"]),
+        ("--preset must be one of", [DATA_CENTRIC, "--preset=outer"]),
+        ("--preset must be one of", [DATA_CENTRIC, "--preset=bucket"]),
+        ("--alloc-memory-fraction must be above 0", ["--job=video", "--alloc-memory-fraction=0"]),
     ],
 )
 def test_mistakes_get_one_line(capfd, match, arguments):
@@ -414,45 +418,36 @@ def test_a_sample_is_the_same_in_any_batch():
 
 
 def test_the_example_is_a_configuration():
-    config = load_config(Path(__file__).parents[1] / "examples" / "data_centric.yaml")
-    assert isinstance(config, VideoConfig)
+    options, _ = read_options([str(Path(__file__).parents[1] / "examples" / "data_centric.yaml")])
+    assert options["job"] == "video"
+    with launched():
+        video, config, _ = arguments_of(options | {"use_cpu": True})
+    assert isinstance(video, VideoArguments)
     assert (config.dynamic_sp, config.dynamic_recompute) == (True, True)
 
 
-def test_a_configuration_names_its_job(tmp_path):
-    assert TextConfig(preset="inter", max_seqlen=1 << 16).max_seqlen == 1 << 16
-    config = VideoConfig(num_heads=3, hidden_size=48, preset="inter")
-    config.save(tmp_path / "config.json")
-    assert load_config(tmp_path / "config.json") == config
-    assert VideoConfig.load(tmp_path / "config.json") == config
-    with pytest.raises(ValueError, match="config of job 'video', wanted is one of 'data-centric'"):
-        TextConfig.load(tmp_path / "config.json")
-    foreign = "video_source belongs to --job video, this is --job data-centric"
-    with pytest.raises(ValueError, match=foreign):
-        load_config(tmp_path / "config.json", {"job": "data-centric"})
-
-
-def test_each_job_has_the_keys_it_uses_and_help_shows_no_others(capsys):
-    keys = {name: set(config.__dataclass_fields__) for name, config in JOBS.items()}
-    assert {"strategy", "mask", "source"} <= keys["planned"]
-    assert {"preset", "source", "num_kv_heads"} <= keys["data-centric"]
-    assert {"preset", "video_source"} <= keys["video"]
-    assert not {"preset", "profile_only", "video_source"} & keys["planned"]
-    assert not {"strategy", "mask", "tokens_per_batch", "video_source"} & keys["data-centric"]
-    assert not {"strategy", "source", "num_kv_heads", "max_seqlen"} & keys["video"]
-    every = set().union(*keys.values())
-    for words in (["--help"], *(["--job", name, "--help"] for name in JOBS)):
+def test_each_job_has_the_options_it_uses_and_help_shows_no_others(capsys):
+    ours = {
+        name: {field for kind in kinds if kind is not RunArguments
+               for field in kind.__dataclass_fields__}
+        for name, kinds in JOBS.items()
+    }  # fmt: skip
+    assert {"strategy", "mask", "data"} <= ours["planned"]
+    assert {"preset", "data", "model"} <= ours["data-centric"]
+    assert {"preset", "video_source"} <= ours["video"]
+    assert not {"preset", "profile_only", "video_source"} & ours["planned"]
+    assert not {"strategy", "mask", "tokens_per_batch", "video_source"} & ours["data-centric"]
+    assert not {"strategy", "data", "model", "max_seqlen"} & ours["video"]
+    every = set().union(*ours.values())
+    for job in JOBS:
         with pytest.raises(SystemExit) as ended:
-            cli.main(["train", *words])
+            cli.main(["train", "--job", job, "--help"])
         assert ended.value.code == 0
-        shown = set(re.findall(r"--(?!no-)([a-z-]+)", capsys.readouterr().out))
-        job = words[1] if len(words) > 1 else "planned"
-        assert {name for name in every if name.replace("_", "-") in shown} == keys[job]
+        shown = set(re.findall(r"^  --([a-z_]+)", capsys.readouterr().out, flags=re.MULTILINE))
+        assert every & shown == ours[job]
 
 
 def test_switches_of_the_command_win_over_the_preset(capfd):
-    words = ["--preset=inter", "--no-dynamic-sp", "--sp-size=2", "--num-processes=0"]
+    words = ["--preset=inter", "--dynamic-sp=false", "--sp-size=2", "--num-processes=0"]
     assert cli.main(["train", DATA_CENTRIC, *words]) == 2
     assert "--num-processes must be 1" in capfd.readouterr().err  # and nothing before it
-    with pytest.raises(ValueError, match="dynamic_sp must be of type"):
-        load_config(None, {"dynamic_sp": 1, "job": "data-centric"})

@@ -9,7 +9,7 @@ import pytest
 
 from dcp.datacentric.buckets import Bucket, draw_buckets, text_buckets, video_buckets
 from dcp.datacentric.choosers import make_chooser
-from dcp.datacentric.config import PRESETS, DataCentric
+from dcp.datacentric.config import PRESETS, DataCentricArguments
 from dcp.datacentric.costs import Costs
 from dcp.datacentric.draw import draw_choices, share_out
 from dcp.datacentric.inter import accumulate
@@ -131,7 +131,7 @@ def test_kept_activations_equal_brute_force(seed):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_rank_every_iteration_and_every_sample_once(preset, num_ranks):
     profile = make_profile(num_ranks=num_ranks)
-    chooser = make_chooser(profile, DataCentric(preset=preset))
+    chooser = make_chooser(profile, DataCentricArguments(preset=preset))
     iterations = checked_epoch(chooser, profile, num_ranks)
     assert not any(iteration.idle_ranks for iteration in iterations)
 
@@ -139,7 +139,7 @@ def test_every_rank_every_iteration_and_every_sample_once(preset, num_ranks):
 @pytest.mark.parametrize(("num_ranks", "sp_size"), [(1, 1), (4, 1), (4, 2), (6, 4)])
 def test_without_switches_all_groups_have_one_degree(num_ranks, sp_size):
     profile = make_profile(num_ranks=num_ranks)
-    chooser = make_chooser(profile, DataCentric(sp_size=sp_size))
+    chooser = make_chooser(profile, DataCentricArguments(sp_size=sp_size))
     for iteration in checked_epoch(chooser, profile, num_ranks):
         busy = [group for group in iteration.groups if group.micro_batches]
         assert {group.degree for group in busy} == {sp_size}
@@ -150,7 +150,7 @@ def test_ranks_that_no_degree_fills_idle_and_say_so():
     profile = make_profile(num_ranks=2, memory=80_000)  # "long" needs two ranks, and has no more
     bucket_of = ["long"] * 5
     for preset in ("intra", "inter"):
-        chooser = make_chooser(profile, DataCentric(preset=preset))
+        chooser = make_chooser(profile, DataCentricArguments(preset=preset))
         iterations = list(epoch_iterations(chooser, bucket_of, 3, seed=0, epoch=0))
         assert sum(iteration.num_samples for iteration in iterations) == 5
         assert {iteration.idle_ranks for iteration in iterations} == {1}
@@ -170,14 +170,16 @@ def test_draws_follow_the_remaining_work():
 
 
 def test_presets_are_the_switches_they_stand_for():
-    assert DataCentric(preset="inter+PAC").dynamic_recompute
-    assert not DataCentric(preset="inter").dynamic_recompute
-    assert DataCentric(preset="inter", dynamic_recompute=True).dynamic_recompute
-    assert not DataCentric().dynamic_sp
+    assert DataCentricArguments(preset="inter+PAC").dynamic_recompute
+    assert not DataCentricArguments(preset="inter").dynamic_recompute
+    assert DataCentricArguments(preset="inter", dynamic_recompute=True).dynamic_recompute
+    assert not DataCentricArguments().dynamic_sp
 
 
 def test_explicit_switches_win_over_the_preset():
-    keys = DataCentric(preset="inter+PAC", dynamic_sp=False, dynamic_recompute=False, sp_size=2)
+    keys = DataCentricArguments(
+        preset="inter+PAC", dynamic_sp=False, dynamic_recompute=False, sp_size=2
+    )
     switches = (keys.dynamic_sp, keys.auto_grad_accumulation, keys.dynamic_recompute)
     assert switches == (False, True, False)
     chosen = make_chooser(make_profile(), keys)(
@@ -185,21 +187,21 @@ def test_explicit_switches_win_over_the_preset():
     )
     assert {group.degree for group in chosen.groups if group.micro_batches} == {2}
     assert max(len(group.micro_batches) for group in chosen.groups) > 1
-    left_open = replace(DataCentric(), preset="inter")
-    assert left_open == DataCentric(preset="inter")
+    left_open = replace(DataCentricArguments(), preset="inter")
+    assert left_open == DataCentricArguments(preset="inter")
 
 
 def test_keys_without_effect_are_refused():
     with pytest.raises(ValueError, match="preset must be one of"):
-        DataCentric(preset="outer")
-    with pytest.raises(ValueError, match="sp_size=2 has no effect where dynamic_sp chooses"):
-        DataCentric(preset="inter", sp_size=2)
+        DataCentricArguments(preset="outer")
+    with pytest.raises(ValueError, match="--sp-size 2 has no effect where dynamic_sp chooses"):
+        DataCentricArguments(preset="inter", sp_size=2)
     with pytest.raises(ValueError, match="max_micro_batches=8 has no effect without auto_grad_ac"):
-        DataCentric(preset="intra", max_micro_batches=8)
+        DataCentricArguments(preset="intra", max_micro_batches=8)
     with pytest.raises(ValueError, match="max_micro_batches must be 1 or more, got 0"):
-        DataCentric(max_micro_batches=0)
+        DataCentricArguments(max_micro_batches=0)
     with pytest.raises(ValueError, match="alloc_memory_fraction must be above 0 and at most 1"):
-        DataCentric(alloc_memory_fraction=1.5)
+        DataCentricArguments(alloc_memory_fraction=1.5)
 
 
 def test_buckets():

@@ -35,11 +35,11 @@ def train(
     device: torch.device,
     *,
     chooser_of: ChooserOf = make_chooser,
-) -> None:
+) -> DataCentricTrainer:
     """Train the job on this rank, or only measure its profile."""
     trainer = DataCentricTrainer(arguments, group, device, chooser_of=chooser_of)
     if trainer.config.profile_only:
-        return
+        return trainer
     record_job(trainer, options)
     trainer.train(trainer.args.resume_from_checkpoint)
     folder = Path(str(trainer.args.output_dir))
@@ -47,6 +47,7 @@ def train(
     if trainer.is_world_process_zero() and trainer.config.calculate_imbalance:
         write_imbalance(folder)
     say_where(trainer)
+    return trainer
 
 
 class Iterations:

@@ -11,8 +11,10 @@ import torch.distributed as dist
 from dcp.launch.failures import RankLost
 from dcp.runtime.waiting import NoAnswer, PatientStore
 
+_VERDICT = "verdict"
 INTERVAL_SECONDS = 0.5
 SILENCE_SECONDS = 3.0  # so long without a beat is death: six beats
+
 ANSWER_SECONDS = 5.0  # so long without an answer of the store is its death
 
 
@@ -33,6 +35,7 @@ class Heartbeat:
             for _ in range(2)
         )
         self._ended = threading.Event()
+        self._verdict = ""  # what a rank has found out, heard before the store ends with its keeper
         self._beats.set(f"beat/{self._rank}", "0")
 
     def __enter__(self) -> Heartbeat:
@@ -59,19 +62,18 @@ class Heartbeat:
                 for rank, (one, other) in enumerate(zip(before, self._pulse(), strict=True))
                 if one == other and not self._notes.check([f"failed/{rank}"])
             ]
+            verdict = _blaming(silent)
+            if silent:
+                self._notes.set(_VERDICT, verdict)
             self._notes.set(f"left/{self._rank}", "")
             if self._rank == 0:
                 self._wait_for(set(range(self._size)) - set(silent))
         except NoAnswer as silent_store:
-            return RankLost(f"{silent_store} ({cause})")
+            return RankLost(f"{self._verdict or silent_store} ({cause})")
         except RuntimeError:  # torch's kinds for a lost store
-            return RankLost(f"rank 0, or what else keeps the job's store, died ({cause})")
-        if not silent:
-            return error
-        names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
-        return RankLost(
-            f"{names} died or cannot be reached, silent for {SILENCE_SECONDS:g} s ({cause})"
-        )
+            keeper = "rank 0, or what else keeps the job's store, died"
+            return RankLost(f"{self._verdict or keeper} ({cause})")
+        return RankLost(f"{verdict} ({cause})") if silent else error
 
     def _pulse(self) -> list[bytes]:
         return self._notes.multi_get([f"beat/{rank}" for rank in range(self._size)])
@@ -89,5 +91,12 @@ class Heartbeat:
             count += 1
             try:
                 self._beats.set(f"beat/{self._rank}", str(count))
+                if not self._verdict and self._beats.check([_VERDICT]):
+                    self._verdict = self._beats.get(_VERDICT).decode()
             except RuntimeError:  # the store is gone: so is the job
                 return
+
+
+def _blaming(silent: list[int]) -> str:
+    names = f"rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))}"
+    return f"{names} died or cannot be reached, silent for {SILENCE_SECONDS:g} s"

@@ -6,7 +6,9 @@ What a job trains, on what, and how attention is planned is ours; every other op
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from dcp.checks import shown
 from dcp.integrations.trainer_batches import PlanningArguments
+from dcp.masks import named_mask
 from dcp.placement import get_strategy
 
 # Where weights are random, unless an option says otherwise: Trainer's own defaults are for
@@ -28,6 +31,18 @@ FROM_SCRATCH: dict[str, Any] = {
     "adam_beta2": 0.95,
 }
 OUTPUT = "runs/train"
+# Least and most of what Trainer takes as it comes.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "ddp_timeout": (1, 1e8),
+    "threads": (1, 4096),
+    "learning_rate": (0, 1e6),
+    "weight_decay": (0, 1e6),
+    "max_grad_norm": (0, 1e30),
+    "num_train_epochs": (0, 1e9),
+    "gradient_accumulation_steps": (1, 1e9),
+}
 STEPS = 60  # of a model from scratch, where neither steps nor epochs are given
 
 
@@ -40,6 +55,18 @@ def require(name: str, value: Any, holds: bool, wanted: str) -> None:
     """``ValueError`` that says what an option must be, unless that ``holds``."""
     if not holds:
         raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {shown(value)}")
+
+
+def check_run(options: Mapping[str, Any]) -> None:
+    """``ValueError`` for numbers that no training has."""
+    for name, value in options.items():
+        if isinstance(value, float):
+            require(name, value, isfinite(value), "finite")
+        if name in BOUNDS and value is not None:
+            least, most = BOUNDS[name]
+            require(name, value, least <= value <= most, f"from {least:g} to {most:g}")
+    steps = options.get("max_steps", -1)
+    require("max_steps", steps, steps >= 1 or steps == -1, "1 or more, or -1 for epochs")
 
 
 @dataclass
@@ -127,6 +154,8 @@ class BatchArguments:
             require(name, value, value >= least, f"{least} or more")
         numbers = all(part.strip().isdecimal() for part in self.planning_ranks.split(",") if part)
         require("planning_ranks", self.planning_ranks, numbers, "numbers with commas between")
+        if self.mask:
+            named_mask(self.mask, 1)
         if self.strategy != "auto":
             get_strategy(self.strategy)
 

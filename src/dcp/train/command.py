@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers.hf_argparser import HfArgumentParser
@@ -22,7 +22,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from dcp.datacentric.config import DataCentricArguments, VideoArguments
 from dcp.errors import DCPError
-from dcp.launch.command import CommandParser
 from dcp.launch.ending import ending_on_sigterm
 from dcp.launch.environment import is_launched
 from dcp.launch.group import choose_device, joined_group
@@ -35,6 +34,7 @@ from dcp.train.arguments import (
     DataArguments,
     ModelArguments,
     RunArguments,
+    check_run,
 )
 from dcp.train.files import read_values
 
@@ -54,8 +54,11 @@ Options = dict[str, Any]
 # --------------------------------------------------------------------------- options
 
 
-class TrainParser(CommandParser, HfArgumentParser):
-    """transformers' parser of dataclasses, whose errors are one line."""
+class TrainParser(HfArgumentParser):
+    """transformers' parser of dataclasses, whose errors are ours to show."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def build_parser(job: str) -> TrainParser:
@@ -92,17 +95,16 @@ def read_options(words: Sequence[str]) -> tuple[Options, int]:
     """
     config = words[0] if words and not words[0].startswith("-") else None
     values = {} if config is None else read_values(Path(config))
-    words = [f"--{name}={_as_word(value)}" for name, value in values.items()] + [
-        *words[config is not None :]
-    ]
-    parser = build_parser(_job_in(words))
+    written = [f"--{n}={_as_word(v)}" for n, v in values.items() if v is not None]
+    words = [*written, *words[config is not None :]]
+    job = _job_in(words)
+    parser = build_parser(job)
     nothing = object()
     names = {action.dest: nothing for action in parser._actions}
     args, foreign = parser.parse_known_args(words, argparse.Namespace(**names))
     if foreign:
-        where = f"{config}: key" if foreign[0] in words[: len(values)] else "option"
-        name = foreign[0].split("=")[0].lstrip("-").replace("-", "_")
-        raise ValueError(f"{where} {name!r} is unknown{_hint(name, set(names))}")
+        where = f"{config}: " if foreign[0] in written else ""
+        raise ValueError(where + _unknown(foreign[0].split("=")[0], job, set(names)))
     given = {name: value for name, value in vars(args).items() if value is not nothing}
     num_processes = given.pop("num_processes", 1)
     return {"job": PLANNED, **given}, num_processes
@@ -128,19 +130,25 @@ def _job_in(words: Sequence[str]) -> str:
 
 
 def _as_word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _hint(name: str, known: set[str]) -> str:
+def _unknown(word: str, job: str, known: set[str]) -> str:
+    """What is wrong with an option that a job has not."""
+    name = word.lstrip("-").replace("-", "_")
+    shown = f"--{name.replace('_', '-')}"
     owners = [
-        job
-        for job, kinds in JOBS.items()
+        other
+        for other, kinds in JOBS.items()
         if any(name in kind.__dataclass_fields__ for kind in kinds)
     ]
     if owners:
-        return f": it belongs to --job {' and '.join(owners)}"
+        return f"{shown} belongs to --job {' and '.join(owners)}, this is --job {job}"
+    if not word.startswith("-"):
+        return f"{word!r} is no option: a configuration file comes first"
     near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+    return f"unknown option {word}{hint}"
 
 
 # --------------------------------------------------------------------------- running
@@ -156,6 +164,7 @@ def run(words: Sequence[str]) -> int:
 
 def _run(words: Sequence[str]) -> int:
     options, num_processes = read_options(words)
+    check_run(options)
     for kind in JOBS[options["job"]]:
         if kind is not RunArguments:  # which would look for devices
             names = kind.__dataclass_fields__.keys() & options.keys()

@@ -35,14 +35,15 @@ Arguments = tuple[ModelArguments, DataArguments, BatchArguments, RunArguments]
 
 def train(
     options: dict[str, Any], arguments: Arguments, group: dist.ProcessGroup, device: torch.device
-) -> None:
+) -> DCPTrainer:
     """Train the job on this rank, and leave the model, its metrics and a picture of a plan."""
     trainer = open_trainer(options, arguments, group, device)
     trainer.train(trainer.args.resume_from_checkpoint)
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     save(trainer)
-    say_where(trainer, plan=PLAN_PAGE)
+    say_where(trainer, adapter="adapter", plan=PLAN_PAGE)
+    return trainer
 
 
 def open_trainer(
