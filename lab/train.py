@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps <= WARM_UP:
         raise ValueError(f"--steps must be more than {WARM_UP}, which warm up, got {args.steps}")
     options = read_job(args.config) | {"max_steps": args.steps}
-    spec, num_layers = attention_in(options)
+    spec = spec_of(options)
     with (
         tempfile.TemporaryDirectory(prefix="dcp-train-") as name,
         open_testbed(args.nodes, bandwidth=args.mbits * 1e6 / 8) as bed,
@@ -73,9 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds,
         "config": {k: v for k, v in options.items() if k not in ("cluster", "output_dir")},
         "cluster": asdict(cluster),
-        "strategies": {
-            strategy: figures(each, num_layers=num_layers) for strategy, each in runs.items()
-        },
+        "strategies": {strategy: figures(each) for strategy, each in runs.items()},
     }
     result["loss_difference"] = loss_difference([each[0] for each in runs.values()])
     if args.out:
@@ -93,13 +91,12 @@ def read_job(config: Path | None) -> Options:
     return {"seed": 0, **given, **ours}
 
 
-def attention_in(options: Options) -> tuple[AttentionSpec, int]:
-    """Heads and dtype of the attention of a job's model, and its number of layers."""
+def spec_of(options: Options) -> AttentionSpec:
+    """Heads and dtype of the attention of a job's model."""
     model, data, batches, run = arguments_of(options)
     longest = data.max_seqlen or batches.tokens_per_batch
     config = config_of(model, tokenizer=tokenizer_of(model), max_positions=longest)
-    dtype = "bfloat16" if run.bf16 else "float32"
-    return attention_of(config, dtype=dtype).spec, config.get_text_config().num_hidden_layers
+    return attention_of(config, dtype="bfloat16" if run.bf16 else "float32").spec
 
 
 def train(bed: Testbed, options: Options, *, ranks_per_node: int) -> list[dict[str, Any]]:
@@ -109,11 +106,8 @@ def train(bed: Testbed, options: Options, *, ranks_per_node: int) -> list[dict[s
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
-def figures(runs: Sequence[Sequence[dict[str, Any]]], *, num_layers: int) -> dict[str, Any]:
-    """One strategy's speed over the timed steps of all runs, and its losses.
-
-    Bytes are those of the forward passes of all layers; the metrics have a layer's.
-    """
+def figures(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """One strategy's speed over the timed steps of all runs, and its losses."""
     timed = [step for steps in runs for step in steps[WARM_UP:]]
     speeds = sorted(step["tokens_per_second"] for step in timed)
     first = runs[0]
@@ -123,7 +117,7 @@ def figures(runs: Sequence[Sequence[dict[str, Any]]], *, num_layers: int) -> dic
         "by_round": [median(s["tokens_per_second"] for s in steps[WARM_UP:]) for steps in runs],
         "plan_wait_seconds": median(step["plan_wait_seconds"] for step in timed),
         "step_seconds": median(step["seconds"] for step in timed),
-        "inter_node_bytes": median(step["inter_node_bytes"] for step in timed) * num_layers,
+        "inter_node_bytes": median(step["inter_node_bytes"] for step in timed),
         "chosen": sorted({step["strategy"] for step in first}),
         "losses": [step["loss"] for step in first],
     }
