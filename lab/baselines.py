@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dcp import jobs
+from dcp.datacentric import trainer
 from dcp.datacentric.choosers import Chooser, Remaining
-from dcp.datacentric.config import DataCentricConfig
+from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.iteration import Iteration, MicroBatch, RankGroup
 from dcp.datacentric.profile import Profile
-from dcp.datacentric.trainer import DataCentricTrainer
-from dcp.launch.ranks import run_ranks
+from dcp.train.command import Options, launch, run_job
 
 BASELINES = ("bucket", "packed", "fixed")
 
@@ -121,11 +118,10 @@ def _within(costs: Costs, bucket: str, limit: int | None) -> Choice:
 # --------------------------------------------------------------------------- real ranks
 
 
-def launch_baseline(name: str, config: DataCentricConfig, *, num_processes: int) -> None:
-    """As :func:`dcp.jobs.launch`, but iterations are the baseline's, at ``config.sp_size``."""
-    job = {"baseline": name, "config": config.to_json()}
-    logs = Path(config.output) / "logs"
-    run_ranks("lab.baselines:train", job, num_processes=num_processes, logs=logs)
+def launch_baseline(name: str, options: Options, *, num_processes: int) -> None:
+    """Train a data-centric job whose iterations are the baseline's, at its ``sp_size``."""
+    job = {"baseline": name, **options}
+    launch(job, num_processes=num_processes, work="lab.baselines:train")
 
 
 def bucket_sizes(profile: Profile) -> dict[str, int]:
@@ -133,12 +129,12 @@ def bucket_sizes(profile: Profile) -> dict[str, int]:
     return {bucket: prod(shape) for bucket, shape in profile.model["buckets"].items()}
 
 
-def train(job: dict[str, Any]) -> None:
+def train(job: Options) -> None:
     """The work of a rank that :func:`launch_baseline` started."""
+    options = dict(job)
+    name = options.pop("baseline")
 
-    def chooser_of(profile: Profile, config: DataCentricConfig) -> Chooser:
-        sizes = bucket_sizes(profile)
-        return make_baseline(job["baseline"], profile, sizes, degree=config.sp_size)
+    def chooser_of(profile: Profile, config: DataCentricArguments) -> Chooser:
+        return make_baseline(name, profile, bucket_sizes(profile), degree=config.sp_size)
 
-    config = jobs.load_config(None, job["config"])
-    jobs.run_rank(config, open_trainer=partial(DataCentricTrainer, chooser_of=chooser_of))
+    run_job(options, partial(trainer.train, chooser_of=chooser_of))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,13 @@ from dcp.cluster import Cluster
 from dcp.data.batching import TokenBudgetBatches
 from dcp.datacentric.buckets import DISTRIBUTIONS, Bucket, draw_buckets, video_buckets
 from dcp.datacentric.choosers import Chooser, make_chooser
-from dcp.datacentric.config import PRESETS, DataCentric, TextConfig, VideoConfig
+from dcp.datacentric.config import PRESETS, DataCentricArguments
 from dcp.datacentric.iteration import RankGroup, epoch_imbalance
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.schedule import epoch_iterations
-from dcp.jobs import launch
 from dcp.planner import plan
-from dcp.train.config import TrainConfig
-from dcp.train.journal import METRICS
+from dcp.train.command import PLANNED, Options, arguments_of, launch
+from dcp.train.record import METRICS
 from lab.baselines import BASELINES, bucket_sizes, launch_baseline, make_baseline
 from lab.published import draw_lengths
 from lab.video_cost import DEPTH, KINDS, TextCost, VideoCost
@@ -46,6 +44,13 @@ FIXED_DEGREE, LOCAL_DEGREE = 4, 2  # of the alternatives: what the longest video
 TEXT_SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128)
 ORDER = (*BASELINES, *PRESETS)
 TEXT_BATCHES, TEXT_TOKENS = 8, 131072
+MEASURED: Options = {  # of every job that is measured
+    "max_batch_size": 4,
+    "calculate_imbalance": True,
+    "seed": 0,
+    "disable_tqdm": True,
+    "save_strategy": "no",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def preset_keys(preset: str, *, degree: int, steps: int = 5) -> dict[str, Any]:
-    """The config keys of a preset: the degree and the longest accumulation where it has a use."""
+    """The options of a preset: the degree and the longest accumulation where it has a use."""
     if preset in BASELINES:
         return {"preset": "", "sp_size": degree}
     keys: dict[str, Any] = {"preset": preset}
@@ -102,7 +107,9 @@ def chooser_for(
     """A preset's chooser, or a baseline's."""
     if preset in BASELINES:
         return make_baseline(preset, profile, sizes, degree=degree)
-    return make_chooser(profile, DataCentric(**preset_keys(preset, degree=degree, steps=steps)))
+    return make_chooser(
+        profile, DataCentricArguments(**preset_keys(preset, degree=degree, steps=steps))
+    )
 
 
 def simulate_video(num_ranks: int, distribution: str, num_samples: int) -> dict[str, Any]:
@@ -197,94 +204,92 @@ def simulate_text(num_ranks: int) -> dict[str, Any]:
 
 def measure_video(num_processes: int) -> dict[str, Any]:
     """One epoch of the small video model with every preset, on local ranks."""
-    config = VideoConfig(
-        hidden_size=64,
-        num_layers=3,
-        num_heads=4,
-        video_samples=200,
-        max_batch_size=4,
-        memory_limit_mb=20,  # the longest videos need two ranks, short ones may keep activations
-        calculate_imbalance=True,
-        progress=False,
-    )
-    return _measure(config, ORDER, num_processes, degree=LOCAL_DEGREE)
+    options = MEASURED | {
+        "job": "video",
+        "hidden_size": 64,
+        "num_layers": 3,
+        "num_heads": 4,
+        "video_samples": 200,
+        "memory_limit_mb": 20,  # the longest videos need two ranks, short ones may keep activations
+    }
+    return _measure(options, ORDER, num_processes, degree=LOCAL_DEGREE)
 
 
 def measure_text(num_processes: int) -> dict[str, Any]:
     """One epoch of the small Llama with every preset, and with planned attention."""
-    config = TextConfig(
-        hidden_size=64,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=4,
-        max_documents=120,
-        max_seqlen=2048,
-        max_batch_size=4,
-        calculate_imbalance=True,
-        progress=False,
-    )
+    options = MEASURED | {
+        "job": "data-centric",
+        "config_overrides": "hidden_size=64,intermediate_size=192,num_hidden_layers=3,"
+        "num_key_value_heads=4",
+        "max_documents": 120,
+        "max_seqlen": 2048,
+    }
     presets = ("bucket", "intra", "inter", "inter+PAC", "auto")
-    return _measure(config, presets, num_processes, degree=1)
+    return _measure(options, presets, num_processes, degree=1)
 
 
 def _measure(
-    config: VideoConfig | TextConfig, presets: tuple[str, ...], num_processes: int, *, degree: int
+    options: Options, presets: tuple[str, ...], num_processes: int, *, degree: int
 ) -> dict[str, Any]:
     """Train an epoch with each preset from one profile; ``auto`` is planned attention."""
-    found: dict[str, Any] = {"config": config.to_json(), "presets": {}}
+    found: dict[str, Any] = {"config": options, "presets": {}}
     with tempfile.TemporaryDirectory(prefix="dcp-data-centric-") as name:
         folder = Path(name)
         path = str(folder / "profile.json")
-        config = replace(config, profile_path=path, output=str(folder / "profile"))
-        all_degrees = replace(config, preset="inter", profile_only=True)
+        options = options | {"profile_path": path, "output_dir": str(folder / "profile")}
+        all_degrees = options | {"preset": "inter", "profile_only": True}
         launch(all_degrees, num_processes=num_processes)
         for preset in presets:
             output = folder / preset
             # enough for an epoch with any preset; what is beyond the first is left out below
-            steps = _epoch_steps(preset, config, num_processes, degree=degree)
-            job = replace(config, output=str(output), steps=steps)
+            steps = _epoch_steps(preset, options, num_processes, degree=degree)
+            job = options | {"output_dir": str(output), "max_steps": steps}
             if preset == "auto":
                 launch(planned(job), num_processes=num_processes)
             elif preset in BASELINES:
-                job = replace(job, **preset_keys(preset, degree=degree))
+                job |= preset_keys(preset, degree=degree)
                 launch_baseline(preset, job, num_processes=num_processes)
             else:
-                job = replace(job, **preset_keys(preset, degree=degree))
+                job |= preset_keys(preset, degree=degree)
                 launch(job, num_processes=num_processes)
             lines = (output / METRICS).read_text().splitlines()
-            found["presets"][preset] = _epoch_figures([json.loads(line) for line in lines])
+            rows = [row for row in map(json.loads, lines) if "loss" in row]
+            found["presets"][preset] = _epoch_figures(rows)
         found["profile_cases"] = len(Profile.load(path).found)
     return found
 
 
-def planned(config: VideoConfig | TextConfig) -> TrainConfig:
+def planned(options: Options) -> Options:
     """The same model and documents, trained with planned attention."""
-    shared = TrainConfig.__dataclass_fields__.keys() & config.__dataclass_fields__.keys()
-    return TrainConfig(**{name: getattr(config, name) for name in shared})
+    foreign = DataCentricArguments.__dataclass_fields__.keys()
+    kept = {name: value for name, value in options.items() if name not in foreign}
+    return kept | {"job": PLANNED}
 
 
-def _epoch_steps(
-    preset: str, config: VideoConfig | TextConfig, num_ranks: int, *, degree: int
-) -> int:
+def _epoch_steps(preset: str, options: Options, num_ranks: int, *, degree: int) -> int:
     """Optimiser steps of the first epoch, which every rank can tell, and so can we."""
     from torch import device
 
     from dcp.datacentric.trainer import open_workload
 
-    workload = open_workload(config, device("cpu"))
+    here = options | {"use_cpu": True}
+    workload = open_workload(arguments_of(here), device("cpu"))
+    seed = options["seed"]
     if preset == "auto":
         lengths = np.array([workload.num_tokens([i]) for i in range(len(workload.bucket_of))])
-        budget = TokenBudgetBatches(lengths, planned(config).tokens_per_batch, seed=config.seed)
+        *_, batches, _ = arguments_of(planned(here))
+        budget = TokenBudgetBatches(lengths, batches.tokens_per_batch, seed=seed)
         return sum(1 for _ in budget.epoch(0))
-    profile = Profile.load(config.profile_path)
+    profile = Profile.load(options["profile_path"])
     chooser = chooser_for(preset, profile, bucket_sizes(profile), degree=degree)
-    names = workload.bucket_of
-    return sum(1 for _ in epoch_iterations(chooser, names, num_ranks, seed=config.seed, epoch=0))
+    return sum(
+        1 for _ in epoch_iterations(chooser, workload.bucket_of, num_ranks, seed=seed, epoch=0)
+    )
 
 
 def _epoch_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Of the first epoch's steps, the first of all left out: it warms up."""
-    rows = [row for row in rows if row["epoch"] == 0][1:]
+    rows = [row for row in rows if row.get("data_epoch", 0) == 0][1:]  # planned jobs run just it
     tokens, seconds = (sum(row[key] for row in rows) for key in ("num_tokens", "seconds"))
     figures = {"steps": len(rows), "tokens_per_second": tokens / seconds, "loss": rows[-1]["loss"]}
     for kind in ("predicted", "measured"):

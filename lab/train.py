@@ -10,15 +10,18 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
-from dcp.train.config import TrainConfig
-from dcp.train.journal import METRICS
+from dcp.integrations.transformers import attention_of
+from dcp.train.command import PLANNED, Options, arguments_of, read_options
+from dcp.train.model import config_of, tokenizer_of
+from dcp.train.record import METRICS
 from lab.fleet import measured_cluster, run_plans
 from lab.results import merge
 from lab.testbed import Testbed, open_testbed
@@ -46,28 +49,29 @@ def run(args: argparse.Namespace) -> int:
     """Train, print, write. Returns the exit status."""
     if args.steps <= WARM_UP:
         raise ValueError(f"--steps must be more than {WARM_UP}, which warm up, got {args.steps}")
-    given = {"steps": args.steps, "progress": False, "device": "cpu"}
-    config = TrainConfig.load(args.config, given)
+    options = read_job(args.config) | {"max_steps": args.steps}
+    spec = spec_of(options)
     with (
         tempfile.TemporaryDirectory(prefix="dcp-train-") as name,
         open_testbed(args.nodes, bandwidth=args.mbits * 1e6 / 8) as bed,
     ):
         folder = Path(name)
         like = Cluster.preset("laptop", num_nodes=args.nodes, devices_per_node=args.ranks_per_node)
-        found = run_plans(bed, [], config.spec, ranks_per_node=args.ranks_per_node, rates=True)
+        found = run_plans(bed, [], spec, ranks_per_node=args.ranks_per_node, rates=True)
         cluster = measured_cluster(found, like, name=f"testbed, {args.mbits:g} Mbit/s")
         cluster.save(folder / "cluster.json")
-        config = replace(config, cluster=str(folder / "cluster.json"))
+        options["cluster"] = str(folder / "cluster.json")
         runs: dict[str, list[list[dict[str, Any]]]] = {each: [] for each in args.strategies}
         for turn in range(args.rounds):
             for strategy in args.strategies[:: -1 if turn % 2 else 1]:
-                job = replace(config, strategy=strategy, output=str(folder / f"{strategy}-{turn}"))
+                output = str(folder / f"{strategy}-{turn}")
+                job = options | {"strategy": strategy, "output_dir": output}
                 runs[strategy].append(train(bed, job, ranks_per_node=args.ranks_per_node))
     name = f"{args.nodes} x {args.ranks_per_node}, {args.mbits:g} Mbit/s"
     result = {
         "conditions": conditions(),
         "rounds": args.rounds,
-        "config": {k: v for k, v in config.to_json().items() if k not in ("cluster", "output")},
+        "config": {k: v for k, v in options.items() if k not in ("cluster", "output_dir")},
         "cluster": asdict(cluster),
         "strategies": {strategy: figures(each) for strategy, each in runs.items()},
     }
@@ -78,11 +82,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(bed: Testbed, config: TrainConfig, *, ranks_per_node: int) -> list[dict[str, Any]]:
+def read_job(config: Path | None) -> Options:
+    """The options of a job: the file's, and what a run here asks for."""
+    given, _ = read_options([] if config is None else [str(config)])
+    if given["job"] != PLANNED:
+        raise ValueError(f"{config}: a job of planned attention is wanted, got {given['job']!r}")
+    ours = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
+    return {"seed": 0, **given, **ours}
+
+
+def spec_of(options: Options) -> AttentionSpec:
+    """Heads and dtype of the attention of a job's model."""
+    model, data, batches, run = arguments_of(options)
+    longest = data.max_seqlen or batches.tokens_per_batch
+    config = config_of(model, tokenizer=tokenizer_of(model), max_positions=longest)
+    return attention_of(config, dtype="bfloat16" if run.bf16 else "float32").spec
+
+
+def train(bed: Testbed, options: Options, *, ranks_per_node: int) -> list[dict[str, Any]]:
     """One job on the testbed's ranks; the metrics of its steps."""
-    output = Path(config.output)
-    bed.run("dcp.jobs:train", config.to_json(), ranks_per_node=ranks_per_node)
-    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+    bed.run("dcp.train.command:train", options, ranks_per_node=ranks_per_node)
+    lines = (Path(options["output_dir"]) / METRICS).read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
 
 
 def figures(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
@@ -114,7 +135,7 @@ def loss_difference(runs: Sequence[Sequence[dict[str, Any]]]) -> float:
 def as_text(name: str, result: dict[str, Any]) -> str:
     """The table that is printed."""
     lines = [
-        f"{name}, {result['config']['steps']} steps, {result['rounds']} rounds",
+        f"{name}, {result['config']['max_steps']} steps, {result['rounds']} rounds",
         f"{'strategy':10} {'tokens/s':>9} {'lowest':>8} {'highest':>8} {'step s':>7} "
         f"{'MB':>6} {'loss':>9}  plans",
     ]

@@ -4,6 +4,7 @@
 #   NODES=4 NODE=0 MASTER=host0 launch/torchrun.sh -m lab.paper.attention --out /shared/artifact
 #   NODES=4 NODE=0 MASTER=host0 launch/torchrun.sh "$(command -v dcp)" train job.yaml
 #
+# With `resume_from_checkpoint: auto` in job.yaml, a job that is started again goes on.
 # NODE counts from 0; MASTER is the address of node 0, PORT one of its free ports.
 set -euo pipefail
 : "${NODES:?how many machines}" "${NODE:?number of this machine}" "${MASTER:?address of machine 0}"

@@ -79,8 +79,9 @@ def attention_tables(name: str, run: dict[str, Any]) -> str:
 
 
 def train_table(name: str, run: dict[str, Any]) -> str:
+    first = next(iter(run["strategies"].values()))
     lines = [
-        f"### {name}, {run['config']['steps']} steps, {run['rounds']} rounds",
+        f"### {name}, {len(first['losses'])} steps, {run['rounds']} rounds",
         "",
         made_by(run),
         "",
@@ -88,7 +89,7 @@ def train_table(name: str, run: dict[str, Any]) -> str:
         "| MB between nodes, forward | last loss |",
         "|---|---|---|---|---|---|",
     ]
-    ours = next(iter(run["strategies"].values()))["tokens_per_second"]
+    ours = first["tokens_per_second"]
     for strategy, each in run["strategies"].items():
         low, high = each["spread"]
         rounds = ", ".join(f"{speed:,.0f}" for speed in each["by_round"])

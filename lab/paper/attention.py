@@ -27,7 +27,7 @@ from dcp.launch.ranks import run_ranks
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
 from dcp.simulate import COMPUTE, TRANSFER, Span
-from dcp.train.trainer import make_cluster
+from dcp.train.planned import make_cluster
 from lab.paper.campaign import Task
 from lab.paper.micro import TOKENS
 from lab.paper.rows import Row, write_rows

@@ -10,9 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcp.jobs import launch
-from dcp.train.config import TrainConfig
-from dcp.train.journal import METRICS
+from dcp.train.command import PLANNED, Options, launch
+from dcp.train.record import METRICS, OPTIONS
 from lab.paper.rows import Row, write_rows
 from lab.paper.workbench import MASKS, Workbench
 
@@ -31,13 +30,14 @@ def rows(bench: Workbench, *, source: str = "python", masks: Sequence[str] = MAS
     found: list[Row] = []
     for mask in masks:
         for system, strategy in SYSTEMS.items():
-            config = _config(bench.out / "runs" / f"{mask}-{system}", mask, strategy, steps, source)
-            metrics = _metrics(config) or _train(config)
+            output = bench.out / "runs" / f"{mask}-{system}"
+            options = _options(output, mask, strategy, steps, source)
+            metrics = _metrics(options) or _train(options)
             found += [
                 {
                     "mask": mask,
                     "system": system,
-                    "step": each["step"],
+                    "step": each["step"] - 1,  # the figures count from 0
                     "loss": each["loss"],
                     "seconds": each["seconds"],
                     "tokens": each["num_tokens"],
@@ -49,36 +49,37 @@ def rows(bench: Workbench, *, source: str = "python", masks: Sequence[str] = MAS
     return found
 
 
-def _config(output: Path, mask: str, strategy: str, steps: int, source: str) -> TrainConfig:
-    return TrainConfig(
-        source=source,
-        max_documents=2000,
-        tokens_per_batch=4096,
-        max_seqlen=2048,
-        mask=SHRUNK.get(mask, mask),
-        hidden_size=64,
-        num_layers=2,
-        steps=steps,
-        strategy=strategy,
-        output=str(output),
-    )
+def _options(output: Path, mask: str, strategy: str, steps: int, source: str) -> Options:
+    return {
+        "job": PLANNED,
+        "data": source,
+        "max_documents": 2000,
+        "tokens_per_batch": 4096,
+        "max_seqlen": 2048,
+        "mask": SHRUNK.get(mask, mask),
+        "config_overrides": "hidden_size=64,intermediate_size=192,num_hidden_layers=2",
+        "max_steps": steps,
+        "seed": 0,
+        "save_strategy": "no",
+        "strategy": strategy,
+        "output_dir": str(output),
+    }
 
 
-def _train(config: TrainConfig) -> list[Row]:
-    launch(config, num_processes=PROCESSES)
-    metrics = _metrics(config)
+def _train(options: Options) -> list[Row]:
+    launch(options, num_processes=PROCESSES)
+    metrics = _metrics(options)
     assert metrics is not None, "a finished job leaves all its steps"
     return metrics
 
 
-def _metrics(config: TrainConfig) -> list[Row] | None:
-    """The steps of a run with this very configuration, or None where it is not complete."""
-    folder = Path(config.output)
+def _metrics(options: Options) -> list[Row] | None:
+    """The steps of a run with these very options, or None where it is not complete."""
+    folder = Path(options["output_dir"])
     try:
-        known = json.loads((folder / "config.json").read_text())
+        known = json.loads((folder / OPTIONS).read_text())
         lines = (folder / METRICS).read_text().splitlines()
     except OSError:
         return None
-    if known != config.to_json() or len(lines) != config.steps:
-        return None
-    return [json.loads(line) for line in lines]
+    steps = [line for line in map(json.loads, lines) if "loss" in line]
+    return steps if known == options and len(steps) == options["max_steps"] else None

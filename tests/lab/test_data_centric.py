@@ -7,7 +7,7 @@ import pytest
 from dcp import AttentionSpec, Cluster
 from dcp.datacentric.buckets import Bucket, draw_buckets, video_buckets
 from dcp.datacentric.choosers import make_chooser
-from dcp.datacentric.config import DataCentric, VideoConfig
+from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.iteration import MicroBatch, RankGroup, epoch_imbalance
 from dcp.datacentric.schedule import epoch_iterations
 from lab import data_centric as bench
@@ -71,7 +71,7 @@ def test_text_costs_add_up_to_the_whole():
 
 def test_the_first_step_is_left_out_of_measured_figures():
     rows = [
-        {"epoch": epoch, "num_tokens": 100, "seconds": seconds, "loss": 1.0}
+        {"data_epoch": epoch, "num_tokens": 100, "seconds": seconds, "loss": 1.0}
         | {f"{kind}_rank_seconds": [1.0, 0.5] for kind in ("predicted", "measured")}
         for epoch, seconds in [(0, 50.0), (0, 1.0), (0, 1.0), (1, 9.0)]
     ]
@@ -100,8 +100,8 @@ def test_the_presets_balance_better_than_a_fixed_degree():
     bucket_of = [bucket.name for bucket in draw_buckets(buckets, 400, "balanced")]
     choosers = {
         "fixed": make_baseline("fixed", profile, SIZES, degree=1),
-        "intra": make_chooser(profile, DataCentric(preset="intra")),
-        "inter": make_chooser(profile, DataCentric(preset="inter")),
+        "intra": make_chooser(profile, DataCentricArguments(preset="intra")),
+        "inter": make_chooser(profile, DataCentricArguments(preset="inter")),
     }
     found = {}
     for name, chooser in choosers.items():
@@ -113,19 +113,21 @@ def test_the_presets_balance_better_than_a_fixed_degree():
 
 
 def test_a_baseline_trains_on_real_ranks(tmp_path):
-    config = VideoConfig(
-        hidden_size=32,
-        num_layers=1,
-        num_heads=4,
-        video_samples=4,
-        max_batch_size=1,
-        sp_size=2,
-        steps=1,
-        calculate_imbalance=True,
-        progress=False,
-        output=str(tmp_path),
-    )
-    launch_baseline("packed", config, num_processes=2)
+    options = {
+        "job": "video",
+        "hidden_size": 32,
+        "num_layers": 1,
+        "num_heads": 4,
+        "video_samples": 4,
+        "max_batch_size": 1,
+        "sp_size": 2,
+        "max_steps": 1,
+        "calculate_imbalance": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "output_dir": str(tmp_path),
+    }
+    launch_baseline("packed", options, num_processes=2)
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [group["degree"] for group in row["groups"]] == [2]
     assert len(row["groups"][0]["micro_batches"]) > 0

@@ -177,14 +177,14 @@ def test_the_operator_is_measured_on_real_ranks(bench):
 def test_training_curves_differ_in_strategy_alone_and_are_run_once(bench, monkeypatch):
     configs = []
 
-    def train(config, *, num_processes):
-        configs.append(config.to_json())
-        folder = Path(config.output)
+    def train(options, *, num_processes):
+        configs.append(options)
+        folder = Path(options["output_dir"])
         folder.mkdir(parents=True, exist_ok=True)
-        config.save(folder / "config.json")
-        step = {"step": 0, "loss": 5.0, "seconds": 0.1, "num_tokens": 9}
+        (folder / "config.json").write_text(json.dumps(options))
+        step = {"step": 1, "loss": 5.0, "seconds": 0.1, "num_tokens": 9}
         line = json.dumps(step | {"strategy": "x"}) + "\n"
-        (folder / "metrics.jsonl").write_text(line * config.steps)
+        (folder / "metrics.jsonl").write_text(line * options["max_steps"])
 
     monkeypatch.setattr(loss, "launch", train)
     rows = loss.rows(bench)  # effort 0.005: one step each
@@ -193,7 +193,7 @@ def test_training_curves_differ_in_strategy_alone_and_are_run_once(bench, monkey
     ]
     for static, ours in zip(configs[::2], configs[1::2], strict=True):
         differ = {key for key in static if static[key] != ours[key]}
-        assert differ == {"strategy", "output"}
+        assert differ == {"strategy", "output_dir"}
     assert bench.rows("loss") == rows
     assert loss.rows(bench) == rows
     assert len(configs) == 8  # nothing was run again

@@ -217,7 +217,8 @@ class PlannedTrainerMixin(ExactResume):
         """Trainer's lines, with what planning did since the last one."""
         if "loss" in logs and self._seen:
             seconds, self._logged = time.perf_counter() - self._logged, time.perf_counter()
-            logs |= figures_of(self._seen, seconds)
+            layers = 1 if self.plan.mask is None else sum(self.attention.weights.values())
+            logs |= figures_of(self._seen, seconds, repeated=layers)
             self._strategy = self._seen[-1][1].stats.strategy
             self._seen.clear()
         super().log(logs, *args, **options)

@@ -78,10 +78,16 @@ def model_inputs(batch: LocalBatch, plan: RankPlan, executor: AttentionExecutor)
     }
 
 
-def figures_of(seen: Sequence[tuple[LocalBatch, RankPlan]], seconds: float) -> dict[str, float]:
+def figures_of(
+    seen: Sequence[tuple[LocalBatch, RankPlan]], seconds: float, *, repeated: float
+) -> dict[str, float]:
     """Of the batches since the last line of a log: tokens of all, the rest as means.
 
-    Bytes are those of a layer's forward pass, between all ranks.
+    Bytes are those of the forward passes of all layers, between all ranks.
+
+    Args:
+        repeated: how often a plan's bytes are moved in a pass: 1 where they are of all layers
+            already, as of plans with a weight for each of the model's masks.
     """
     batches, plans = zip(*seen, strict=True)
     stats = [plan.stats for plan in plans]
@@ -90,6 +96,8 @@ def figures_of(seen: Sequence[tuple[LocalBatch, RankPlan]], seconds: float) -> d
     of_plans = ("inter_node_bytes", "intra_node_bytes", "compute_balance", "token_balance",
                 "num_divisions", "block_size", "planning_seconds")  # fmt: skip
     means = {name: float(np.mean([getattr(each, name) for each in stats])) for name in of_plans}
+    for name in ("inter_node_bytes", "intra_node_bytes"):
+        means[name] *= repeated
     return {
         "seconds": seconds,
         "num_tokens": float(num_tokens),

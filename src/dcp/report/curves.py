@@ -16,7 +16,7 @@ SHOWN = {  # figure: its title
     "grad_norm": "gradient norm",
     "tokens_per_second": "tokens a second",
     "compute_balance": "busiest rank's work over the mean",
-    "attention_bytes": "bytes moved by attention, forward, a layer",
+    "attention_bytes": "bytes moved by attention, forward",
     "plan_wait_seconds": "seconds of waiting for a plan",
 }
 WIDTH, HEIGHT = 420, 180

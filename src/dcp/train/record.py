@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_callback import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from dcp.report.curves import write_curves
 
@@ -15,7 +15,11 @@ METRICS, CURVES, OPTIONS = "metrics.jsonl", "curves.html", "config.json"
 
 
 def record_job(trainer: Any, options: dict[str, Any]) -> None:
-    """Record a job in its output folder, from the first rank, and show a bar of its steps."""
+    """Record a job in its output folder, from the first rank, and show a bar of its steps.
+
+    Without the bar (``disable_tqdm``) nothing is printed in its place.
+    """
+    trainer.remove_callback(PrinterCallback)
     bar = trainer.pop_callback(ProgressCallback)
     if bar is not None:
         trainer.add_callback(StepBar())
