@@ -28,6 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
+from dcp.integrations.sharded import ShardedTrainerMixin
 from dcp.integrations.trainer_batches import (
     LOADER_STATE,
     Evaluated,
@@ -47,10 +48,8 @@ from dcp.runtime import AttentionExecutor
 
 __all__ = ["DCPTrainer", "PlannedTrainerMixin", "PlanningArguments"]
 
-_Trainer: Any = object  # what comes behind the mixin, a Trainer, has more
 
-
-class PlannedTrainerMixin(_Trainer):
+class PlannedTrainerMixin(ShardedTrainerMixin):
     """What makes a Trainer plan its attention; put it before any kin of ``transformers.Trainer``.
 
     Args:
@@ -113,11 +112,6 @@ class PlannedTrainerMixin(_Trainer):
                 f"{type(self.model).__name__} takes no num_items_in_batch, so that its loss would "
                 "be a rank's mean: give compute_loss_func=fn(outputs, labels, num_items_in_batch)"
             )
-
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether accelerate shards the model; Trainer's own flag says that it was asked to."""
-        return bool(self.accelerator.distributed_type.name == "FSDP")
 
     # ------------------------------------------------------------------ data
 
