@@ -8,6 +8,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
+from transformers.distributed import DistributedConfig
 
 from tests import trainer_work as work
 
@@ -48,6 +49,37 @@ def test_shards_follow_one_rank(gloo_pool, tmp_path, world, name):
 def train(output, options):
     with work.sharding_on_the_cpu():
         return work.run(output, **{**work.sharded(), **options})
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"), [("Llama", {"fsdp_size": 2}), ("Qwen3", {"fsdp_size": 2, "tp_size": 2})]
+)
+def test_models_that_transformers_distributes(gloo_pool, tmp_path, kind, sizes):
+    """Sharded as they are read; ranks that share heads have the same tokens."""
+    options = {"max_grad_norm": 0.5, "max_steps": 3, "eval_lengths": [70, 3, 41]}
+    whole = work.make_model(kind)
+    whole.save_pretrained(tmp_path / "whole")
+    one = work.run(tmp_path / "one", model=whole, **options)
+    world = np.prod(list(sizes.values()))
+    for found in gloo_pool(world).run(train_distributed, tmp_path, sizes, options):
+        follows(found, one)
+        assert tokens(found) == tokens(one)
+        close(found["eval"], one["eval"])
+        close(found["predictions"], one["predictions"])
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    for parameter, weight in zip(saved.parameters(), one["weights"], strict=True):
+        close(parameter.detach(), weight)
+
+
+def train_distributed(folder, sizes, options):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(**sizes)
+    )
+    with work.sharding_on_the_cpu(), work.launched():
+        trainer = work.make_trainer(folder / "many", model=model, **options)
+        trainer.train()
+        trainer.save_model(folder / "saved")
+        return work.outcome(trainer)
 
 
 @pytest.mark.parametrize("world", [2, 4])

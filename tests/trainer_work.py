@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate import ParallelismConfig
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
@@ -51,7 +52,7 @@ def launched():
 @contextmanager
 def sharding_on_the_cpu():
     """accelerate shards on accelerators alone: here its state says that it shards on CPUs, too."""
-    unpatched = AcceleratorState.__init__
+    unpatched, check = AcceleratorState.__init__, ParallelismConfig._validate_accelerator
 
     def __init__(self, *args, fsdp_plugin=None, **options):
         unpatched(self, *args, fsdp_plugin=fsdp_plugin, **options)
@@ -60,10 +61,11 @@ def sharding_on_the_cpu():
             PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = __init__
+    ParallelismConfig._validate_accelerator = lambda *args: None
     try:
         yield
     finally:
-        AcceleratorState.__init__ = unpatched
+        AcceleratorState.__init__, ParallelismConfig._validate_accelerator = unpatched, check
         os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate leaves behind
 
 
@@ -91,7 +93,7 @@ def make_trainer(output, *, model=None, lora=False, plan=None, eval_lengths=None
 
         peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return DCPTrainer(
-        make_model(**(model or {})),
+        model if isinstance(model, torch.nn.Module) else make_model(**(model or {})),
         arguments(output, **others),
         train_dataset=documents(),
         eval_dataset=None if eval_lengths is None else documents(eval_lengths, seed=1),

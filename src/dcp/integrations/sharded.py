@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
+
 _Trainer: Any = object  # what comes behind the mixin, a Trainer, has more
 
 
@@ -40,3 +42,23 @@ def _whole_states(fsdp_plugin: Any) -> Iterator[None]:
         yield
     finally:
         fsdp_plugin.state_dict_type = usual
+
+
+def token_group(*, tensor_parallel: int) -> Any:
+    """The ranks that share out a batch's tokens; None without a group.
+
+    Of ``tensor_parallel`` ranks that share a layer's heads, which are neighbours in transformers'
+    meshes, each is in a group of its own, for they have the same tokens.
+    """
+    if not dist.is_initialized() or tensor_parallel == 1:
+        return dist.group.WORLD if dist.is_initialized() else None
+    ranks = range(dist.get_world_size())
+    alike = [list(ranks[first::tensor_parallel]) for first in range(tensor_parallel)]
+    group, _ = dist.new_subgroups_by_enumeration(alike)
+    return group
+
+
+def pipeline_size(model: Any) -> int:
+    """Ranks that share the layers of a model that transformers distributes."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    return getattr(distributed, "pp_size", None) or 1

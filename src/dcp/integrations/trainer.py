@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ge
 
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
-from dcp.integrations.sharded import ShardedTrainerMixin
+from dcp.integrations.sharded import ShardedTrainerMixin, pipeline_size, token_group
 from dcp.integrations.trainer_batches import (
     LOADER_STATE,
     Evaluated,
@@ -73,7 +73,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin):
         self.plan = plan
         self._check_arguments()
         self.args.ignore_data_skip = True  # the loader goes on by its own state
-        self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.group = token_group(tensor_parallel=self.get_tp_size())
         self.executor = AttentionExecutor(self.group)
         self._loader: DCPDataLoader | None = None
         self._resume_from: str | None = None
@@ -87,7 +87,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin):
             "auto_find_batch_size": args.auto_find_batch_size,
             "average_tokens_across_devices=False": not args.average_tokens_across_devices,
             "batch_eval_metrics": args.batch_eval_metrics,
-            "tensor parallelism": self.get_tp_size() > 1,
+            "pipeline parallelism": pipeline_size(self.model) > 1,
             "a context-parallel degree": self.get_cp_size() > 1 or self.get_sp_size() > 1,
         }
         for what, holds in refused.items():
@@ -120,7 +120,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin):
         register_attention()
         self.model.set_attn_implementation("dcp")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
-        self.attention = attention_of(self.model, dtype=dtype)
+        self.attention = attention_of(self.model, dtype=dtype, tensor_parallel=self.get_tp_size())
         config = self.model.config.get_text_config()
         return DCPDataLoader(
             dataset,
@@ -128,7 +128,8 @@ class PlannedTrainerMixin(ShardedTrainerMixin):
             spec=self.attention.spec,
             mask_weights=self.attention.weights if plan.mask is None else None,
             tokens_per_batch=tokens_per_batch,
-            group=self.group,
+            group=dist.group.WORLD if dist.is_initialized() else None,
+            attention_group=self.group,
             cluster=plan.cluster,
             seed=seed,
             look_ahead=plan.look_ahead,
@@ -245,11 +246,12 @@ class PlannedTrainerMixin(ShardedTrainerMixin):
             batches, plans = zip(*self._seen, strict=True)
             stats = [plan.stats for plan in plans]
             moved = [each.inter_node_bytes + each.intra_node_bytes for each in stats]
+            groups = self.get_tp_size()  # each moves a share of the heads
             logs |= {
                 "num_tokens": float(sum(batch.num_tokens for batch in batches)),
                 "compute_balance": float(np.mean([each.compute_balance for each in stats])),
                 "token_balance": float(np.mean([each.token_balance for each in stats])),
-                "attention_bytes": float(np.mean(moved)),
+                "attention_bytes": float(np.mean(moved) * groups),
                 "plan_wait_seconds": float(np.mean([b.plan_wait_seconds for b in batches])),
             }
             self._seen.clear()
