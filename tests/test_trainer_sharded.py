@@ -1,5 +1,7 @@
 """DCPTrainer with a model that accelerate shards (FSDP2), against one rank with the whole model."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +15,14 @@ from transformers.distributed import DistributedConfig
 from tests import trainer_work as work
 
 OPTIONS = {
-    "all weights": {},
+    "all weights": {"max_steps": 6},
     "LoRA": {"lora": True, "max_grad_norm": 0.1},
     "accumulation": {"gradient_accumulation_steps": 3},
     "checkpointing": {"gradient_checkpointing": True},
+    "FSDP's checkpointing": work.sharded(activation_checkpointing=True),
+    "more ranks": {"max_steps": 6},
 }
+WORLDS = {"accumulation": 3, "more ranks": 4}
 
 
 def close(found, wanted, tolerance=1e-4):
@@ -31,19 +36,24 @@ def follows(found, one):
         close(weight, wanted)
 
 
-@pytest.mark.parametrize(
-    ("world", "name"),
-    [(world, "all weights") for world in (2, 3, 4)]
-    + [(2, "LoRA"), (2, "checkpointing"), (3, "accumulation")],
-)
-def test_shards_follow_one_rank(gloo_pool, tmp_path, world, name):
-    options = {"max_grad_norm": 0.5, **OPTIONS[name], "max_steps": 6, "eval_lengths": [70, 3, 41]}
-    one = work.run(tmp_path / "one", **options)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_shards_follow_one_rank(gloo_pool, tmp_path, name):
+    options = {"max_grad_norm": 0.5, "max_steps": 2, "eval_lengths": [70, 3, 41], **OPTIONS[name]}
+    one = work.run(tmp_path / "one", **{**options, "fsdp": False})
     assert max(one["norms"]) > options["max_grad_norm"]  # norms are those before clipping
-    for found in gloo_pool(world).run(train, tmp_path / "many", options):
+    for found in gloo_pool(WORLDS.get(name, 2)).run(train, tmp_path / "many", options):
         follows(found, one)
         close(found["eval"], one["eval"])
         close(found["predictions"], one["predictions"])
+
+
+def test_shards_in_bfloat16(gloo_pool, tmp_path):
+    """Where FSDP casts weights and inputs, and one rank's autocast each product."""
+    options = {"max_steps": 3, "bf16": True}
+    one = work.run(tmp_path / "one", **options)
+    for found in gloo_pool(2).run(train, tmp_path / "many", options):
+        close(found["losses"], one["losses"], 5e-3)
+        close(found["norms"], one["norms"], 2e-2)
 
 
 def train(output, options):
@@ -56,7 +66,7 @@ def train(output, options):
 )
 def test_models_that_transformers_distributes(gloo_pool, tmp_path, kind, sizes):
     """Sharded as they are read; ranks that share heads have the same tokens."""
-    options = {"max_grad_norm": 0.5, "max_steps": 3, "eval_lengths": [70, 3, 41]}
+    options = {"max_grad_norm": 0.5, "max_steps": 2, "eval_lengths": [70, 3, 41]}
     whole = work.make_model(kind)
     whole.save_pretrained(tmp_path / "whole")
     one = work.run(tmp_path / "one", model=whole, **options)
@@ -117,12 +127,15 @@ def local_bytes(tensors):
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def test_resuming_shards(gloo_pool, tmp_path):
+@pytest.mark.parametrize("kind", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+def test_resuming_shards(gloo_pool, tmp_path, kind):
     """Bit for bit on as many ranks; on another number, from the very batch."""
-    options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 3}
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    options |= work.sharded(state_dict_type=kind)
     whole = gloo_pool(2).run(train, tmp_path, options)
     folder = tmp_path / "checkpoint-3"
-    assert len(list((folder / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    shards = len(list(folder.glob("pytorch_model_fsdp_0/*.distcp")))
+    assert shards == (2 if kind == "SHARDED_STATE_DICT" else 0)
     options |= {"resume": str(folder), "save_strategy": "no"}
     for again, wanted in zip(gloo_pool(2).run(train, tmp_path / "2", options), whole, strict=True):
         assert again["losses"] == wanted["losses"]  # the log goes on from the checkpoint's
@@ -167,3 +180,16 @@ def train_and_save(folder, options):
         trainer.train()
         trainer.save_model(folder)
         return work.outcome(trainer)["weights"]
+
+
+def test_evaluating_before_accelerate_shards_is_refused(gloo_pool, tmp_path):
+    for message in gloo_pool(2).run(refusal, tmp_path):
+        assert re.search("evaluate after train", message)
+
+
+def refusal(output):
+    with work.sharding_on_the_cpu(), work.launched():
+        trainer = work.make_trainer(output, **work.sharded(), eval_lengths=[9])
+        with pytest.raises(ValueError) as caught:
+            trainer.evaluate()
+        return str(caught.value)

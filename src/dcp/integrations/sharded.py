@@ -31,6 +31,14 @@ class ShardedTrainerMixin(_Trainer):
         with _whole_states(self.accelerator.state.fsdp_plugin):
             super().save_model(output_dir, _internal_call)
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        if self._is_sharded and not self.accelerator._models:
+            raise ValueError(
+                "accelerate shards a model together with its optimiser, when training begins: "
+                "evaluate after train(), or in it, at its start by eval_on_start=True"
+            )
+        return super().evaluation_loop(*args, **options)
+
 
 @contextmanager
 def _whole_states(fsdp_plugin: Any) -> Iterator[None]:
