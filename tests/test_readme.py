@@ -68,6 +68,19 @@ def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
 
 
+def test_the_sharded_example_saves_a_whole_model(tmp_path):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "examples/finetune_sharded.py", "--output", str(tmp_path)]
+    run_example([*launcher, *words], "each rank has 50% of the weights")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "model")("1 + 1 = ", return_tensors="pt")
+    assert model.generate(**prompt, max_new_tokens=2, min_new_tokens=2).shape[1] == 10
+
+
 def run_example(command, wanted):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """DCPTrainer against plain loops over single documents, one rank, and undisturbed runs."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+
+from transformers import TrainerCallback
 
 from tests import trainer_work as work
 
@@ -181,3 +184,23 @@ def with_own_loss(output):
         )
         trainer.train()
         return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_peak_memory_of_a_rank_is_measured(gloo_pool, tmp_path):
+    for metrics in gloo_pool(2).run(memory, tmp_path):
+        assert metrics["train_mem_cpu_peaked_delta"] > 60 << 20
+        assert metrics["eval_mem_cpu_peaked_delta"] >= 0
+
+
+def memory(output):
+    class Hog(TrainerCallback):
+        def on_step_begin(self, *args, **others):
+            held = np.ones(64 << 20, dtype=np.uint8)
+            time.sleep(0.1)  # for the thread that looks
+            del held
+
+    with work.launched():
+        options = {"skip_memory_metrics": False, "max_steps": 2, "eval_lengths": [70, 3]}
+        trainer = work.make_trainer(output, **options)
+        trainer.add_callback(Hog())
+        return trainer.train().metrics | trainer.evaluate()

@@ -7,7 +7,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from accelerate.state import AcceleratorState
+from accelerate import ParallelismConfig
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from dcp.integrations.trainer import DCPTrainer, PlanningArguments
@@ -47,6 +49,37 @@ def launched():
             del os.environ[name]
 
 
+@contextmanager
+def sharding_on_the_cpu():
+    """accelerate shards on accelerators alone: here its state says that it shards on CPUs, too."""
+    unpatched, check = AcceleratorState.__init__, ParallelismConfig._validate_accelerator
+
+    def __init__(self, *args, fsdp_plugin=None, **options):
+        unpatched(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = __init__
+    ParallelismConfig._validate_accelerator = lambda *args: None
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__, ParallelismConfig._validate_accelerator = unpatched, check
+        os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate leaves behind
+
+
+def sharded(**others):
+    """Arguments for FSDP2."""
+    layers = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+    return {
+        "fsdp": True,
+        "fsdp_config": {**layers, "state_dict_type": "SHARDED_STATE_DICT", **others},
+    }
+
+
 def arguments(output, **others):
     values = {
         "learning_rate": 1e-2, "lr_scheduler_type": "constant", "report_to": [], "logging_steps": 1,
@@ -55,37 +88,50 @@ def arguments(output, **others):
     return TrainingArguments(output_dir=str(output), **{**values, **others})
 
 
-def run(output, *, model=None, lora=False, plan=None, resume=None, eval_lengths=None, **others):
-    """Losses, gradient norms and last weights of a training, and what its evaluation says."""
-    with launched():
-        peft = None
-        if lora:
-            from peft import LoraConfig
+def make_trainer(output, *, model=None, lora=False, plan=None, eval_lengths=None, **others):
+    peft = None
+    if lora:
+        from peft import LoraConfig
 
-            peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        trainer = DCPTrainer(
-            make_model(**(model or {})),
-            arguments(output, **others),
-            train_dataset=documents(),
-            eval_dataset=None if eval_lengths is None else documents(eval_lengths, seed=1),
-            plan=PlanningArguments(
-                **{"tokens_per_batch": 120, "num_workers": 0, **(plan or {})},
-            ),
-            peft_config=peft,
-        )
+        peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return DCPTrainer(
+        model if isinstance(model, torch.nn.Module) else make_model(**(model or {})),
+        arguments(output, **others),
+        train_dataset=documents(),
+        eval_dataset=None if eval_lengths is None else documents(eval_lengths, seed=1),
+        plan=PlanningArguments(
+            **{"tokens_per_batch": 120, "num_workers": 0, **(plan or {})},
+        ),
+        peft_config=peft,
+    )
+
+
+def run(output, *, resume=None, **options):
+    """What :func:`outcome` says of a training."""
+    with launched():
+        trainer = make_trainer(output, **options)
         trainer.train(resume_from_checkpoint=resume)
-        log = trainer.state.log_history
-        found = {
-            "losses": [line["loss"] for line in log if "loss" in line],
-            "norms": [line["grad_norm"] for line in log if "loss" in line],
-            "log": log,
-            "weights": [
-                p.detach().numpy().copy() for p in trainer.model.parameters() if p.requires_grad
-            ],
-            "steps": trainer.state.global_step,
-        }
-        if eval_lengths is not None:
-            found["eval"] = trainer.evaluate()["eval_loss"]
-            predicted = trainer.predict(trainer.eval_dataset)
-            found["predictions"], found["label_ids"] = predicted.predictions, predicted.label_ids
-        return found
+        return outcome(trainer)
+
+
+def outcome(trainer):
+    """Losses, gradient norms and last weights of a training, and what its evaluation says."""
+    log = trainer.state.log_history
+    found = {
+        "losses": [line["loss"] for line in log if "loss" in line],
+        "norms": [line["grad_norm"] for line in log if "loss" in line],
+        "log": log,
+        "weights": [whole(p) for p in trainer.model.parameters() if p.requires_grad],
+        "steps": trainer.state.global_step,
+    }
+    if trainer.eval_dataset is not None:
+        found["eval"] = trainer.evaluate()["eval_loss"]
+        predicted = trainer.predict(trainer.eval_dataset)
+        found["predictions"], found["label_ids"] = predicted.predictions, predicted.label_ids
+    return found
+
+
+def whole(parameter):
+    """Values of a parameter, of which a rank may have a shard."""
+    tensor = parameter.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).numpy().copy()

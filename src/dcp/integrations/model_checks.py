@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -60,11 +61,12 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def check_calls(model: nn.Module, calls: list[str]) -> None:
+def check_calls(model: nn.Module, calls: deque[str]) -> None:
     """Raise ``ValueError`` unless each attention layer of ``model`` called dcp attention once.
 
     Args:
-        calls: classes of the layers that did, in turn.
+        calls: classes of the layers that did, in turn. No list, for FSDP gives layers copies of
+            lists, dicts and dataclasses where it casts what they are called with.
     """
     layers = getattr(text_config(model), "num_hidden_layers", None) or max(len(calls), 1)
     if len(calls) != layers:
@@ -167,7 +169,7 @@ def try_model(model: nn.Module) -> None:
 
 
 def _trial_logits(model: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
-    calls: list[str] = []
+    calls: deque[str] = deque()
     try:
         output = getattr(model, "_orig_mod", model)(
             input_ids=tokens[None],

@@ -9,6 +9,7 @@ window), less of it; never keys that it does not ask for.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from inspect import getclosurevars, isfunction
@@ -52,7 +53,7 @@ class Asked:
 
     rule: Rule | None
     fault: str = ""
-    _bands: dict[int, Band | None] = field(default_factory=dict)
+    _bands: UserDict[int, Band | None] = field(default_factory=UserDict)  # FSDP would copy a dict
 
     def band(self, longest: int) -> Band | None:
         """The rule in sequences of up to ``longest`` tokens; None if it is no band there."""

@@ -27,6 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
 from dcp.integrations.resuming import ExactResume
+from dcp.integrations.sharded import ShardedTrainerMixin, pipeline_size, token_group
 from dcp.integrations.trainer_batches import (
     Evaluated,
     PlannedBatches,
@@ -46,7 +47,7 @@ from dcp.runtime import AttentionExecutor
 __all__ = ["DCPTrainer", "PlannedTrainerMixin", "PlanningArguments"]
 
 
-class PlannedTrainerMixin(ExactResume):
+class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
     """What makes a Trainer plan its attention; put it before any kin of ``transformers.Trainer``.
 
     Args:
@@ -69,7 +70,7 @@ class PlannedTrainerMixin(ExactResume):
         super().__init__(model, args, *others, **options)
         self.plan = plan
         self._check_arguments()
-        self.group = dist.group.WORLD if dist.is_initialized() else None
+        self.group = token_group(tensor_parallel=self.get_tp_size())
         self.executor = AttentionExecutor(self.group)
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
         self._logged = 0.0
@@ -83,7 +84,7 @@ class PlannedTrainerMixin(ExactResume):
             "auto_find_batch_size": args.auto_find_batch_size,
             "average_tokens_across_devices=False": not args.average_tokens_across_devices,
             "batch_eval_metrics": args.batch_eval_metrics,
-            "tensor parallelism": self.get_tp_size() > 1,
+            "pipeline parallelism": pipeline_size(self.model) > 1,
             "a context-parallel degree": self.get_cp_size() > 1 or self.get_sp_size() > 1,
         }
         for what, holds in refused.items():
@@ -109,11 +110,6 @@ class PlannedTrainerMixin(ExactResume):
                 "be a rank's mean: give compute_loss_func=fn(outputs, labels, num_items_in_batch)"
             )
 
-    @property
-    def _is_sharded(self) -> bool:
-        """Whether accelerate shards the model; Trainer's own flag says that it was asked to."""
-        return bool(self.accelerator.distributed_type.name == "FSDP")
-
     # ------------------------------------------------------------------ data
 
     def _open_loader(self, dataset: Any, *, tokens_per_batch: int, seed: int | None) -> Any:
@@ -121,14 +117,15 @@ class PlannedTrainerMixin(ExactResume):
         register_attention()
         self.model.set_attn_implementation("dcp")
         dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
-        self.attention = attention_of(self.model, dtype=dtype)
+        self.attention = attention_of(self.model, dtype=dtype, tensor_parallel=self.get_tp_size())
         return DCPDataLoader(
             dataset,
             masks_of(self.attention) if plan.mask is None else plan.mask,
             spec=self.attention.spec,
             mask_weights=self.attention.weights if plan.mask is None else None,
             tokens_per_batch=tokens_per_batch,
-            group=self.group,
+            group=dist.group.WORLD if dist.is_initialized() else None,
+            attention_group=self.group,
             cluster=plan.cluster,
             seed=seed,
             look_ahead=plan.look_ahead,
@@ -218,7 +215,8 @@ class PlannedTrainerMixin(ExactResume):
         if "loss" in logs and self._seen:
             seconds, self._logged = time.perf_counter() - self._logged, time.perf_counter()
             layers = 1 if self.plan.mask is None else sum(self.attention.weights.values())
-            logs |= figures_of(self._seen, seconds, repeated=layers)
+            repeated = layers * self.get_tp_size()  # each of these moves a share of the heads
+            logs |= figures_of(self._seen, seconds, repeated=repeated)
             self._strategy = self._seen[-1][1].stats.strategy
             self._seen.clear()
         super().log(logs, *args, **options)

@@ -17,6 +17,7 @@ business, and must be what the model asks for; whatever else it asks of attentio
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -140,7 +141,7 @@ def planned_forward(
     """
     check_model(model)
     try_model(model)
-    calls: list[str] = []
+    calls: deque[str] = deque()  # see check_calls
     longest = executor.plan.longest if executor.plan else 0
     with frequencies_for(model, longest):
         yield {"dcp_executor": executor, "dcp_calls": calls}
@@ -160,7 +161,7 @@ def dcp_attention(
     dcp_mask: str | None = None,
     dcp_sliding_mask: str | None = None,
     dcp_any_mask: bool = False,
-    dcp_calls: list[str] | None = None,
+    dcp_calls: deque[str] | None = None,
     dcp_stand_ins: int = 0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
