@@ -18,22 +18,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dcp import wire
-from dcp.batch import SequenceBatch
 from dcp.cluster import Cluster
 from dcp.data.exchange import Exchange
-from dcp.data.messages import batch_from_wire, batch_to_wire
+from dcp.data.pooled import PooledSamples, SampleReader, send_home
 from dcp.data.preferences import SharedPromptMasks
-from dcp.data.samples import IGNORED, KNOWN, SampleFormat
-from dcp.data.segments import agreed_segments, piece_labels, piece_positions
+from dcp.data.samples import IGNORED
 from dcp.integrations.describe import FULL, SLIDING
 from dcp.integrations.model_checks import inner_model, text_config
 from dcp.integrations.transformers import NAME, attention_of, local_logits, register_attention
@@ -43,8 +38,6 @@ from dcp.runtime import AttentionExecutor
 from dcp.runtime.group import resolve_group
 
 __all__ = ["DCPModel", "TokenLogprobs", "local_logprobs"]
-_KIND = "rl-samples"
-_KEYS = (*KNOWN, "answer_lengths")  # of a sample; others are not read
 
 
 class TokenLogprobs(list[Tensor]):
@@ -101,7 +94,10 @@ class DCPModel:
         with self._exchange.together():
             self.attention = attention_of(model, dtype=dtype)
             config = text_config(model)
-            self._form = SampleFormat(ignore=("answer_lengths",), vocab_size=config.vocab_size)
+            weights = self.attention.weights if mask is None else None
+            self._reader = SampleReader(
+                self._masks, weights, config.vocab_size, self._exchange.rank
+            )
             self._planner = Planner(
                 self.attention.spec,
                 cluster or Cluster(num_nodes=1, devices_per_node=self._exchange.num_ranks),
@@ -138,11 +134,11 @@ class DCPModel:
             asked = {"temperature": float(temperature), "entropy": bool(with_entropy)}
             if not asked["temperature"] > 0:
                 raise ValueError(f"temperature must be positive, got {temperature}")
-            own = self._read(samples, asked | {"gradient": torch.is_grad_enabled()})
-        pool = _Pool.of([wire.unpack(_KIND, message) for message in self._exchange.gather(own)])
+            own = self._reader.message(samples, asked | {"gradient": torch.is_grad_enabled()})
+        pool = PooledSamples.of(self._exchange.gather(own))
         plan = self._plan(pool)
-        rows = plan.token_indices
-        tokens, labels, positions = (self._tensor(column) for column in pool.columns[:, rows])
+        mine = plan.token_indices
+        tokens, labels, positions = (self._tensor(each) for each in pool.columns[:, mine])
         model: Any = inner_model(self.model)
         if model.config._attn_implementation != NAME:
             model.set_attn_implementation(NAME)
@@ -151,41 +147,9 @@ class DCPModel:
             temperature=temperature, with_entropy=with_entropy,
             **(self.attention.keywords if self.mask is None else {"dcp_any_mask": True}),
         )  # fmt: skip
-        home = self._home(values, rows[pool.labels[rows] != IGNORED], pool.first_token)
-        return TokenLogprobs(home, pool.counts(self._exchange.rank), plan)
-
-    def _read(self, samples: Sequence[Any], asked: Mapping[str, Any]) -> bytes:
-        """This rank's samples as a message: their masks, tokens, labels and positions."""
-        found, columns = [], [np.zeros((3, 0), dtype=np.int64)]
-        for number, raw in enumerate(samples):
-            try:
-                batch, column = self._sample(raw, number)
-            except ValueError as error:
-                where = f"sample {number} of rank {self._exchange.rank}"
-                raise ValueError(f"{where}: {error}") from None
-            found.append(batch)
-            columns.append(column)
-        meta, arrays = batch_to_wire(_joined(found, weights=self._weights))
-        arrays |= {"columns": np.concatenate(columns, axis=1)}
-        return wire.pack(_KIND, {"asked": asked, "batch": meta}, arrays)
-
-    def _sample(self, raw: Any, number: int) -> tuple[SequenceBatch, np.ndarray]:
-        """A sample's mask, and its tokens, labels and positions: int64 ``[3, n]``."""
-        entries = raw if isinstance(raw, Mapping) else {"input_ids": raw}
-        known = {name: entries[name] for name in _KEYS if name in entries}
-        sample = self._form.read(known, number)
-        batch = SequenceBatch(
-            [len(sample.tokens)], self._masks(len(sample.tokens), entries), weights=self._weights
-        )
-        masks = {name: of for name, (of,) in batch.masks.items()}
-        segments = agreed_segments(masks, sample.positions, number)
-        whole = (sample, 0, len(sample.tokens), segments)
-        columns = (sample.tokens, piece_labels(*whole), piece_positions(*whole, number))
-        return batch, np.stack(columns)
-
-    @property
-    def _weights(self) -> Mapping[str, int] | None:
-        return self.attention.weights if self.mask is None else None
+        computed = mine[pool.labels[mine] != IGNORED]
+        home = send_home(values, computed, pool, self._exchange, self.group)
+        return TokenLogprobs(home, pool.num_labels(self._exchange.rank), plan)
 
     def _masks(self, length: int, sample: Mapping[str, Any]) -> Any:
         """What :class:`SequenceBatch` takes as the masks of one sample."""
@@ -201,7 +165,7 @@ class DCPModel:
             )
         return {FULL: SharedPromptMasks()([length], [sample])}
 
-    def _plan(self, pool: _Pool) -> RankPlan:
+    def _plan(self, pool: PooledSamples) -> RankPlan:
         """This rank's plan, made on the first rank; collective."""
         exchange, messages = self._exchange, []
         self._calls += 1
@@ -209,30 +173,11 @@ class DCPModel:
             if exchange.rank == 0:
                 if self._calls > 1:  # all have its plan, or they would not be here
                     exchange.was_read(str(self._calls - 1), wait_seconds=self._timeout)
-                plan = self._planner.plan(pool.batch(self._weights))
+                plan = self._planner.plan(pool.batch(self._reader.weights))
                 messages = [plan.rank_plan(rank).to_bytes() for rank in range(plan.num_ranks)]
                 exchange.publish(str(self._calls), messages)
         own = messages[0] if messages else exchange.fetch(str(self._calls), 0)
         return RankPlan.from_bytes(own)
-
-    def _home(self, values: Tensor, tokens: np.ndarray, first_token: np.ndarray) -> Tensor:
-        """The values of this rank's own samples, in the order of their tokens; collective.
-
-        Args:
-            values, tokens: of the rows that this rank computed, ``[rows, …]``: the numbers of
-                their tokens in the batch.
-            first_token: of each rank's samples, and the total.
-        """
-        order, rank = np.argsort(tokens), self._exchange.rank
-        messages = self._exchange.gather(tokens[order].tobytes())
-        held = [np.frombuffer(message, dtype=np.int64) for message in messages]
-        ends = [np.searchsorted(each, first_token) for each in held]
-        mine = [each[end[rank] : end[rank + 1]] for each, end in zip(held, ends, strict=True)]
-        values = values[self._tensor(order)]
-        if self.group is not None:
-            counts = np.diff(ends[rank]).tolist(), [len(each) for each in mine]
-            values = _Dealt.apply(values, *counts, self.group)
-        return values[self._tensor(np.argsort(np.concatenate(mine)))]
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(next(self.model.parameters()).device)
@@ -270,91 +215,3 @@ def local_logprobs(
     if not with_entropy:
         return chosen
     return torch.cat([chosen, -(every.exp() * every).sum(dim=-1, keepdim=True)], dim=1)
-
-
-@dataclass(frozen=True)
-class _Pool:
-    """The samples of all ranks, rank by rank.
-
-    Attributes:
-        columns: tokens, labels and positions, int64 ``[3, tokens]``.
-        seqlens: tokens of each sample.
-        num_samples: of each rank.
-        parts: each rank's masks, as they travel.
-    """
-
-    columns: np.ndarray
-    seqlens: np.ndarray
-    num_samples: np.ndarray
-    parts: list[tuple[dict[str, Any], dict[str, np.ndarray]]]
-
-    @classmethod
-    def of(cls, messages: Sequence[tuple[dict[str, Any], dict[str, np.ndarray]]]) -> _Pool:
-        """Of every rank's message; ``ValueError`` where ranks ask for different things."""
-        asked = [meta["asked"] for meta, _ in messages]
-        for rank, other in enumerate(asked):
-            if other != asked[0]:
-                raise ValueError(
-                    f"rank {rank} asks for {other}, rank 0 for {asked[0]}: call token_logprobs "
-                    "with the same options on all ranks, and with gradients on all or none"
-                )
-        seqlens = [arrays["seqlens"] for _, arrays in messages]
-        return cls(
-            columns=np.concatenate([arrays.pop("columns") for _, arrays in messages], axis=1),
-            seqlens=np.concatenate(seqlens),
-            num_samples=np.array([len(each) for each in seqlens]),
-            parts=[(meta["batch"], arrays) for meta, arrays in messages],
-        )
-
-    @property
-    def labels(self) -> np.ndarray:
-        labels: np.ndarray = self.columns[1]
-        return labels
-
-    @property
-    def first_token(self) -> np.ndarray:
-        """Of each rank's samples, and the total: int64 ``[ranks + 1]``."""
-        ends = np.append(0, np.cumsum(self.seqlens))
-        first: np.ndarray = ends[np.append(0, np.cumsum(self.num_samples))]
-        return first
-
-    def counts(self, rank: int) -> list[int]:
-        """Labels that count of each of a rank's samples."""
-        sample = np.repeat(np.arange(len(self.seqlens)), self.seqlens)[self.labels != IGNORED]
-        counts = np.bincount(sample, minlength=len(self.seqlens))
-        return np.split(counts, np.cumsum(self.num_samples))[rank].tolist()
-
-    def batch(self, weights: Mapping[str, float] | None) -> SequenceBatch:
-        """The sequences of all ranks with their masks."""
-        return _joined([batch_from_wire(*part) for part in self.parts], weights=weights)
-
-
-def _joined(
-    batches: Sequence[SequenceBatch], *, weights: Mapping[str, float] | None
-) -> SequenceBatch:
-    """Batches as one; those without sequences may not know the names of the masks."""
-    some = [batch for batch in batches if len(batch.seqlens)]
-    if not some:
-        return SequenceBatch([], dict.fromkeys(weights, "causal") if weights else "causal")
-    names = some[0].mask_names
-    masks = {name: [mask for batch in some for mask in batch.masks[name]] for name in names}
-    return SequenceBatch(np.concatenate([b.seqlens for b in some]), masks, weights=weights)
-
-
-class _Dealt(torch.autograd.Function):
-    """Rows dealt out to ranks; their gradients come back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sends: list[int], receives: list[int], group: Any) -> Any:
-        ctx.back = receives, sends, group
-        return _deal(rows, sends, receives, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _deal(grads[0], *ctx.back), None, None, None
-
-
-def _deal(rows: Tensor, sends: list[int], receives: list[int], group: Any) -> Tensor:
-    found = rows.new_empty(sum(receives), *rows.shape[1:])
-    dist.all_to_all_single(found, rows.contiguous(), receives, sends, group=group)
-    return found
