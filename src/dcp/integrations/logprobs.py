@@ -29,7 +29,7 @@ from dcp.data.exchange import Exchange
 from dcp.data.pooled import PooledSamples, SampleReader, send_home
 from dcp.data.preferences import SharedPromptMasks
 from dcp.data.samples import IGNORED
-from dcp.integrations.describe import FULL, SLIDING
+from dcp.integrations.describe import FULL, SLIDING, Attention
 from dcp.integrations.model_checks import inner_model, text_config
 from dcp.integrations.transformers import NAME, attention_of, local_logits, register_attention
 from dcp.planner import Planner
@@ -37,7 +37,7 @@ from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.group import resolve_group
 
-__all__ = ["DCPModel", "TokenLogprobs", "local_logprobs"]
+__all__ = ["DCPModel", "TokenLogprobs", "local_logprobs", "refuse_windows"]
 
 
 class TokenLogprobs(list[Tensor]):
@@ -157,12 +157,7 @@ class DCPModel:
             return self.mask([length], [sample]) if callable(self.mask) else self.mask
         if sample.get("answer_lengths") is None:
             return self.attention.masks
-        if SLIDING in self.attention.masks:
-            raise ValueError(
-                f"answer_lengths {sample['answer_lengths']} cannot be honoured by a model with "
-                "windows, which would have to follow each answer back into the prompt: give each "
-                "answer as a sample of its own, behind its prompt"
-            )
+        refuse_windows(self.attention)
         return {FULL: SharedPromptMasks()([length], [sample])}
 
     def _plan(self, pool: PooledSamples) -> RankPlan:
@@ -181,6 +176,16 @@ class DCPModel:
 
     def _tensor(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(next(self.model.parameters()).device)
+
+
+def refuse_windows(attention: Attention) -> None:
+    """Raise ``ValueError`` for a model whose layers cannot see shared prompts as it asks."""
+    if SLIDING in attention.masks:
+        raise ValueError(
+            f"answers that share a prompt do not go with windows ({attention.masks[SLIDING]}), "
+            "which would have to follow each answer back into the prompt: give each answer as a "
+            "sample of its own, behind its prompt"
+        )
 
 
 def local_logprobs(
