@@ -14,7 +14,7 @@ from dcp.integrations.preferences import PreferenceTrainer
 from tests import trainer_work as work
 
 SIZES = [(30, 9, 14), (1, 5, 1), (12, 40, 3), (25, 2, 2), (7, 20, 31), (50, 1, 6)]
-BETA, RATE = 0.7, 1e-2
+BETA, RATE = 0.7, 3e-2
 
 
 def pairs():
@@ -60,8 +60,8 @@ def plainly(kind, steps=2):
         loss = dpo(model, lambda pair: margin(start, pair), pairs())
         for parameter, grad in zip(trained, torch.autograd.grad(loss, trained), strict=True):
             parameter.data -= RATE * grad
-        losses.append(float(loss))
-    held_out = float(dpo(model, lambda pair: margin(start, pair), pairs()[:5]))
+        losses.append(loss.item())
+    held_out = dpo(model, lambda pair: margin(start, pair), pairs()[:5]).item()
     return losses, [p.detach().numpy() for p in trained], held_out
 
 
@@ -103,7 +103,7 @@ def test_ranks_equal_two_sequences_a_pair(gloo_pool, tmp_path, kind):
         assert 0 <= lines[-1]["reward_accuracy"] <= 1
         for mine, theirs, first in zip(found, weights, start, strict=False):
             change = np.abs(theirs - first).max() if kind != "adapters" else RATE
-            assert np.abs(mine - theirs).max() < 1e-4 * change
+            assert np.abs(mine - theirs).max() < 1e-4 * change + 2e-7  # of fp32 weights
 
 
 def test_what_has_no_part_is_refused(tmp_path):
@@ -118,7 +118,7 @@ def test_what_has_no_part_is_refused(tmp_path):
     for words, options in [
         ("compute_metrics has no part", {"compute_metrics": len}),
         ("the mask of preference pairs is their own, got mask='full'", {"plan": {"mask": "full"}}),
-        ("beta must be positive", {"beta": 0.0}),
+        ("beta must be more than 0, got 0.0", {"beta": 0.0}),
         ("label_smoothing_factor", {"arguments": {"label_smoothing_factor": 0.1}}),
         ("do not go with windows", {"model": windows}),
     ]:

@@ -68,6 +68,20 @@ def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
 
 
+def test_the_preference_example_spares_tokens(tmp_path):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "examples/preferences_dpo.py", "--output", str(tmp_path)]
+    run_example([*launcher, *words, "--steps", "2"], "10555 tokens less than the 25942")
+
+
+def test_the_policy_gradient_example_raises_the_likelihood():
+    pytest.importorskip("transformers")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run_example([*launcher, "--nproc-per-node", "2", "examples/policy_gradient.py"], "step 2: ")
+
+
 def run_example(command, wanted):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
