@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 transformers = pytest.importorskip("transformers")
 
+from dcp import AttnMask  # noqa: E402
 from dcp.data import answers_to  # noqa: E402
 from dcp.integrations.logprobs import DCPModel  # noqa: E402
 from tests.model_cases import make_config, make_model  # noqa: E402
@@ -279,6 +280,41 @@ def test_one_ranks_long_samples_are_shared_out(gloo_pool):
     made = [sum(rows) for *_, rows in results]
     assert sum(made) == 3 * 40  # rows with a label, and no others
     assert max(made) < 3 * 40
+
+
+class KeepsAll(transformers.LlamaForCausalLM):
+    """A model that computes every row's logits, as some do."""
+
+    def forward(self, input_ids=None, position_ids=None, **others):
+        assert "logits_to_keep" not in others
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **others)
+
+
+def test_a_model_without_logits_to_keep():
+    samples = [ids(30, 0), labelled(20, 1, 5)]
+    wanted = DCPModel(make_model(make_config("eager"))).token_logprobs(samples)
+    torch.manual_seed(0)
+    found = DCPModel(KeepsAll(make_config("eager"))).token_logprobs(samples)
+    for mine, theirs in zip(found, wanted, strict=True):
+        close(mine.detach().numpy(), theirs, 1e-6)
+
+
+def test_own_masks():
+    """A mask function sees the samples as they are given; positions follow its segments."""
+    seen = []
+
+    def mask_fn(seqlens, samples):
+        seen.extend(sample["parts"] for sample in samples)
+        return [AttnMask.documents(sample["parts"]) for sample in samples]
+
+    parts = [ids(7, 0), ids(1, 1), ids(12, 2)]
+    sample = {"input_ids": [*parts[0], *parts[1], *parts[2]], "parts": list(map(len, parts))}
+    model = make_model(make_config("eager"))
+    (found,) = DCPModel(model, mask=mask_fn).token_logprobs([sample])
+    model.set_attn_implementation("eager")
+    wanted = torch.cat([by_itself(model, torch.tensor(part)) for part in parts])
+    close(found.detach().numpy(), wanted, 1e-5)
+    assert seen == [[7, 1, 12]]
 
 
 # --------------------------------------------------------------------------- mistakes

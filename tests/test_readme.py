@@ -1,16 +1,18 @@
 """What the README and the examples show runs as written."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from dcp.cli import main
-from scripts.run_readme import commands, run_blocks
+from scripts.run_readme import PYTHON, commands, run_blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,6 +68,26 @@ def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
     words = ["--nproc-per-node", "2", "examples/finetune_chat.py", "--output", str(tmp_path)]
     run_example([*launcher, *words, "--lora"], "plan_wait_seconds")
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
+
+
+def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkeypatch):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    tiny = import_module("tiny")
+    tokenizer = tiny.make_tokenizer()
+    names = {"tokenizer": tokenizer, "model": tiny.make_model(tokenizer)}
+    exec("from transformers import TrainingArguments\nimport torch", names)
+    exec("from dcp.integrations.trainer import PlanningArguments", names)
+    pair = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "five"}
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    page = PYTHON.findall((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8"))
+    for word in ("PreferenceTrainer(", "DCPModel("):
+        (block,) = [block for block in page if word in block]
+        exec(compile(block, word, "exec"), names)
+    assert names["pairs"].tokens_saved == len("2 + 2 = ") - 1
+    assert [len(values) for values in names["by_answer"]] == [2, 1, 3]
 
 
 def test_the_preference_example_spares_tokens(tmp_path):
