@@ -15,7 +15,7 @@ from dcp.integrations.logprobs import DCPModel  # noqa: E402
 from tests.model_cases import make_config, make_model  # noqa: E402
 
 TEMPERATURE = 0.7
-OPTIONS = {"plan_options": {"block_size": 16}}  # so that the few tokens are shared out
+OPTIONS = {"strategy": "zigzag", "plan_options": {"block_size": 16}}  # which cuts all samples
 
 
 def ids(length, seed):
@@ -79,6 +79,7 @@ def together(lists, kind, averaged=False):
     found = planned.token_logprobs(
         lists[dist.get_rank()], temperature=TEMPERATURE, with_entropy=True
     )
+    assert found.plan.stats.intra_node_bytes > 0
     loss = found.zero
     for number, (values, entropy) in enumerate(zip(found, found.entropies, strict=True)):
         loss = loss + objective(values, number) + 0.1 * entropy.square().sum()

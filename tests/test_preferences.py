@@ -80,7 +80,7 @@ def planned(output, kind):
             train_dataset=samples,
             eval_dataset=samples[:5],
             plan=work.PlanningArguments(
-                tokens_per_batch=tokens, num_workers=0, block_size=16, look_ahead=1
+                tokens_per_batch=tokens, num_workers=0, look_ahead=1, strategy="zigzag",
             ),
             beta=BETA,
         )  # fmt: skip
@@ -98,6 +98,7 @@ def test_ranks_equal_two_sequences_a_pair(gloo_pool, tmp_path, kind):
     start = [p.detach().numpy() for p in work.make_model().parameters()]
     for lines, found, evaluated in gloo_pool(2).run(planned, tmp_path, kind):
         assert [line["num_tokens"] for line in lines] == [sum(map(sum, SIZES)) + len(SIZES)] * 2
+        assert all(line["attention_bytes"] > 0 for line in lines)  # pairs lie on both ranks
         np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-4)
         np.testing.assert_allclose(evaluated, held_out, rtol=1e-4)
         assert 0 <= lines[-1]["reward_accuracy"] <= 1
