@@ -1,16 +1,18 @@
 """What the README and the examples show runs as written."""
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
 from dcp.cli import main
-from scripts.run_readme import commands, run_blocks
+from scripts.run_readme import PYTHON, commands, run_blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,6 +81,40 @@ def test_the_sharded_example_saves_a_whole_model(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     prompt = AutoTokenizer.from_pretrained(tmp_path / "model")("1 + 1 = ", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=2, min_new_tokens=2).shape[1] == 10
+
+
+def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkeypatch):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(tmp_path)
+    tiny = import_module("tiny")
+    tokenizer = tiny.make_tokenizer()
+    names = {"tokenizer": tokenizer, "model": tiny.make_model(tokenizer)}
+    exec("from transformers import TrainingArguments\nimport torch", names)
+    exec("from dcp.integrations.trainer import PlanningArguments", names)
+    pair = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "five"}
+    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    page = PYTHON.findall((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8"))
+    for word in ("PreferenceTrainer(", "DCPModel("):
+        (block,) = [block for block in page if word in block]
+        exec(compile(block, word, "exec"), names)
+    assert names["pairs"].tokens_saved == len("2 + 2 = ") - 1
+    assert [len(values) for values in names["by_answer"]] == [2, 1, 3]
+
+
+def test_the_preference_example_spares_tokens(tmp_path):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "examples/preferences_dpo.py", "--output", str(tmp_path)]
+    run_example([*launcher, *words, "--steps", "2"], "10555 tokens less than the 25942")
+
+
+def test_the_policy_gradient_example_raises_the_likelihood():
+    pytest.importorskip("transformers")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run_example([*launcher, "--nproc-per-node", "2", "examples/policy_gradient.py"], "step 2: ")
 
 
 def run_example(command, wanted):

@@ -21,6 +21,7 @@ _HOMES = {
     "open_chat": "chat",
     "PreferencePairs": "preferences",
     "SharedPromptMasks": "preferences",
+    "answers_to": "preferences",
     "open_preferences": "preferences",
     "gather_samples": "gathering",
     "scatter_samples": "gathering",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -146,7 +146,8 @@ class Exchange:
         # Two connections: publishing threads never wait behind the caller's.
         self._store, self._outgoing = (self._connect() for _ in range(2))
         mine = [int(np.random.default_rng().integers(1 << 62)), *_rank_and_size(attention_group)]
-        numbers, plan_ranks, sizes = zip(*self._gather(mine), strict=True)
+        found = [each.tolist() for each in self._gather(mine)]
+        numbers, plan_ranks, sizes = zip(*found, strict=True)
         self.plan_ranks: tuple[int, ...] = plan_ranks
         if set(sizes) != {max(self.plan_ranks) + 1} or len(set(self.plan_ranks)) != sizes[0]:
             raise ValueError(
@@ -167,19 +168,34 @@ class Exchange:
 
     def agree(self, error: Exception | None) -> None:
         """Collective: raises where any rank has an error: its own there, its like elsewhere."""
-        message = b"" if error is None else error_to_bytes(error, rank=self.rank)
-        sizes = [size for (size,) in self._gather([len(message)])]
-        if not any(sizes):
-            return
-        found = self._gather(list(message.ljust(max(sizes), b"\0")))
+        own = b"" if error is None else error_to_bytes(error, rank=self.rank)
+        first = next(filter(None, self.gather(own)), None)
         if error is not None:
             raise error
-        first = next(rank for rank, size in enumerate(sizes) if size)
-        Share.from_bytes(bytes(found[first][: sizes[first]]))  # which raises it
+        if first is not None:
+            Share.from_bytes(first)  # which raises it
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails in here on one rank fails on all; collective."""
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        self.agree(failed)
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """Collective: every rank's message, in the order of ranks."""
+        sizes = [int(size) for (size,) in self._gather([len(message)])]
+        words = -(-max(sizes) // 8)
+        padded = np.frombuffer(message.ljust(8 * words, b"\0"), dtype=np.int64)
+        found = self._gather(padded) if words else [padded] * len(sizes)
+        return [each.tobytes()[:size] for each, size in zip(found, sizes, strict=True)]
 
     def largest(self, number: int) -> int:
         """Collective: the largest of all ranks' numbers."""
-        return max(found for (found,) in self._gather([number]))
+        return max(int(found) for (found,) in self._gather([number]))
 
     def publish(self, key: str, messages: Sequence[bytes]) -> None:
         """Leave the other ranks their shares; ``messages[p]`` is that of rank ``p`` of the plan."""
@@ -251,12 +267,12 @@ class Exchange:
         store = self._group.get_group_store()
         return PatientStore("dcp-loaders", store, timeout_seconds=self._timeout)
 
-    def _gather(self, numbers: Sequence[int]) -> list[list[int]]:
+    def _gather(self, numbers: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """Every rank's numbers, in the order of ranks."""
         group, seconds = self._group, self._timeout
         if group is None:
-            return [list(numbers)]
-        return self._meet(lambda: Gathering(group, numbers).numbers(timeout_seconds=seconds))
+            return [np.array(numbers, dtype=np.int64)]
+        return self._meet(lambda: Gathering(group, numbers).arrays(timeout_seconds=seconds))
 
     def _meet(self, collective: Callable[[], Met]) -> Met:
         """What all ranks do together; who does not come is named."""

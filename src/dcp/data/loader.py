@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -183,7 +182,7 @@ class DCPDataLoader:
         self, pool: str | Pool, num_workers: int, timeout: float | None
     ) -> tuple[TokenBudgetBatches | None, Pool | None]:
         """What a planning rank plans, and where; collective."""
-        with self._together():
+        with self._exchange.together():
             if self._exchange.rank in self.planning_ranks:
                 batches = None
                 if self._stream is None:
@@ -238,7 +237,7 @@ class DCPDataLoader:
         """
         _ = len(self)
         counts = [0] * num_epochs
-        with self._together():
+        with self._exchange.together():
             if self._batches is not None:
                 for epoch in range(num_epochs):
                     places = BatchesFrom(self._batches, epoch=epoch, position=0)
@@ -256,7 +255,7 @@ class DCPDataLoader:
         Raises ``ValueError`` where the dataset, budget or seed is another one (the order of
         batches would be, too), or there is no such batch.
         """
-        with self._together():
+        with self._exchange.together():
             for name, value in self._identity().items():
                 if state.get(name, value) != value:
                     raise ValueError(f"cannot resume: {name} was {state[name]!r} and is {value!r}")
@@ -294,16 +293,6 @@ class DCPDataLoader:
 
     # ------------------------------------------------------------------ planning ahead
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """What fails in here on one rank fails on all; collective."""
-        failed: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failed = error
-        self._exchange.agree(failed)
-
     def _start(self, *, epoch: int, position: int, place: Mapping[str, Any] | None = None) -> None:
         """Go to a place, in a stream to that ``place``; collective, and
         ``ValueError`` where ranks differ."""
@@ -311,7 +300,7 @@ class DCPDataLoader:
         self._exchange.compare(self._facts() | facts if self._exchange.num_ranks > 1 else facts)
         places: Iterator[PlacedBatch] | None = None
         num_batches = 0
-        with self._together():
+        with self._exchange.together():
             if self._stream is not None:
                 self._stream.start(epoch, place)
                 places = self._stream.batches(epoch, position) if self.plans else None

@@ -107,7 +107,7 @@ class PreferencePairs(EncodedRecords):
         for name, answer in zip(_KEYS, answers, strict=True):
             if not answer:
                 raise ValueError(f"{name} of {where} has no tokens: remove the record")
-        return _sample(prompt, answers) | self.kept(entries)
+        return answers_to(prompt, answers) | self.kept(entries)
 
     def _tokens(self, entries: Mapping[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
         """Tokens of the prompt and of each answer."""
@@ -122,20 +122,46 @@ class PreferencePairs(EncodedRecords):
         return prompt, [chosen, rejected]
 
 
-def _sample(prompt: list[int], answers: list[list[int]]) -> dict[str, Any]:
-    shared, last = prompt[:-1], prompt[-1]
-    tokens, labels = list(shared), [IGNORED] * len(shared)
-    answer = [PROMPT] * len(shared)
-    for number, rest in enumerate(answers):
-        tokens += [last, *rest]
-        labels += [IGNORED, *rest]
-        answer += [number] * len(rest) + [PROMPT]
+def answers_to(prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """A prompt and several answers to it as one sample, the prompt computed once (DPO, GRPO).
+
+    The sample is laid out as :class:`PreferencePairs` describes, with any number of answers: masks
+    are :class:`SharedPromptMasks`, and ``answer`` numbers them from 0. An answer may be empty. The
+    values of all answers' tokens are parted by ``[n - 1 for n in sample["answer_lengths"]]``.
+
+    Args:
+        prompt, answers: token ids, in any vectors of integers.
+
+    Raises ``ValueError`` for a prompt without tokens and for no answers.
+    """
+    start = _token_ids("the prompt", prompt)
+    rest = [_token_ids(f"answer {number}", answer) for number, answer in enumerate(answers)]
+    if not len(start):
+        raise ValueError("the prompt has no tokens, so nothing predicts its answers: give it one")
+    if not rest:
+        raise ValueError("a prompt without answers has nothing to compute: leave it out")
+    shared, last, ignored = start[:-1], start[-1:], np.array([IGNORED])
+    tokens, labels = [shared], [np.full(len(shared), IGNORED)]
+    numbers = [np.full(len(shared), PROMPT)]
+    for number, answer in enumerate(rest):
+        tokens += [last, answer]
+        labels += [ignored, answer]
+        numbers.append(np.append(np.full(len(answer), number), PROMPT))
     return {
-        "input_ids": np.array(tokens, dtype=np.int64),
-        "labels": np.array(labels, dtype=np.int64),
-        "answer": np.array(answer, dtype=np.int64),
-        "answer_lengths": [1 + len(rest) for rest in answers],
+        "input_ids": np.concatenate(tokens),
+        "labels": np.concatenate(labels),
+        "answer": np.concatenate(numbers),
+        "answer_lengths": [1 + len(answer) for answer in rest],
     }
+
+
+def _token_ids(name: str, given: Any) -> np.ndarray:
+    ids = np.asarray(given)
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{name} must be a vector of token ids, got {ids.dtype} of shape {ids.shape}"
+        )
+    return ids.astype(np.int64)
 
 
 def _messages(entries: Mapping[str, Any], where: str) -> tuple[Messages, list[Messages]]:

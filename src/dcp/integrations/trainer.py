@@ -43,6 +43,7 @@ from dcp.integrations.transformers import (
 )
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
+from dcp.runtime.executor import BoundPlan
 
 __all__ = ["DCPTrainer", "PlannedTrainerMixin", "PlanningArguments"]
 
@@ -170,21 +171,27 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
 
     # ------------------------------------------------------------------ steps and loss
 
+    def num_items(self, batch: LocalBatch) -> int:
+        """Of a batch, over all ranks, what the loss of an optimiser step is a mean over: labels."""
+        return batch.num_loss_tokens
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> torch.Tensor:
-        """Labels of all ranks, over which the loss of an optimiser step is a mean."""
-        count = sum(inputs["dcp_batch"].num_loss_tokens for inputs in batch_samples)
+        count = sum(self.num_items(inputs["dcp_batch"]) for inputs in batch_samples)
         return torch.tensor(max(count, 1), device=device)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
         """Trainer's own, of a model whose attention is that of the batch's plan."""
         batch, bound = inputs["dcp_batch"], inputs["dcp_plan"]
-        if model.training:
-            self._seen.append((batch, bound.plan))
+        self._note(model, batch, bound)
         keywords = {"dcp_any_mask": True} if self.plan.mask is not None else self.attention.keywords
         own = {name: x for name, x in inputs.items() if name not in ("dcp_batch", "dcp_plan")}
         with planned_forward(model, bound) as planned:
             every = {**own, **planned, **keywords, "dcp_stand_ins": 1, "use_cache": False}
             return super().compute_loss(model, every, *args, **options)
+
+    def _note(self, model: Any, batch: LocalBatch, bound: BoundPlan) -> None:
+        if model.training:
+            self._seen.append((batch, bound.plan))
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> tuple[Any, ...]:
         """Trainer's, with as many steps as the epochs really have: they differ by some batches."""
@@ -261,7 +268,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             model, inputs, prediction_loss_only, *args, **options
         )
         ranks = dist.get_world_size(self.group) if self.group is not None else 1
-        self._evaluated.add(batch, loss / ranks)
+        self._evaluated.add(batch, loss / ranks, self.num_items(batch))
         if logits is None or labels is None:
             return loss, None, None
         rows = by_sequence(batch, logits[0, :-1].float(), self.group)

@@ -120,23 +120,23 @@ def masks_of(attention: Attention) -> Any:
 
 
 class Evaluated:
-    """What evaluation has seen so far: losses, labels, and the documents' pieces in turn."""
+    """What evaluation has seen so far: losses, items they are of, documents' pieces in turn."""
 
     def __init__(self) -> None:
-        self.loss, self.num_labels = torch.zeros((), dtype=torch.float64), 0
+        self.loss, self.num_items = torch.zeros((), dtype=torch.float64), 0
         self.pieces: list[np.ndarray] = []
 
-    def add(self, batch: LocalBatch, loss: torch.Tensor) -> None:
-        """``loss``: this rank's part of the batch's mean."""
-        self.loss += loss.double().cpu() * max(batch.num_loss_tokens, 1)
-        self.num_labels += batch.num_loss_tokens
+    def add(self, batch: LocalBatch, loss: torch.Tensor, num_items: int) -> None:
+        """``loss``: this rank's part of the batch's mean, over ``num_items``."""
+        self.loss += loss.double().cpu() * max(num_items, 1)
+        self.num_items += num_items
         self.pieces.append(batch.pieces)
 
     def mean_loss(self, group: Any, device: torch.device) -> float:
         total = self.loss.float().to(device)
         if group is not None:
             dist.all_reduce(total, group=group)
-        return float(total) / max(self.num_labels, 1)
+        return float(total) / max(self.num_items, 1)
 
     def order(self) -> np.ndarray:
         """Sequences by document and place in it."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -18,7 +19,7 @@ _UNKNOWN = -1
 class Gathering:
     """Every rank's numbers on their way to every rank. Constructing it is collective."""
 
-    def __init__(self, group: dist.ProcessGroup, numbers: Sequence[int]) -> None:
+    def __init__(self, group: dist.ProcessGroup, numbers: Sequence[int] | np.ndarray) -> None:
         on_gpu = "nccl" in dist.get_backend(group)
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         own = torch.tensor(numbers, dtype=torch.int64, device=device)
@@ -40,12 +41,16 @@ class Gathering:
     def numbers(self, *, timeout_seconds: float | None = None) -> list[list[int]]:
         """Wait for them; in the order of ranks. :class:`NoAnswer` after ``timeout_seconds``, by
         default the group's own error after the group's own time-out."""
+        return [each.tolist() for each in self.arrays(timeout_seconds=timeout_seconds)]
+
+    def arrays(self, *, timeout_seconds: float | None = None) -> list[np.ndarray]:
+        """The same as arrays, for many numbers."""
         wait = self._work.wait if self._copied is None else self._copied.synchronize
         if timeout_seconds is None:
             wait()
         else:
             within(timeout_seconds, wait)
-        return [each.tolist() for each in self._found]
+        return [each.numpy() for each in self._found]
 
 
 class Comparison:

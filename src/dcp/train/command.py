@@ -200,7 +200,7 @@ def train(options: Options) -> None:
     run_job(options, getattr(import_module(module), function))
 
 
-def run_job(options: Options, work: Callable[..., None]) -> None:
+def run_job(options: Options, work: Callable[..., Any]) -> None:
     """Call ``work`` with the job's options, its arguments, group and device, in the group."""
     threads = int(options.get("threads", RunArguments.threads))
     torch.set_num_threads(threads)
