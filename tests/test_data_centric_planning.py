@@ -196,11 +196,11 @@ def test_keys_without_effect_are_refused():
         DataCentricArguments(preset="outer")
     with pytest.raises(ValueError, match="--sp-size 2 has no effect where dynamic_sp chooses"):
         DataCentricArguments(preset="inter", sp_size=2)
-    with pytest.raises(ValueError, match="max_micro_batches=8 has no effect without auto_grad_ac"):
+    with pytest.raises(ValueError, match="--max-micro-batches 8 has no effect without auto_grad"):
         DataCentricArguments(preset="intra", max_micro_batches=8)
-    with pytest.raises(ValueError, match="max_micro_batches must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="--max-micro-batches must be 1 or more, got 0"):
         DataCentricArguments(max_micro_batches=0)
-    with pytest.raises(ValueError, match="alloc_memory_fraction must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match="--alloc-memory-fraction must be above 0 and at most 1"):
         DataCentricArguments(alloc_memory_fraction=1.5)
 
 

@@ -70,6 +70,16 @@ def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
 
 
+def test_the_pretraining_example_takes_long_documents(tmp_path):
+    for package in ("transformers", "accelerate"):
+        pytest.importorskip(package)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = ["--nproc-per-node", "2", "examples/pretrain_long.py", "--output", str(tmp_path)]
+    run_example([*launcher, *words, "--steps", "2"], "'num_tokens': '4096'")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 4096
+
+
 def test_the_sharded_example_saves_a_whole_model(tmp_path):
     for package in ("transformers", "accelerate"):
         pytest.importorskip(package)

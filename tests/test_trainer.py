@@ -204,3 +204,37 @@ def memory(output):
         trainer = work.make_trainer(output, **options)
         trainer.add_callback(Hog())
         return trainer.train().metrics | trainer.evaluate()
+
+
+def test_the_best_model_comes_back_when_training_stops_early(tmp_path):
+    """Callbacks, rotation of checkpoints and TensorBoard are Trainer's, and see its figures."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from transformers import EarlyStoppingCallback
+
+    with work.launched():
+        trainer = work.make_trainer(
+            tmp_path,
+            eval_lengths=[70, 3, 41],
+            learning_rate=0.3,  # from which nothing is learnt
+            max_steps=30,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            report_to="tensorboard",
+        )
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=3))
+        trainer.train()
+        losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+        assert len(losses) == trainer.state.global_step < 30
+        assert int(np.argmin(losses)) + 1 == trainer.state.best_global_step
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(kept) == 2
+    assert f"checkpoint-{trainer.state.best_global_step}" in kept
+    logs = [EventAccumulator(str(path)).Reload() for path in tmp_path.rglob("events.*")]
+    shown = {name for log in logs for name in log.Tags()["scalars"]}
+    assert {"train/compute_balance", "train/attention_bytes", "eval/loss"} <= shown
