@@ -19,7 +19,7 @@ from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.costs import Choice, Costs
 from dcp.datacentric.iteration import Iteration, MicroBatch, RankGroup
 from dcp.datacentric.profile import Profile
-from dcp.train.command import Options, launch, run_job
+from dcp.jobs import Options, launch, run_job
 
 BASELINES = ("bucket", "packed", "fixed")
 

@@ -25,8 +25,8 @@ from dcp.datacentric.config import PRESETS, DataCentricArguments
 from dcp.datacentric.iteration import RankGroup, epoch_imbalance
 from dcp.datacentric.profile import Profile
 from dcp.datacentric.schedule import epoch_iterations
+from dcp.jobs import PLANNED, Options, arguments_of, launch
 from dcp.planner import plan
-from dcp.train.command import PLANNED, Options, arguments_of, launch
 from dcp.train.record import METRICS
 from lab.baselines import BASELINES, bucket_sizes, launch_baseline, make_baseline
 from lab.published import draw_lengths

@@ -19,7 +19,7 @@ from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.integrations.transformers import attention_of
-from dcp.train.command import PLANNED, Options, arguments_of, read_options
+from dcp.jobs import PLANNED, Options, arguments_of, read_options
 from dcp.train.model import config_of, tokenizer_of
 from dcp.train.record import METRICS
 from lab.fleet import measured_cluster, run_plans
@@ -101,7 +101,7 @@ def spec_of(options: Options) -> AttentionSpec:
 
 def train(bed: Testbed, options: Options, *, ranks_per_node: int) -> list[dict[str, Any]]:
     """One job on the testbed's ranks; the metrics of its steps."""
-    bed.run("dcp.train.command:train", options, ranks_per_node=ranks_per_node)
+    bed.run("dcp.jobs:train", options, ranks_per_node=ranks_per_node)
     lines = (Path(options["output_dir"]) / METRICS).read_text().splitlines()
     return [line for line in map(json.loads, lines) if "loss" in line]
 

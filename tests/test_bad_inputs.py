@@ -15,7 +15,7 @@ from dcp.program import RankPlan
 from tests.test_inference import SPEC, cluster_of
 
 pytest.importorskip("accelerate")
-pytest.importorskip("dcp.train.command")  # which takes longer to import than a refusal
+pytest.importorskip("dcp.jobs")  # which takes longer to import than a refusal
 
 HUGE = "1" + "0" * 30
 SEED = str(1 << 70)

@@ -24,9 +24,9 @@ from dcp.datacentric.step import IterationRunner
 from dcp.datacentric.trainer import open_workload
 from dcp.datacentric.video import VideoWorkload
 from dcp.datacentric.workload import keep_activations_of
+from dcp.jobs import JOBS, arguments_of, read_options
 from dcp.runtime.communicator import GroupCommunicator
 from dcp.train.arguments import RunArguments
-from dcp.train.command import JOBS, arguments_of, read_options
 from tests.trainer_work import launched
 
 QUIET = {"preset": "inter+PAC", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}

@@ -45,8 +45,8 @@ def texts(tmp_path_factory):
 
 def train(values):
     """Losses of the steps, and the final parameters on the first rank."""
+    from dcp.jobs import arguments_of
     from dcp.train import planned
-    from dcp.train.command import arguments_of
 
     group = torch.distributed.group.WORLD
     with launched():
@@ -137,7 +137,7 @@ def test_a_missing_config_file_gets_one_line(capfd):
 
 
 def test_files_and_options_make_one_job(tmp_path):
-    from dcp.train.command import arguments_of, read_options
+    from dcp.jobs import arguments_of, read_options
 
     (tmp_path / "job.json").write_text(
         '{"max_steps": 5, "learning_rate": 1, "lora": true, "use_cpu": true, "seed": null}'
@@ -158,7 +158,7 @@ def test_files_and_options_make_one_job(tmp_path):
 
 
 def test_a_folder_is_fine_tuned_by_trainers_own_defaults(tmp_path):
-    from dcp.train.command import arguments_of
+    from dcp.jobs import arguments_of
 
     with launched():
         run = arguments_of({"job": "planned", "model": str(tmp_path), "use_cpu": True})[-1]
@@ -186,10 +186,6 @@ def test_the_command_trains_and_fine_tunes(tmp_path, texts, capfd):
     folder = tmp_path / "run" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer("aé").input_ids == [256, *"aé".encode(), 257]
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    )
-    tokenizer.save_pretrained(folder)
     chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 20)
     words = {"model": folder, "data": tmp_path / "chat.jsonl", "max_steps": 3,
@@ -199,11 +195,12 @@ def test_the_command_trains_and_fine_tunes(tmp_path, texts, capfd):
     before, after = (
         AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "tuned/model")
     )
-    prompt = torch.tensor([[256, *b"user: 2 + 2?\n"]])
-    reply = after.generate(prompt, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
+    assert prompt == [256, *b"user: 2 + 2?", 257, *b"assistant: "]
+    prompt = torch.tensor([prompt])
+    reply = after.generate(prompt, max_new_tokens=5, min_new_tokens=5, pad_token_id=0)
     assert reply.shape == (1, prompt.shape[1] + 5)
-    answer = torch.tensor([[256, *b"user: 2 + 2?\nassistant: 4"]])
-    chances = [model(answer).logits[0, -2].log_softmax(-1)[ord("4")] for model in (before, after)]
+    chances = [model(prompt).logits[0, -1].log_softmax(-1)[ord("4")] for model in (before, after)]
     assert chances[1] > chances[0] + 0.1
 
 

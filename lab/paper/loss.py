@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcp.train.command import PLANNED, Options, launch
+from dcp.jobs import PLANNED, Options, launch
 from dcp.train.record import METRICS, OPTIONS
 from lab.paper.rows import Row, write_rows
 from lab.paper.workbench import MASKS, Workbench

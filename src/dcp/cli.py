@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(words: list[str]) -> int:
-    from dcp.train.command import run
+    from dcp.jobs import run
 
     return run(words)
 

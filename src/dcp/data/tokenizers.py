@@ -25,6 +25,12 @@ class Tokenizer(Protocol):
         """The same as a tokenizer of transformers, to encode chats and to be saved."""
 
 
+_BYTE_CHATS = (
+    "<begin>{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
 class ByteTokenizer:
     """A token per byte between a begin and an end token: a vocabulary of 258."""
 
@@ -57,7 +63,10 @@ class ByteTokenizer:
             single="<begin> $A <end>", special_tokens=list(ends.items())
         )
         return PreTrainedTokenizerFast(
-            tokenizer_object=inner, bos_token="<begin>", eos_token="<end>"
+            tokenizer_object=inner,
+            bos_token="<begin>",
+            eos_token="<end>",
+            chat_template=_BYTE_CHATS,
         )
 
 

@@ -180,7 +180,7 @@ def _run(words: Sequence[str]) -> int:
     return 0
 
 
-def launch(options: Options, *, num_processes: int, work: str = "dcp.train.command:train") -> None:
+def launch(options: Options, *, num_processes: int, work: str = "dcp.jobs:train") -> None:
     """Train on ``num_processes`` local ranks and wait; raises as :func:`run_ranks` does.
 
     The first rank keeps the terminal; the others write to ``logs/`` of the output folder.
