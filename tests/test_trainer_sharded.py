@@ -92,6 +92,28 @@ def train_distributed(folder, sizes, options):
         return work.outcome(trainer)
 
 
+def test_adapters_of_shared_heads(gloo_pool, tmp_path):
+    """Drawn otherwise where heads are shared, so one rank begins with what was saved of them."""
+    peft = pytest.importorskip("peft")
+    work.make_model().save_pretrained(tmp_path / "whole")
+    many = gloo_pool(2).run(train_adapters, tmp_path)
+    model = peft.PeftModel.from_pretrained(work.make_model(), tmp_path / "first", is_trainable=True)
+    one = work.run(tmp_path / "one", model=model, max_steps=2)
+    for found in many:
+        follows(found, one)
+
+
+def train_adapters(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(tp_size=2)
+    )
+    with work.sharding_on_the_cpu(), work.launched():
+        trainer = work.make_trainer(folder / "many", model=model, lora=True, max_steps=2)
+        trainer.save_model(folder / "first")
+        trainer.train()
+        return work.outcome(trainer)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_rank_has_its_shard_only(gloo_pool, tmp_path, world):
     whole = 4 * sum(parameter.numel() for parameter in work.make_model().parameters())
@@ -182,14 +204,20 @@ def train_and_save(folder, options):
         return work.outcome(trainer)["weights"]
 
 
-def test_evaluating_before_accelerate_shards_is_refused(gloo_pool, tmp_path):
-    for message in gloo_pool(2).run(refusal, tmp_path):
-        assert re.search("evaluate after train", message)
+def test_what_cannot_be_sharded_is_refused(gloo_pool, tmp_path):
+    work.make_model().save_pretrained(tmp_path / "whole")
+    for early, pipeline in gloo_pool(2).run(refusals, tmp_path):
+        assert re.search("evaluate after train", early)
+        assert re.search("pipeline parallelism does not go with planned attention", pipeline)
 
 
-def refusal(output):
+def refusals(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "whole", distributed_config=DistributedConfig(pp_size=2)
+    )
     with work.sharding_on_the_cpu(), work.launched():
-        trainer = work.make_trainer(output, **work.sharded(), eval_lengths=[9])
-        with pytest.raises(ValueError) as caught:
-            trainer.evaluate()
-        return str(caught.value)
+        with pytest.raises(ValueError) as early:
+            work.make_trainer(folder, **work.sharded(), eval_lengths=[9]).evaluate()
+        with pytest.raises(ValueError) as pipeline:
+            work.make_trainer(folder, model=model)
+        return str(early.value), str(pipeline.value)

@@ -94,8 +94,11 @@ def make_trainer(output, *, model=None, lora=False, plan=None, eval_lengths=None
         from peft import LoraConfig
 
         peft = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    if not isinstance(model, torch.nn.Module):
+        model = make_model(**(model or {}))
+    torch.manual_seed(0)  # of adapters
     return DCPTrainer(
-        model if isinstance(model, torch.nn.Module) else make_model(**(model or {})),
+        model,
         arguments(output, **others),
         train_dataset=documents(),
         eval_dataset=None if eval_lengths is None else documents(eval_lengths, seed=1),

@@ -66,7 +66,13 @@ def token_group(*, tensor_parallel: int) -> Any:
     return group
 
 
-def pipeline_size(model: Any) -> int:
-    """Ranks that share the layers of a model that transformers distributes."""
-    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
-    return getattr(distributed, "pp_size", None) or 1
+def distributed_config(model: Any) -> Any:
+    """How transformers distributed a model as it read it; None if it did not."""
+    return getattr(getattr(model, "config", None), "distributed_config", None)
+
+
+def compute_dtype(args: Any, model: Any) -> str | None:
+    """In which autocast or FSDP computes; None: in that of the weights."""
+    if args.bf16 or getattr(distributed_config(model), "fsdp_mixed_precision", False):
+        return "bfloat16"
+    return "float16" if args.fp16 else None

@@ -27,7 +27,12 @@ from transformers.trainer_utils import EvalLoopOutput
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
 from dcp.integrations.resuming import ExactResume
-from dcp.integrations.sharded import ShardedTrainerMixin, pipeline_size, token_group
+from dcp.integrations.sharded import (
+    ShardedTrainerMixin,
+    compute_dtype,
+    distributed_config,
+    token_group,
+)
 from dcp.integrations.trainer_batches import (
     Evaluated,
     PlannedBatches,
@@ -85,7 +90,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             "auto_find_batch_size": args.auto_find_batch_size,
             "average_tokens_across_devices=False": not args.average_tokens_across_devices,
             "batch_eval_metrics": args.batch_eval_metrics,
-            "pipeline parallelism": pipeline_size(self.model) > 1,
+            "pipeline parallelism": getattr(distributed_config(self.model), "pp_size", 1) > 1,
             "a context-parallel degree": self.get_cp_size() > 1 or self.get_sp_size() > 1,
         }
         for what, holds in refused.items():
@@ -117,7 +122,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         plan = self.plan
         register_attention()
         self.model.set_attn_implementation("dcp")
-        dtype = "bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None
+        dtype = compute_dtype(self.args, self.model)
         self.attention = attention_of(self.model, dtype=dtype, tensor_parallel=self.get_tp_size())
         return DCPDataLoader(
             dataset,
