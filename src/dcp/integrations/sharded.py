@@ -58,21 +58,28 @@ def token_group(*, tensor_parallel: int) -> Any:
     Of ``tensor_parallel`` ranks that share a layer's heads, which are neighbours in transformers'
     meshes, each is in a group of its own, for they have the same tokens.
     """
-    if not dist.is_initialized() or tensor_parallel == 1:
-        return dist.group.WORLD if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    if tensor_parallel == 1:
+        return dist.group.WORLD
     ranks = range(dist.get_world_size())
     alike = [list(ranks[first::tensor_parallel]) for first in range(tensor_parallel)]
     group, _ = dist.new_subgroups_by_enumeration(alike)
     return group
 
 
-def distributed_config(model: Any) -> Any:
-    """How transformers distributed a model as it read it; None if it did not."""
-    return getattr(getattr(model, "config", None), "distributed_config", None)
+def pipeline_size(model: Any) -> int:
+    """Ranks that share out a model's layers."""
+    return getattr(_distributed(model), "pp_size", None) or 1
 
 
 def compute_dtype(args: Any, model: Any) -> str | None:
     """In which autocast or FSDP computes; None: in that of the weights."""
-    if args.bf16 or getattr(distributed_config(model), "fsdp_mixed_precision", False):
+    if args.bf16 or getattr(_distributed(model), "fsdp_mixed_precision", False):
         return "bfloat16"
     return "float16" if args.fp16 else None
+
+
+def _distributed(model: Any) -> Any:
+    """How transformers distributed a model as it read it; None if it did not."""
+    return getattr(getattr(model, "config", None), "distributed_config", None)

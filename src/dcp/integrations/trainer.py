@@ -30,7 +30,7 @@ from dcp.integrations.resuming import ExactResume
 from dcp.integrations.sharded import (
     ShardedTrainerMixin,
     compute_dtype,
-    distributed_config,
+    pipeline_size,
     token_group,
 )
 from dcp.integrations.trainer_batches import (
@@ -41,11 +41,7 @@ from dcp.integrations.trainer_batches import (
     figures_of,
     masks_of,
 )
-from dcp.integrations.transformers import (
-    attention_of,
-    planned_forward,
-    register_attention,
-)
+from dcp.integrations.transformers import attention_of, planned_forward, register_attention
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.executor import BoundPlan
@@ -90,7 +86,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             "auto_find_batch_size": args.auto_find_batch_size,
             "average_tokens_across_devices=False": not args.average_tokens_across_devices,
             "batch_eval_metrics": args.batch_eval_metrics,
-            "pipeline parallelism": getattr(distributed_config(self.model), "pp_size", 1) > 1,
+            "pipeline parallelism": pipeline_size(self.model) > 1,
             "a context-parallel degree": self.get_cp_size() > 1 or self.get_sp_size() > 1,
         }
         for what, holds in refused.items():
