@@ -61,16 +61,20 @@ MODELS = {
     "experts": {"model": {"kind": "Qwen2Moe", "num_experts": 4, "num_experts_per_tok": 2,
                           "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}},
     "LoRA": {"lora": True},
-    "accumulation": {"gradient_accumulation_steps": 3},
+    "accumulation": {"gradient_accumulation_steps": 4},
     "checkpointing": {"gradient_checkpointing": True},
     "smoothing": {"label_smoothing_factor": 0.1},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_follow_one(gloo_pool, tmp_path, name, world):
-    options = {**MODELS[name], "max_steps": 6}
+@pytest.mark.parametrize(
+    ("world", "steps", "strategy"), [(3, 3, "auto"), (4, 20, "zigzag")], ids=["3-3", "4-20"]
+)
+def test_ranks_follow_one(gloo_pool, tmp_path, name, world, steps, strategy):
+    """``zigzag`` cuts every document over all ranks."""
+    options = {"learning_rate": 1e-3, **MODELS[name], "max_steps": steps}
+    options["plan"] = {"strategy": strategy}
     one = work.run(tmp_path / "one", **options)
     for found in gloo_pool(world).run(job, tmp_path / "many", options):
         close(found["losses"], one["losses"])

@@ -20,7 +20,7 @@ OPTIONS = {
     "accumulation": {"gradient_accumulation_steps": 3},
     "checkpointing": {"gradient_checkpointing": True},
     "FSDP's checkpointing": work.sharded(activation_checkpointing=True),
-    "more ranks": {"max_steps": 6},
+    "more ranks": {"max_steps": 20},
 }
 WORLDS = {"accumulation": 3, "more ranks": 4}
 
