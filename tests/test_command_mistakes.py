@@ -122,8 +122,9 @@ def left_in(folder):
     return [path for path in folder.iterdir() if not path.name.startswith("torchinductor_")]
 
 
-@pytest.mark.parametrize(("name", "number"), [("train", signal.SIGTERM), ("train", signal.SIGKILL),
-                                              ("generate", signal.SIGTERM)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "number"), [("train", signal.SIGKILL), ("generate", signal.SIGTERM)]
+)
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, name, number):
     temporary, metrics = tmp_path / "temporary", tmp_path / "run" / "metrics.jsonl"
     temporary.mkdir()

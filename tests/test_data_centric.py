@@ -277,10 +277,6 @@ def test_a_rank_that_fails_in_a_measurement_fails_it_for_all(gloo_pool, exchange
 DATA_CENTRIC = "--job=data-centric"
 
 
-def options(values):
-    return [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
-
-
 JOB = VIDEO | {
     "num_layers": 1,
     "preset": "inter",
@@ -292,8 +288,8 @@ JOB = VIDEO | {
 
 
 def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
-    command = ["--num-processes=2", *options(JOB | {"output": tmp_path})]
-    assert cli.main(["train", *command, "--profile-only"]) == 0
+    profiled = JOB | {"output_dir": str(tmp_path), "profile_only": True}
+    gloo_pool(2).run(only_profile, profiled)
     profile = (tmp_path / "profile.json").read_text()
     assert not (tmp_path / "checkpoint-3").exists()
     gloo_pool(2).run(train, JOB | {"output_dir": str(tmp_path)})
@@ -308,6 +304,13 @@ def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     assert (
         sum(epoch["steps"] for epoch in json.loads((tmp_path / "imbalance.json").read_text())) == 3
     )
+
+
+def only_profile(values):
+    from dcp.datacentric import trainer as data_centric
+
+    with launched():
+        data_centric.train(values, arguments_of(values), dist.group.WORLD, torch.device("cpu"))
 
 
 def train(values):

@@ -10,7 +10,7 @@ from tests.masks_cases import MASKS
 from tests.oracle import batch_mask, errors_against_dense
 from tests.symbolic import check_plan
 
-CASES, PARTS = 500, 10
+CASES, PARTS = 300, 10
 HEADS = ((1, 1), (2, 1), (2, 2), (4, 2), (6, 2), (6, 3), (4, 4))
 LONG = 200
 

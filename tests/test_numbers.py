@@ -55,7 +55,7 @@ def planned(a_plan, **call):
     return lambda q, k, v: world.attention(q, k, v, return_lse=True, **call)
 
 
-HOPPING = ("ring", "zigzag", "usp", "allgather", "double_ring")
+HOPPING = ("ring", "usp", "double_ring")
 
 
 @pytest.mark.parametrize(

@@ -61,36 +61,54 @@ def test_the_training_loop_example():
     run_example([*launcher, "--nproc-per-node", "2", "examples/train_loop.py"], "step 9: loss")
 
 
-def test_the_chat_example_learns_what_the_assistant_says(tmp_path):
-    for package in ("transformers", "accelerate", "peft"):
+# As torchrun starts the first, the others run on the ranks of a group that is there.
+
+
+@pytest.fixture
+def run_on_two(gloo_pool):
+    """``run_on_two(example, *words)``: what its first rank prints."""
+    for package in ("transformers", "accelerate"):
         pytest.importorskip(package)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = ["--nproc-per-node", "2", "examples/finetune_chat.py", "--output", str(tmp_path)]
-    run_example([*launcher, *words, "--lora"], "plan_wait_seconds")
+
+    def run(name, *words):
+        from tests.trainer_work import run_example
+
+        path = str(ROOT / "examples" / name)
+        return gloo_pool(2).run(run_example, path, [str(word) for word in words])[0]
+
+    return run
+
+
+def test_the_chat_example_learns_what_the_assistant_says(run_on_two, tmp_path):
+    pytest.importorskip("peft")
+    assert "plan_wait_seconds" in run_on_two("finetune_chat.py", "--output", tmp_path, "--lora")
     assert (tmp_path / "model" / "adapter_model.safetensors").exists()
 
 
-def test_the_pretraining_example_takes_long_documents(tmp_path):
-    for package in ("transformers", "accelerate"):
-        pytest.importorskip(package)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = ["--nproc-per-node", "2", "examples/pretrain_long.py", "--output", str(tmp_path)]
-    run_example([*launcher, *words, "--steps", "2"], "'num_tokens': '4096'")
+def test_the_pretraining_example_takes_long_documents(run_on_two, tmp_path):
+    said = run_on_two("pretrain_long.py", "--output", tmp_path, "--steps", 1)
+    assert "'num_tokens': '4096'" in said
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["max_position_embeddings"] == 4096
 
 
-def test_the_sharded_example_saves_a_whole_model(tmp_path):
-    for package in ("transformers", "accelerate"):
-        pytest.importorskip(package)
+def test_the_sharded_example_saves_a_whole_model(run_on_two, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = ["--nproc-per-node", "2", "examples/finetune_sharded.py", "--output", str(tmp_path)]
-    run_example([*launcher, *words], "each rank has 50% of the weights")
+    said = run_on_two("finetune_sharded.py", "--output", tmp_path)
+    assert "each rank has 50% of the weights" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     prompt = AutoTokenizer.from_pretrained(tmp_path / "model")("1 + 1 = ", return_tensors="pt")
     assert model.generate(**prompt, max_new_tokens=2, min_new_tokens=2).shape[1] == 10
+
+
+def test_the_preference_example_spares_tokens(run_on_two, tmp_path):
+    said = run_on_two("preferences_dpo.py", "--output", tmp_path, "--steps", 2)
+    assert "10555 tokens less than the 25942" in said
+
+
+def test_the_policy_gradient_example_raises_the_likelihood(run_on_two):
+    assert "step 2: " in run_on_two("policy_gradient.py")
 
 
 def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkeypatch):
@@ -111,20 +129,6 @@ def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkey
         exec(compile(block, word, "exec"), names)
     assert names["pairs"].tokens_saved == len("2 + 2 = ") - 1
     assert [len(values) for values in names["by_answer"]] == [2, 1, 3]
-
-
-def test_the_preference_example_spares_tokens(tmp_path):
-    for package in ("transformers", "accelerate"):
-        pytest.importorskip(package)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    words = ["--nproc-per-node", "2", "examples/preferences_dpo.py", "--output", str(tmp_path)]
-    run_example([*launcher, *words, "--steps", "2"], "10555 tokens less than the 25942")
-
-
-def test_the_policy_gradient_example_raises_the_likelihood():
-    pytest.importorskip("transformers")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run_example([*launcher, "--nproc-per-node", "2", "examples/policy_gradient.py"], "step 2: ")
 
 
 def run_example(command, wanted):

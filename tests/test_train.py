@@ -165,7 +165,7 @@ def test_a_folder_is_fine_tuned_by_trainers_own_defaults(tmp_path):
     assert (run.max_steps, run.num_train_epochs, run.learning_rate) == (-1, 3.0, 5e-5)
 
 
-def test_the_command_trains_and_fine_tunes(tmp_path, texts, capfd):
+def test_the_command_trains_and_fine_tunes(gloo_pool, tmp_path, texts, capfd):
     """A model from nothing; then, of its folder, what the assistant of some chats says."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,8 +190,10 @@ def test_the_command_trains_and_fine_tunes(tmp_path, texts, capfd):
     (tmp_path / "chat.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 20)
     words = {"model": folder, "data": tmp_path / "chat.jsonl", "max_steps": 3,
              "output": tmp_path / "tuned", "learning_rate": 0.01,
-             "planning_workers": 0}  # fmt: skip
-    assert cli.main(["train", "--num-processes=2", "--assistant-only", *options(words)]) == 0
+             "use_cpu": True, "assistant_only": True, "planning_workers": 0}  # fmt: skip
+    from dcp.jobs import read_options
+
+    gloo_pool(2).run(train, read_options(options(words))[0])
     before, after = (
         AutoModelForCausalLM.from_pretrained(path) for path in (folder, tmp_path / "tuned/model")
     )

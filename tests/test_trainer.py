@@ -130,7 +130,7 @@ def test_evaluation_is_a_mean_over_labels(gloo_pool, tmp_path):
 def test_a_checkpoint_of_another_trainer_is_refused(tmp_path):
     work.run(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     (tmp_path / "checkpoint-1" / "dcp_loader.json").unlink()
-    with pytest.raises(ValueError, match=r"dcp_loader\.json is missing .* is no checkpoint"):
+    with pytest.raises(ValueError, match=r"dcp_loader\.json is missing .* is no whole checkpoint"):
         work.run(tmp_path, resume=str(tmp_path / "checkpoint-1"))
 
 

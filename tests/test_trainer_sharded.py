@@ -16,7 +16,7 @@ from tests import trainer_work as work
 
 OPTIONS = {
     "all weights": {"max_steps": 6},
-    "LoRA": {"lora": True, "max_grad_norm": 0.1},
+    "LoRA": {"lora": True, "max_grad_norm": 0.05},
     "accumulation": {"gradient_accumulation_steps": 3},
     "checkpointing": {"gradient_checkpointing": True},
     "FSDP's checkpointing": work.sharded(activation_checkpointing=True),

@@ -1,7 +1,12 @@
 """Small jobs of DCPTrainer, as every rank of a pool runs them."""
 
+import io
 import os
-from contextlib import contextmanager
+import runpy
+import sys
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -86,6 +91,23 @@ def arguments(output, **others):
         "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 4,
     }  # fmt: skip
     return TrainingArguments(output_dir=str(output), **{**values, **others})
+
+
+def run_example(path, words):
+    """What an example prints on a rank of this group, which torchrun would have started."""
+    printed = io.StringIO()
+    folder = str(Path(path).parent)
+    with (
+        launched(),
+        redirect_stdout(printed),
+        mock.patch.multiple(
+            dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT
+        ),
+        mock.patch("sys.argv", [path, *words]),
+        mock.patch("sys.path", [folder, *sys.path]),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()
 
 
 def make_trainer(output, *, model=None, lora=False, plan=None, eval_lengths=None, **others):
