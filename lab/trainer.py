@@ -1,0 +1,193 @@
+"""``python -m lab trainer``: DCPTrainer beside plain Trainer with packed rows, on real slow links.
+
+Both train the same small Llama from the same seed on the same documents, the same ones in every
+optimiser step, by DistributedDataParallel over gloo ranks in a testbed (:mod:`lab.testbed`). Plain
+Trainer gives each rank whole documents as one row without padding (:mod:`lab.trainer_rank`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from dcp.bench.conditions import conditions
+from dcp.cluster import Cluster
+from dcp.integrations.transformers import attention_of
+from lab.fleet import measured_cluster, run_plans
+from lab.results import merge
+from lab.testbed import Testbed, open_testbed
+from lab.trainer_rank import OURS, PLAIN, config_of
+
+TARGET = 0.95  # of plain Trainer's tokens per second, where documents are short
+LOSS_TARGET = 1e-4  # largest difference from plain Trainer's loss, at any step
+WARM_UP = 2  # steps that are not timed
+NODES = 2  # of one rank each
+SHORT = (100, 1000)  # tokens of a short document
+CASES = ("short", "long-tailed", "too long")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--mbits", type=float, nargs="+", default=[200, math.inf], help="links; inf: not shaped"
+    )
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES, metavar="NAME")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a rank (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="optimiser steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each system, in turn")
+    parser.add_argument("--out", type=Path, help="folder of trainer.json, to add these runs to")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print, write. Returns the exit status."""
+    if args.steps <= WARM_UP:
+        raise ValueError(f"--steps must be more than {WARM_UP}, which warm up, got {args.steps}")
+    results = {}
+    for mbits in args.mbits:
+        speed = f"{mbits:g} Mbit/s" if math.isfinite(mbits) else "not shaped"
+        name = f"{NODES} x 1, {speed}"
+        with open_testbed(NODES, bandwidth=mbits * 1e6 / 8) as bed:
+            results[name] = {"conditions": conditions()} | measure(bed, args)
+        if args.out:
+            merge(args.out / "trainer.json", name, results[name])
+        if not args.json:
+            print(as_text(name, results[name]), flush=True)
+    if args.json:
+        print(json.dumps(results))
+    return 0
+
+
+def measure(bed: Testbed, args: argparse.Namespace) -> dict[str, Any]:
+    """Every case by every system on one testbed, planned for the cluster that it measures."""
+    cases = {each: make_case(each, args.steps, tokens=args.tokens) for each in args.cases}
+    with tempfile.TemporaryDirectory(prefix="dcp-trainer-") as folder:
+        spec = attention_of(config_of(args.tokens), dtype="float32").spec
+        like = Cluster.preset("laptop", num_nodes=NODES, devices_per_node=1)
+        found = run_plans(bed, [], spec, ranks_per_node=1, rates=True)
+        cluster = f"{folder}/cluster.json"
+        measured_cluster(found, like, name="testbed").save(cluster)
+        rows = {}
+        for case, steps in cases.items():
+            job = {"steps": steps, "cluster": cluster, "output": f"{folder}/run"}
+            runs: dict[str, list[list[dict[str, Any]]]] = {each: [] for each in (OURS, *PLAIN)}
+            for turn in range(args.rounds):
+                for system in list(runs)[:: -1 if turn % 2 else 1]:
+                    runs[system].append(bed.run("lab.trainer_rank:run", job | {"system": system}))
+            rows[case] = compare(steps, runs)
+    return {"rounds": args.rounds, "tokens_of_a_rank": args.tokens, "cases": rows}
+
+
+def make_case(name: str, steps: int, *, tokens: int) -> list[list[int]]:
+    """Lengths of each step's documents: short ones, behind a long one where the case has it.
+
+    Args:
+        tokens: a rank's budget; a step has twice as many, and of "too long" documents twice that
+            again, with as little beside them as a second rank of plain Trainer needs.
+    """
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(steps):
+        step, total = [], NODES * tokens
+        if name == "long-tailed":
+            step = [int(rng.integers(tokens, 3 * tokens // 2))]
+        elif name == "too long":
+            step, total = [4 * tokens], 4 * tokens + SHORT[0]
+        while (left := total - sum(step)) > 0:
+            step.append(min(left, int(rng.integers(*SHORT, endpoint=True))))
+        made.append(step)
+    return made
+
+
+def compare(
+    steps: Sequence[Sequence[int]], runs: dict[str, list[list[dict[str, Any]]]]
+) -> dict[str, Any]:
+    """A case's figures.
+
+    Args:
+        runs: by system, what each rank of each round found.
+    """
+    systems = {name: figures(steps, each) for name, each in runs.items()}
+    ours = systems[OURS]
+    plain = {name: systems[name] for name in PLAIN}
+    return {
+        "tokens_of_a_step": sum(steps[0]),
+        "longest_document": max(map(max, steps)),
+        "systems": systems,
+        "speed_ratio": {
+            name: ours["tokens_per_second"] / each["tokens_per_second"]
+            for name, each in plain.items()
+        },
+        "loss_difference": max(
+            abs(a - b)
+            for each in plain.values()
+            for a, b in zip(ours["losses"], each["losses"], strict=True)
+        ),
+    }
+
+
+def figures(
+    steps: Sequence[Sequence[int]], runs: Sequence[Sequence[dict[str, Any]]]
+) -> dict[str, Any]:
+    """One system's speed over the timed steps of all runs, losses, and memory of the worst rank."""
+    tokens = np.array([sum(step) for step in steps])  # the same in each
+    speeds = [tokens / np.max([rank["seconds"] for rank in ranks], axis=0) for ranks in runs]
+    timed = np.array(speeds)[:, WARM_UP:]
+    worst = max((rank for ranks in runs for rank in ranks), key=grown)
+    return {
+        "tokens_per_second": float(np.median(timed)),
+        "spread": [float(timed.min()), float(timed.max())],
+        "by_round": np.median(timed, axis=1).tolist(),
+        "longest_row": max(max(rank["rows"]) for ranks in runs for rank in ranks),
+        "memory_before_bytes": worst["memory_before_bytes"],
+        "memory_peak_bytes": worst["memory_peak_bytes"],
+        "memory_grown_bytes": grown(worst),
+        "grown_by_rank": [[grown(rank) for rank in ranks] for ranks in runs],
+        "planning_process_bytes": max(
+            rank["memory_of_children_bytes"] for ranks in runs for rank in ranks
+        ),
+        "plan_wait_seconds": median(w for r in runs for w in r[0]["plan_wait_seconds"][WARM_UP:]),
+        "attention_bytes": median(b for r in runs for b in r[0]["attention_bytes"][WARM_UP:]),
+        "losses": runs[0][0]["losses"],
+    }
+
+
+def grown(rank: dict[str, Any]) -> int:
+    """Bytes of memory that training needed beyond what the rank had before."""
+    return int(rank["memory_peak_bytes"] - rank["memory_before_bytes"])
+
+
+def as_text(name: str, result: dict[str, Any]) -> str:
+    """The table that is printed."""
+    lines = [
+        f"{name}, {result['rounds']} rounds",
+        f"{'case':12} {'system':21} {'tokens/s':>8} {'lowest':>7} {'highest':>7} {'row':>6} "
+        f"{'MB grown':>8} {'from':>5} {'to':>5} {'wait ms':>7}  by round",
+    ]
+    for case, row in result["cases"].items():
+        for system, each in row["systems"].items():
+            low, high = each["spread"]
+            grew, before, peak = (
+                each[f"memory_{which}_bytes"] / 1e6 for which in ("grown", "before", "peak")
+            )
+            rounds = ", ".join(f"{speed:,.0f}" for speed in each["by_round"])
+            lines.append(
+                f"{case:12} {system:21} {each['tokens_per_second']:8,.0f} {low:7,.0f} {high:7,.0f} "
+                f"{each['longest_row']:6} {grew:8,.0f} {before:5,.0f} {peak:5,.0f} "
+                f"{each['plan_wait_seconds'] * 1e3:7.1f}  {rounds}"
+            )
+        ratios = ", ".join(f"{ratio:.2f} of {name}" for name, ratio in row["speed_ratio"].items())
+        same = "met" if row["loss_difference"] <= LOSS_TARGET else "NOT MET"
+        lines.append(f"  {ratios}; losses differ by at most {row['loss_difference']:.1e} ({same})")
+    if "short" in result["cases"]:
+        reached = result["cases"]["short"]["speed_ratio"].values()
+        met = ["met" if ratio >= TARGET else "NOT MET" for ratio in reached]
+        lines.append(f"target: {TARGET} of plain Trainer where documents are short: {met}")
+    return "\n".join(lines)
