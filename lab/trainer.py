@@ -136,11 +136,13 @@ def figures(
     tokens = np.array([sum(step) for step in steps])  # the same in each
     speeds = [tokens / np.max([rank["seconds"] for rank in ranks], axis=0) for ranks in runs]
     timed = np.array(speeds)[:, WARM_UP:]
+    cpu = np.array([np.sum([rank["cpu_seconds"] for rank in ranks], axis=0) for ranks in runs])
     worst = max((rank for ranks in runs for rank in ranks), key=grown)
     return {
         "tokens_per_second": float(np.median(timed)),
         "spread": [float(timed.min()), float(timed.max())],
         "by_round": np.median(timed, axis=1).tolist(),
+        "cpu_seconds": float(np.median(cpu[:, WARM_UP:])),  # of a step, all ranks
         "longest_row": max(max(rank["rows"]) for ranks in runs for rank in ranks),
         "memory_before_bytes": worst["memory_before_bytes"],
         "memory_peak_bytes": worst["memory_peak_bytes"],
@@ -164,7 +166,7 @@ def as_text(name: str, result: dict[str, Any]) -> str:
     """The table that is printed."""
     lines = [
         f"{name}, {result['rounds']} rounds",
-        f"{'case':12} {'system':21} {'tokens/s':>8} {'lowest':>7} {'highest':>7} {'row':>6} "
+        f"{'case':12} {'system':21} {'tokens/s':>8} {'lowest':>7} {'highest':>7} {'CPU s':>6} {'row':>6} "
         f"{'MB grown':>8} {'from':>5} {'to':>5} {'wait ms':>7} "
         f"{'ratio':>5} {'loss':>8}  by round",
     ]
@@ -177,7 +179,7 @@ def as_text(name: str, result: dict[str, Any]) -> str:
             rounds = ", ".join(f"{speed:,.0f}" for speed in each["by_round"])
             lines.append(
                 f"{case:12} {system:21} {each['tokens_per_second']:8,.0f} {low:7,.0f} {high:7,.0f} "
-                f"{each['longest_row']:6} {grew:8,.0f} {before:5,.0f} {peak:5,.0f} "
+                f"{each['cpu_seconds']:6.2f} {each['longest_row']:6} {grew:8,.0f} {before:5,.0f} {peak:5,.0f} "
                 f"{each['plan_wait_seconds'] * 1e3:7.1f} {each['ratio']:5.2f} "
                 f"{each['loss_difference']:8.1e}  {rounds}"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [line["loss"] for line in log],
         "seconds": np.diff(watch.times).tolist(),
+        "cpu_seconds": np.diff(watch.cpu_times).tolist(),
         "rows": watch.rows[-len(log) :],  # DCPTrainer tries the model on some more before
         "memory_before_bytes": watch.before_bytes,
         "memory_peak_bytes": most_memory(resource.RUSAGE_SELF),
@@ -120,15 +121,17 @@ class Watch(TrainerCallback):
 
     def __init__(self) -> None:
         self.times: list[float] = []
+        self.cpu_times: list[float] = []
         self.rows: list[int] = []
         self.before_bytes = 0
 
     def on_train_begin(self, *args: Any, **options: Any) -> None:
         self.before_bytes = most_memory(resource.RUSAGE_SELF)
-        self.times.append(perf_counter())
+        self.on_step_end()
 
     def on_step_end(self, *args: Any, **options: Any) -> None:
         self.times.append(perf_counter())
+        self.cpu_times.append(process_time())  # which other jobs of this machine change little
 
     def note_row(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
         self.rows.append(inputs["input_ids"].shape[1])

@@ -111,9 +111,9 @@ def trainer_table(name: str, run: dict[str, Any]) -> str:
         made_by(run),
         "",
         "| documents | system | tokens/s, median of steps (lowest–highest) | by round "
-        "| ours ÷ this | longest row of a rank | peak memory, MB (before training) "
+        "| ours ÷ this | CPU s a step | longest row of a rank | peak memory, MB (before training) "
         "| grown, MB | losses differ from ours by |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, row in run["cases"].items():
         for system, each in row["systems"].items():
@@ -124,7 +124,7 @@ def trainer_table(name: str, run: dict[str, Any]) -> str:
             )
             lines.append(
                 f"| {case} | {system} | {each['tokens_per_second']:,.0f} ({low:,.0f}–{high:,.0f}) "
-                f"| {rounds} | {each['ratio']:.2f} | {each['longest_row']:,} "
+                f"| {rounds} | {each['ratio']:.2f} | {each['cpu_seconds']:.2f} | {each['longest_row']:,} "
                 f"| {peak:,.0f} ({before:,.0f}) | {grown:,.0f} | {each['loss_difference']:.1e} |"
             )
     short = run["cases"].get("short")
