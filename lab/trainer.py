@@ -166,8 +166,8 @@ def as_text(name: str, result: dict[str, Any]) -> str:
     """The table that is printed."""
     lines = [
         f"{name}, {result['rounds']} rounds",
-        f"{'case':12} {'system':21} {'tokens/s':>8} {'lowest':>7} {'highest':>7} {'CPU s':>6} {'row':>6} "
-        f"{'MB grown':>8} {'from':>5} {'to':>5} {'wait ms':>7} "
+        f"{'case':12} {'system':21} {'tokens/s':>8} {'lowest':>7} {'highest':>7} {'CPU s':>6} "
+        f"{'row':>6} {'MB grown':>8} {'from':>5} {'to':>5} {'wait ms':>7} "
         f"{'ratio':>5} {'loss':>8}  by round",
     ]
     for case, row in result["cases"].items():
@@ -179,8 +179,8 @@ def as_text(name: str, result: dict[str, Any]) -> str:
             rounds = ", ".join(f"{speed:,.0f}" for speed in each["by_round"])
             lines.append(
                 f"{case:12} {system:21} {each['tokens_per_second']:8,.0f} {low:7,.0f} {high:7,.0f} "
-                f"{each['cpu_seconds']:6.2f} {each['longest_row']:6} {grew:8,.0f} {before:5,.0f} {peak:5,.0f} "
-                f"{each['plan_wait_seconds'] * 1e3:7.1f} {each['ratio']:5.2f} "
+                f"{each['cpu_seconds']:6.2f} {each['longest_row']:6} {grew:8,.0f} "
+                f"{before:5,.0f} {peak:5,.0f} {each['plan_wait_seconds'] * 1e3:7.1f} {each['ratio']:5.2f} "
                 f"{each['loss_difference']:8.1e}  {rounds}"
             )
     if "short" in result["cases"]:
