@@ -180,8 +180,8 @@ def as_text(name: str, result: dict[str, Any]) -> str:
             lines.append(
                 f"{case:12} {system:21} {each['tokens_per_second']:8,.0f} {low:7,.0f} {high:7,.0f} "
                 f"{each['cpu_seconds']:6.2f} {each['longest_row']:6} {grew:8,.0f} "
-                f"{before:5,.0f} {peak:5,.0f} {each['plan_wait_seconds'] * 1e3:7.1f} {each['ratio']:5.2f} "
-                f"{each['loss_difference']:8.1e}  {rounds}"
+                f"{before:5,.0f} {peak:5,.0f} {each['plan_wait_seconds'] * 1e3:7.1f} "
+                f"{each['ratio']:5.2f} {each['loss_difference']:8.1e}  {rounds}"
             )
     if "short" in result["cases"]:
         for system in PLAIN:

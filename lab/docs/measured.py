@@ -125,7 +125,8 @@ def trainer_table(name: str, run: dict[str, Any]) -> str:
             lines.append(
                 f"| {case} | {system} | {each['tokens_per_second']:,.0f} ({low:,.0f}–{high:,.0f}) "
                 f"| {rounds} | {each['ratio']:.2f} | {each['cpu_seconds']:.2f} "
-                f"| {each['longest_row']:,} | {peak:,.0f} ({before:,.0f}) | {grown:,.0f} | {each['loss_difference']:.1e} |"
+                f"| {each['longest_row']:,} | {peak:,.0f} ({before:,.0f}) | {grown:,.0f} "
+                f"| {each['loss_difference']:.1e} |"
             )
     short = run["cases"].get("short")
     if short is not None:
