@@ -148,9 +148,6 @@ def figures(
         "memory_peak_bytes": worst["memory_peak_bytes"],
         "memory_grown_bytes": grown(worst),
         "grown_by_rank": [[grown(rank) for rank in ranks] for ranks in runs],
-        "planning_process_bytes": max(
-            rank["memory_of_children_bytes"] for ranks in runs for rank in ranks
-        ),
         "plan_wait_seconds": median(w for r in runs for w in r[0]["plan_wait_seconds"][WARM_UP:]),
         "attention_bytes": median(b for r in runs for b in r[0]["attention_bytes"][WARM_UP:]),
         "losses": runs[0][0]["losses"],

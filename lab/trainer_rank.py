@@ -109,8 +109,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": np.diff(watch.cpu_times).tolist(),
         "rows": watch.rows[-len(log) :],  # DCPTrainer tries the model on some more before
         "memory_before_bytes": watch.before_bytes,
-        "memory_peak_bytes": most_memory(resource.RUSAGE_SELF),
-        "memory_of_children_bytes": most_memory(resource.RUSAGE_CHILDREN),  # planning processes
+        "memory_peak_bytes": most_memory(),
         "plan_wait_seconds": [line.get("plan_wait_seconds", 0.0) for line in log],
         "attention_bytes": [line.get("attention_bytes", 0.0) for line in log],
     }
@@ -126,7 +125,7 @@ class Watch(TrainerCallback):
         self.before_bytes = 0
 
     def on_train_begin(self, *args: Any, **options: Any) -> None:
-        self.before_bytes = most_memory(resource.RUSAGE_SELF)
+        self.before_bytes = most_memory()
         self.on_step_end()
 
     def on_step_end(self, *args: Any, **options: Any) -> None:
@@ -137,9 +136,9 @@ class Watch(TrainerCallback):
         self.rows.append(inputs["input_ids"].shape[1])
 
 
-def most_memory(whose: int) -> int:
-    """The most bytes that were resident so far; of children, the largest one that has ended."""
-    return resource.getrusage(whose).ru_maxrss * 1024
+def most_memory() -> int:
+    """The most bytes of this process that were resident so far, on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def share_out(
