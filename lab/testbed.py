@@ -6,6 +6,7 @@ both ways of each card. Ranks of one node talk over its loopback, which is not s
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -96,6 +97,8 @@ def why_not() -> str | None:
 def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
     """Nodes whose cards send and receive ``bandwidth`` bytes per second; removed on leaving.
 
+    An infinite ``bandwidth`` leaves them as fast as they are.
+
     Raises ``ValueError`` where namespaces cannot be made, with the reason.
     """
     if not 1 <= num_nodes <= 99:
@@ -108,7 +111,9 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
     tag = f"{PREFIX[:3]}{os.getpid() % 10**7}"
     bridge = f"{tag}br"
     subnet = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
-    shape = f"tbf rate {round(bandwidth * 8)}bit burst {BURST_BYTES} limit {QUEUE_BYTES}"
+    shape = None
+    if math.isfinite(bandwidth):
+        shape = f"tbf rate {round(bandwidth * 8)}bit burst {BURST_BYTES} limit {QUEUE_BYTES}"
     with ExitStack() as undo:
         _ip(f"link add {bridge} type bridge")
         undo.callback(_ip, f"link del {bridge}")
@@ -128,8 +133,9 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
             _ip(f"-n {name} link set lo up")
             _ip(f"-n {name} addr add {address}/24 dev {CARD}")
             _ip(f"-n {name} link set {CARD} up")
-            _run(f"tc qdisc add dev {port} root {shape}")  # the way in
-            _run(f"tc -n {name} qdisc add dev {CARD} root {shape}")  # the way out
+            if shape:
+                _run(f"tc qdisc add dev {port} root {shape}")  # the way in
+                _run(f"tc -n {name} qdisc add dev {CARD} root {shape}")  # the way out
             names.append(name)
         yield Testbed(tuple(names), host)
 
