@@ -92,7 +92,7 @@ def make_config(kind, *, tensor=1, pipeline=1, expert=1, **others):
     return TransformerConfig(**fields)
 
 
-def make_model(config, *, planned, positions="rope"):
+def make_model(config, *, planned):
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -107,7 +107,7 @@ def make_model(config, *, planned, positions="rope"):
         planned_spec(spec) if planned else spec,
         vocab_size=VOCABULARY,
         max_sequence_length=128,
-        position_embedding_type=positions,
+        position_embedding_type="rope",
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
     )
@@ -129,8 +129,8 @@ def named(model, config):
     """(name in the whole model, parameter, (dim, rank, ranks) of its cut) of a rank's part."""
     from megatron.core import parallel_state
 
-    first_layer = parallel_state.get_pipeline_model_parallel_rank() * LAYERS
-    first_layer //= config.pipeline_model_parallel_size
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    first_layer = stage * LAYERS // config.pipeline_model_parallel_size
     first_expert = parallel_state.get_expert_model_parallel_rank() * (config.num_moe_experts or 0)
     first_expert //= config.expert_model_parallel_size
     for name, parameter in model.named_parameters():
@@ -248,3 +248,56 @@ def train_alone(kind, steps):
         optimizer.step()
         losses.append(total)
     return losses, {name: p.detach().numpy().copy() for name, p, _ in named(model, config)}
+
+
+def refusals():
+    """What models say that were made or called otherwise: message by what should be in it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from dcp.integrations.megatron import (
+        planned_batches,
+        planned_data,
+        planned_forward_step,
+        planned_positions,
+        planned_spec,
+    )
+
+    start()
+    config = make_config("windows")
+    model, bare = make_model(config, planned=True), make_model(config, planned=False)
+    without = get_gpt_layer_local_spec()
+    without.submodules.self_attention = IdentityOp
+    loader, executor = planned_data(documents(), config=config, tokens_per_batch=160, num_workers=0)
+    with loader:
+        batches = planned_batches(loader, executor, config=config)
+        batch = next(batches)
+        rows = batch.tokens, batch.positions
+        mask = torch.zeros(1, 1, 160, 160, dtype=torch.bool)
+        return {
+            "planned_positions(model)": said(planned_forward_step, batches, bare),
+            "is one mask": said(planned_data, documents(), "causal", config=config),
+            "got NoneType": said(model.decoder.layers[0].self_attention, *hidden(config), None),
+            "attention_mask": said(model, *rows, mask, packed_seq_params=batch.params),
+            "'mrope'": said(planned_positions, positioned(bare, "mrope")),
+            "IdentityOp has no core_attention": said(planned_spec, without),
+            "packed_seq_params": said(model, *rows, None, packed_seq_params=PackedSeqParams()),
+        }
+
+
+def hidden(config):
+    return (torch.zeros(5, 1, config.hidden_size),)
+
+
+def positioned(model, kind):
+    model.position_embedding_type = kind
+    return model
+
+
+def said(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return "nothing"

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from tests.megatron_cases import cut_of, train_alone, train_planned
+from tests.megatron_cases import cut_of, make_config, refusals, train_alone, train_planned
 from tests.pool import GlooPool
 
 
@@ -80,3 +80,56 @@ def test_experts_are_shared_by_attention_ranks(ranks, tensor):
 
 def test_distributed_optimizer(ranks):
     check(ranks, "GQA", attention=2, options={"distributed": True})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("context_parallel_size", 2),
+        ("attention_dropout", 0.1),
+        ("calculate_per_token_loss", False),
+        ("multi_latent_attention", True),
+        ("experimental_attention_variant", "dsa"),
+        ("mtp_num_layers", 1),
+        ("is_hybrid_model", True),
+        ("window_size", (-1, 0)),
+        ("window_size", (8, 8)),
+        ("qk_clip", True),
+        ("fused_single_qkv_rope", True),
+        ("fp8_dot_product_attention", True),
+        ("cuda_graph_impl", "local"),
+        ("tp_comm_overlap", True),
+        ("moe_aux_loss_coeff", 0.01),
+        ("moe_aux_loss_coeff", [0.0, 0.01]),
+        ("moe_z_loss_coeff", 0.001),
+        ("moe_expert_capacity_factor", 1.5),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+    ],
+)
+def test_refused_by_name(field, value):
+    from dcp.integrations.megatron_checks import check_config
+
+    config = make_config("MoE")
+    check_config(config)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=rf"^{field}=.* cannot be honoured: "):
+        check_config(config)
+
+
+def test_refused_where_ranks_differ_in_rows():
+    from dcp.integrations.megatron_checks import check_config
+
+    config = make_config("MoE", pipeline=2)
+    config.variable_seq_lengths = False
+    with pytest.raises(ValueError, match="variable_seq_lengths=False"):
+        check_config(config)
+    config = make_config("MoE", expert=2)
+    config.moe_token_dispatcher_type = "allgather"
+    with pytest.raises(ValueError, match="moe_token_dispatcher_type='allgather'"):
+        check_config(config)
+
+
+def test_refused_where_the_model_is_made_or_called(ranks):
+    (messages,) = ranks(1).run(refusals)
+    for part, message in messages.items():
+        assert part in message

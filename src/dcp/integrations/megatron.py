@@ -72,9 +72,16 @@ def planned_data(
             has one. Where some have, an own function returns masks by name, ``"full"`` and
             ``"sliding"``.
         config: the model's ``TransformerConfig``.
+
+    Raises ``ValueError`` as the loader does, and for one mask where some layers have windows.
     """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     masks, weights = _masks(config)
+    if isinstance(mask_fn, str) and SLIDING in masks:
+        raise ValueError(
+            f"mask_fn={mask_fn!r} is one mask, and layers differ (window_size="
+            f"{config.window_size}): leave it out, or return masks called {' and '.join(masks)}"
+        )
     options = {"mask_weights": weights if len(masks) > 1 else None, **options}
     loader = DCPDataLoader(
         dataset,

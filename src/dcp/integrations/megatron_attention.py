@@ -51,7 +51,8 @@ def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
         attention = getattr(layer.submodules, "self_attention", None)
         inner: Any = getattr(attention, "submodules", None)
         if not hasattr(inner, "core_attention"):
-            name = getattr(getattr(attention, "module", None) or layer.module, "__name__", layer)
+            module = layer.module if attention is None else getattr(attention, "module", attention)
+            name = getattr(module, "__name__", module)
             raise ValueError(
                 f"{name} has no core_attention to be planned, and its tokens meet elsewhere (as in "
                 "Mamba or linear attention): use layers of self-attention"
@@ -110,15 +111,10 @@ class PlannedCoreAttention(DotProductAttention):
         Returns ``[rows, 1, heads * head_dim]``; rows beyond the rank's tokens are 0. Raises
         ``ValueError`` where no plan is carried, or mask or biases are.
         """
-        if not isinstance(packed_seq_params, PlannedSeqParams):
-            raise ValueError(
-                "planned attention needs packed_seq_params of planned_batches, got "
-                f"{type(packed_seq_params).__name__}: use planned_forward_step"
-            )
+        bound, rows = _planned(packed_seq_params).bound, len(query)
         if attention_mask is not None or attention_bias is not None:
             name = "attention_bias" if attention_mask is None else "attention_mask"
             raise ValueError(f"{name} cannot be honoured: pass None, masks belong to the plan")
-        bound, rows = packed_seq_params.bound, len(query)
         assert bound is not None
         local = bound.plan.num_local_tokens
         q, k, v = (rows_of[:local, 0] for rows_of in (query, key, value))
@@ -131,6 +127,15 @@ class PlannedCoreAttention(DotProductAttention):
             sink=self.softmax_offset,
         )
         return pad(out.flatten(1), (0, 0, 0, rows - local))[:, None]
+
+
+def _planned(params: Any) -> PlannedSeqParams:
+    if not isinstance(params, PlannedSeqParams):
+        raise ValueError(
+            "planned attention needs the packed_seq_params of planned_batches, got "
+            f"{type(params).__name__}: use planned_forward_step"
+        )
+    return params
 
 
 def _mask_of(plan: RankPlan, window: Any) -> str:
@@ -171,12 +176,18 @@ class _PlannedRotary(torch.nn.Module):
         super().__init__()
         self.rotary = rotary
 
-    def get_rotary_seq_len(self, *others: Any, packed_seq_params: Any = None, **_: Any) -> Tensor:
-        params = next(
-            each for each in (packed_seq_params, *others) if isinstance(each, PlannedSeqParams)
-        )
-        assert params.positions is not None
-        return params.positions
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        positions = _planned(packed_seq_params).positions
+        assert positions is not None
+        return positions
 
     def forward(self, positions: Tensor, **_: Any) -> Tensor:
         """Angles ``[rows, 1, 1, rotated dimensions]``."""
