@@ -184,7 +184,7 @@ class BoundPlan:
         return self.prepared.plan
 
     def attention(
-        self, q: Tensor, kv: Tensor, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
+        self, q: Tensor, kv: KV, *, sink: Tensor | None = None, **options: Unpack[CallOptions]
     ) -> Tensor:
         """:meth:`DCPAttention.apply` under this plan."""
         return DCPAttention.apply(self, q, kv, sink=sink, **options)

@@ -1,0 +1,201 @@
+"""Planned attention as a part of Megatron-Core's layers, under the plan of each micro-batch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dcp.integrations.megatron_checks import check_config, check_model
+from dcp.program import RankPlan
+from dcp.runtime.executor import BoundPlan
+
+FULL, SLIDING = "full", "sliding"  # the plan's masks, of layers without and with a window
+
+
+@dataclass
+class PlannedSeqParams(PackedSeqParams):
+    """The plan of a micro-batch, which Megatron hands to every layer as ``packed_seq_params``.
+
+    Attributes:
+        bound: the plan, see :meth:`dcp.AttentionExecutor.bind`.
+        positions: of each row in its sequence, int64 ``[rows]``; rows that fill up have 0.
+    """
+
+    bound: BoundPlan | None = None
+    positions: Tensor | None = None
+
+
+def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
+    """A copy of a layer specification, or of a block of several, whose attention is planned.
+
+    Args:
+        spec: ``ModuleSpec`` of a transformer layer, local or Transformer Engine's, or
+            ``TransformerBlockSubmodules``.
+        softcap: scores become ``softcap * tanh(scores / softcap)``; Megatron's configuration has
+            no such field.
+
+    Raises ``ValueError`` for layers that mix tokens otherwise than by self-attention.
+    """
+    spec = copy.deepcopy(spec)
+    for layer in getattr(spec, "layer_specs", None) or [spec]:
+        attention = getattr(layer.submodules, "self_attention", None)
+        inner: Any = getattr(attention, "submodules", None)
+        if not hasattr(inner, "core_attention"):
+            module = layer.module if attention is None else getattr(attention, "module", attention)
+            name = getattr(module, "__name__", module)
+            raise ValueError(
+                f"{name} has no core_attention to be planned, and its tokens meet elsewhere (as in "
+                "Mamba or linear attention): use layers of self-attention"
+            )
+        inner.core_attention = ModuleSpec(PlannedCoreAttention, params={"softcap": softcap})
+    return spec
+
+
+class PlannedCoreAttention(DotProductAttention):
+    """``core_attention`` of a layer: the tensor-parallel rank's heads, under the plan that
+    ``packed_seq_params`` carries.
+
+    Scale, window and sinks (``softmax_type``) are those that Megatron's own attention reads from
+    the configuration, and so are the names of parameters in checkpoints.
+
+    Raises ``ValueError`` for what a plan cannot honour.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        *args: Any,
+        softcap: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_config(config, kwargs.get("attention_dropout"))
+        super().__init__(config, layer_number, *args, **kwargs)
+        if self.attention_type != "self" or self.attn_mask_type not in (
+            AttnMaskType.causal,
+            AttnMaskType.padding_causal,
+        ):
+            raise ValueError(
+                f"layer {layer_number} asks for {self.attention_type}-attention with "
+                f"{self.attn_mask_type}: planned is self-attention that is causal by the "
+                "specification (AttnMaskType.causal); other masks are named to planned_data"
+            )
+        self.softcap = softcap
+        softmax = self.scale_mask_softmax
+        self.window = softmax.window_size
+        # Where query and key are scaled down by the layer's number, its softmax scales up again.
+        self.scale = self.softmax_scale * (softmax.scale or 1)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """Attention of the rank's rows, ``[rows, 1, heads, head_dim]`` each, over the whole batch.
+
+        Returns ``[rows, 1, heads * head_dim]``; rows beyond the rank's tokens are 0. Raises
+        ``ValueError`` where no plan is carried, or mask or biases are.
+        """
+        bound, rows = _planned(packed_seq_params).bound, len(query)
+        if attention_mask is not None or attention_bias is not None:
+            name = "attention_bias" if attention_mask is None else "attention_mask"
+            raise ValueError(f"{name} cannot be honoured: pass None, masks belong to the plan")
+        assert bound is not None
+        local = bound.plan.num_local_tokens
+        q, k, v = (rows_of[:local, 0] for rows_of in (query, key, value))
+        out = bound.attention(
+            q.contiguous(),
+            (k, v),
+            mask=_mask_of(bound.plan, self.window),
+            scale=self.scale,
+            softcap=self.softcap,
+            sink=self.softmax_offset,
+        )
+        return pad(out.flatten(1), (0, 0, 0, rows - local))[:, None]
+
+
+def _planned(params: Any) -> PlannedSeqParams:
+    if not isinstance(params, PlannedSeqParams):
+        raise ValueError(
+            "planned attention needs the packed_seq_params of planned_batches, got "
+            f"{type(params).__name__}: use planned_forward_step"
+        )
+    return params
+
+
+def _mask_of(plan: RankPlan, window: Any) -> str:
+    """The plan's mask for a layer with that window, or without one."""
+    name = SLIDING if window else FULL
+    if name in plan.masks:
+        return name
+    if window or len(plan.masks) > 1:
+        raise ValueError(
+            f"the plan has masks {', '.join(plan.masks)} and none for layers with "
+            f"window_size={window}: return one called {name!r} from mask_fn, or leave mask_fn out"
+        )
+    return next(iter(plan.masks))
+
+
+def planned_positions(model: Any) -> Any:
+    """``model``, its rotary embedding changed to go by the positions of a micro-batch's tokens.
+
+    Args:
+        model: a ``GPTModel``, or the part of one that is a stage, before it is wrapped.
+
+    Raises ``ValueError`` for position embeddings that count rows.
+    """
+    check_model(model)
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if isinstance(rotary, RotaryEmbedding):
+        model.rotary_pos_emb = _PlannedRotary(rotary)
+    return model
+
+
+class _PlannedRotary(torch.nn.Module):
+    """Takes the place of a ``RotaryEmbedding``, whose frequencies it uses.
+
+    The "length" that the model asks for and hands back is the tensor of positions.
+    """
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def get_rotary_seq_len(
+        self,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Any,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Tensor:
+        positions = _planned(packed_seq_params).positions
+        assert positions is not None
+        return positions
+
+    def forward(self, positions: Tensor, **_: Any) -> Tensor:
+        """Angles ``[rows, 1, 1, rotated dimensions]``."""
+        frequencies = self.rotary.inv_freq.to(positions.device)
+        steps = positions.to(frequencies.dtype) / (self.rotary.seq_len_interpolation_factor or 1)
+        angles = torch.outer(steps, frequencies)
+        if self.rotary.rotary_interleaved:
+            angles = angles.repeat_interleave(2, dim=-1)
+        else:
+            angles = torch.cat((angles, angles), dim=-1)
+        return angles[:, None, None]

@@ -1,0 +1,93 @@
+"""What of a Megatron-Core configuration planned attention cannot honour: refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+_OVER_ROWS = "it goes by the rank's own tokens, not the batch's"
+# field: what of its values is refused, and why or what to do
+_REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "context_parallel_size": (
+        lambda size: size > 1,
+        "the data-parallel ranks share out the tokens: set it to 1",
+    ),
+    "attention_dropout": (bool, "set it to 0"),
+    "calculate_per_token_loss": (
+        lambda value: not value,
+        "ranks have different numbers of labels: set it to True",
+    ),
+    "multi_latent_attention": (bool, "use a model without latent attention"),
+    "experimental_attention_variant": (bool, "use a model of softmax attention"),
+    "mtp_num_layers": (bool, "it shifts tokens that are elsewhere: set it to None"),
+    "is_hybrid_model": (bool, "Mamba layers mix tokens: use a model of attention layers"),
+    "window_size": (
+        lambda window: window and (window[0] < 0 or window[1] != 0),
+        "a planned window is (keys before a token's own, 0)",
+    ),
+    "qk_clip": (bool, "scores are not kept: set it to False"),
+    "log_max_attention_logit": (bool, "scores are not kept: set it to False"),
+    "fused_single_qkv_rope": (bool, "it counts rows: set it to False"),
+    "fp8_dot_product_attention": (bool, "attention is not in fp8: set it to False"),
+    "fp8_multi_head_attention": (bool, "attention is not in fp8: set it to False"),
+    "cuda_graph_impl": (
+        lambda kind: kind not in (None, "none"),
+        "every batch has a plan of its own: set it to 'none'",
+    ),
+    "tp_comm_overlap": (bool, "its buffers have a fixed number of rows: set it to False"),
+    "moe_aux_loss_coeff": (
+        lambda value: any(value) if isinstance(value, list) else bool(value),
+        f"{_OVER_ROWS}: set it to 0 (moe_router_enable_expert_bias balances without)",
+    ),
+    "moe_z_loss_coeff": (bool, f"{_OVER_ROWS}: set it to None"),
+    "moe_expert_capacity_factor": (
+        lambda value: value is not None,
+        f"{_OVER_ROWS}: set it to None",
+    ),
+}
+
+
+def check_config(config: Any, attention_dropout: float | None = None) -> None:
+    """Raise ``ValueError`` for the first field of a ``TransformerConfig`` that attention, or the
+    share of a batch that a rank has, cannot honour."""
+    given = vars(config) | ({"attention_dropout": attention_dropout} if attention_dropout else {})
+    for name, (refuses, remedy) in _REFUSED.items():
+        if name in given and refuses(given[name]):
+            raise ValueError(f"{name}={given[name]!r} cannot be honoured: {remedy}")
+    if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
+        raise ValueError(
+            "variable_seq_lengths=False cannot be honoured by a pipeline, whose micro-batches "
+            "differ in their rows: set it to True"
+        )
+    if config.num_moe_experts and config.expert_model_parallel_size > 1:
+        kind = config.moe_token_dispatcher_type
+        if kind == "allgather":
+            raise ValueError(
+                f"moe_token_dispatcher_type={kind!r} cannot be honoured where experts are shared "
+                "by ranks whose rows differ: set it to 'alltoall'"
+            )
+    if "sinkhorn" in (config.moe_router_load_balancing_type or ()):
+        raise ValueError(
+            f"moe_router_load_balancing_type='sinkhorn' cannot be honoured: {_OVER_ROWS}; set it "
+            "to 'none'"
+        )
+
+
+def check_model(model: Any, *, planned: bool = False) -> None:
+    """Raise ``ValueError`` for a model whose positions are not those of the batch; ``planned``:
+    nor have been changed to be."""
+    while hasattr(model, "module"):  # DistributedDataParallel, Float16Module
+        model = model.module
+    kind = getattr(model, "position_embedding_type", None)
+    if kind not in ("rope", "learned_absolute", "none"):
+        raise ValueError(
+            f"position_embedding_type={kind!r} of {type(model).__name__} cannot be honoured: use a "
+            "GPTModel with 'rope', 'learned_absolute' or 'none'"
+        )
+    if planned and isinstance(getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
+        raise ValueError(
+            f"the rotary embedding of {type(model).__name__} counts rows, which are in the order "
+            "of the plan: make the model with planned_positions(model)"
+        )

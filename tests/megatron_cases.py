@@ -1,0 +1,303 @@
+"""Tiny Megatron models: trained over planned batches on ranks, or by Megatron's own attention."""
+
+from __future__ import annotations
+
+from itertools import islice
+from zlib import crc32
+
+import numpy as np
+import torch
+
+STEPS, MICRO_BATCHES, LAYERS, VOCABULARY = 2, 2, 2, 64
+# so large an epsilon that small gradients make small steps, and their sums' order no difference
+ADAM = {"lr": 0.5, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1.0}
+LENGTHS = [70, 33, 5, 1, 120, 64, 17, 90, 40, 11, 77]
+KINDS = {  # fields of TransformerConfig
+    "dense": {},
+    "GQA": {"num_query_groups": 2},
+    "MQA": {"num_query_groups": 1},
+    "sequence-parallel": {"num_query_groups": 2, "sequence_parallel": True},
+    "MoE": {"num_moe_experts": 4, "sequence_parallel": True},
+    "windows": {"window_size": (19, 0), "window_attn_skip_freq": 2},
+    "sinks": {"softmax_type": "learnable", "softmax_scale": 0.3},
+    "layer scaling": {"apply_query_key_layer_scaling": True},
+    "recomputed": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "recomputed attention": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["core_attn"],
+    },
+}
+
+
+def documents():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, VOCABULARY, n) for n in LENGTHS]
+
+
+def start(*, tensor=1, pipeline=1, expert=1):
+    """Megatron's groups over the pool's processes, which may have had others before."""
+    from megatron.core import parallel_state
+
+    from examples.megatron_on_cpu import run_on_cpu
+
+    if not getattr(start, "done", False):
+        run_on_cpu()
+        start.done = True
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor,
+        pipeline,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=tensor if expert == 1 else 1,
+    )
+
+
+def make_config(kind, *, tensor=1, pipeline=1, expert=1, **others):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    fields = {
+        "num_layers": LAYERS,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "none",
+        "params_dtype": torch.float32,
+        "pipeline_dtype": torch.float32,
+        "use_cpu_initialization": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "apply_rope_fusion": False,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": tensor if expert == 1 else 1,
+    }
+    fields |= KINDS[kind] | others
+    fields["sequence_parallel"] = fields.get("sequence_parallel", False) and tensor > 1
+    return TransformerConfig(**fields)
+
+
+def make_model(config, *, planned):
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from dcp.integrations.megatron import planned_positions, planned_spec
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+    )
+    model = GPTModel(
+        config,
+        planned_spec(spec) if planned else spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=128,
+        position_embedding_type="rope",
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    for name, parameter, cut in named(model, config):
+        shape = list(parameter.shape)
+        if cut is not None:
+            shape[cut[0]] *= cut[2]
+        with torch.no_grad():
+            parameter.copy_(cut_of(name, weight(name, shape), cut))
+    return planned_positions(model) if planned else model
+
+
+def weight(name, shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode())))
+    return 1 + 0.1 * values if "layernorm" in name else 0.2 * values
+
+
+def named(model, config):
+    """(name in the whole model, parameter, (dim, rank, ranks) of its cut) of a rank's part."""
+    from megatron.core import parallel_state
+
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    first_layer = stage * LAYERS // config.pipeline_model_parallel_size
+    first_expert = parallel_state.get_expert_model_parallel_rank() * (config.num_moe_experts or 0)
+    first_expert //= config.expert_model_parallel_size
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        for before, first in (("layers", first_layer), ("local_experts", first_expert)):
+            if before in parts:
+                at = parts.index(before) + 1
+                parts[at] = str(int(parts[at]) + first)
+        cut = None
+        if getattr(parameter, "tensor_model_parallel", False) or "softmax_offset" in name:
+            rank = parallel_state.get_tensor_model_parallel_rank()
+            ranks = config.tensor_model_parallel_size
+            if "experts" in parts:
+                rank = parallel_state.get_expert_tensor_parallel_rank()
+                ranks = config.expert_tensor_parallel_size
+            cut = max(getattr(parameter, "partition_dim", 0), 0), rank, ranks
+        yield ".".join(parts), parameter, cut
+
+
+def cut_of(name, whole, cut):
+    if cut is None:
+        return whole
+    dim, rank, ranks = cut
+    parts = whole.chunk(2) if "linear_fc1" in name else [whole]  # gate and up, each cut
+    return torch.cat([part.chunk(ranks, dim)[rank] for part in parts], dim)
+
+
+def train_planned(kind, split, options):
+    """Losses, the documents of each step, and this rank's weights with their cuts."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from dcp.integrations.megatron import (
+        mean_loss,
+        planned_batches,
+        planned_data,
+        planned_forward_step,
+    )
+
+    start(**split)
+    config = make_config(kind, **split)
+    bare = make_model(config, planned=True)
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=options.get("distributed", False)
+    )
+    model = DistributedDataParallel(config, settings, bare)
+    config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, model.no_sync
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            **ADAM,
+            weight_decay=0.0,
+            clip_grad=0.0,
+            params_dtype=torch.float32,
+            use_distributed_optimizer=options.get("distributed", False),
+        ),
+        [model],
+    )
+    loader, executor = planned_data(
+        documents(),
+        config=config,
+        tokens_per_batch=160,
+        num_workers=0,
+        plan_options={"block_size": 16},
+    )
+    losses, steps = [], []
+    with loader:
+        batches = planned_batches(loader, executor, config=config)
+        for _ in range(STEPS):
+            model.zero_grad_buffer()
+            optimizer.zero_grad()
+            taken = list(islice(batches, MICRO_BATCHES))
+            steps.append([piece for one in taken for piece in one.local.pieces.tolist()])
+            reports = get_forward_backward_func()(
+                forward_step_func=planned_forward_step,
+                data_iterator=iter(taken),
+                model=[model],
+                num_microbatches=MICRO_BATCHES,
+                seq_length=160,
+                micro_batch_size=1,
+                forward_only=False,
+            )
+            optimizer.step()
+            losses.append(mean_loss(reports))
+    weights = [(n, p.detach().numpy().copy(), cut) for n, p, cut in named(bare, config)]
+    return losses, steps, weights
+
+
+def train_alone(kind, steps):
+    """Losses and weights of one process with Megatron's own attention, document by document."""
+    start()
+    config = make_config(kind, recompute_granularity=None)
+    model = make_model(config, planned=False)
+    betas = ADAM["adam_beta1"], ADAM["adam_beta2"]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=ADAM["lr"], betas=betas, eps=ADAM["adam_eps"], weight_decay=0
+    )
+    losses = []
+    for pieces in steps:
+        optimizer.zero_grad()
+        labels = sum(stop - begin - 1 for _, begin, stop in pieces)
+        total = 0.0
+        for document, begin, stop in pieces:
+            ids = torch.from_numpy(documents()[document][begin:stop])[None]
+            if ids.shape[1] > 1:
+                places = torch.arange(ids.shape[1])[None]
+                found = model(ids, places, None, labels=ids.roll(-1))[0, :-1].sum() / labels
+                found.backward()
+                total += found.item()
+        optimizer.step()
+        losses.append(total)
+    return losses, {name: p.detach().numpy().copy() for name, p, _ in named(model, config)}
+
+
+def refusals():
+    """What models say that were made or called otherwise: message by what should be in it."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.packed_seq_params import PackedSeqParams
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    from dcp.integrations.megatron import (
+        planned_batches,
+        planned_data,
+        planned_forward_step,
+        planned_positions,
+        planned_spec,
+    )
+
+    start()
+    config = make_config("windows")
+    model, bare = make_model(config, planned=True), make_model(config, planned=False)
+    without = get_gpt_layer_local_spec()
+    without.submodules.self_attention = IdentityOp
+    loader, executor = planned_data(documents(), config=config, tokens_per_batch=160, num_workers=0)
+    with loader:
+        batches = planned_batches(loader, executor, config=config)
+        batch = next(batches)
+        rows = batch.tokens, batch.positions
+        mask = torch.zeros(1, 1, 160, 160, dtype=torch.bool)
+        return {
+            "planned_positions(model)": said(planned_forward_step, batches, bare),
+            "is one mask": said(planned_data, documents(), "causal", config=config),
+            "got NoneType": said(model.decoder.layers[0].self_attention, *hidden(config), None),
+            "attention_mask": said(model, *rows, mask, packed_seq_params=batch.params),
+            "'mrope'": said(planned_positions, positioned(bare, "mrope")),
+            "IdentityOp has no core_attention": said(planned_spec, without),
+            "packed_seq_params": said(model, *rows, None, packed_seq_params=PackedSeqParams()),
+        }
+
+
+def hidden(config):
+    return (torch.zeros(5, 1, config.hidden_size),)
+
+
+def positioned(model, kind):
+    model.position_embedding_type = kind
+    return model
+
+
+def said(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return "nothing"

@@ -1,0 +1,135 @@
+"""Planned attention in Megatron-Core: losses and updated weights are those of one process.
+
+Megatron asks for CUDA: ``examples/megatron_on_cpu.py`` is what lets it run here, in processes of
+their own.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+from tests.megatron_cases import cut_of, make_config, refusals, train_alone, train_planned
+from tests.pool import GlooPool
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """``ranks(world)``: processes in which Megatron runs on the CPU."""
+    pool = cache(GlooPool)
+    made = []
+
+    def get(world):
+        made.append(pool(world))
+        return made[-1]
+
+    yield get
+    for each in set(made):
+        each.close()
+
+
+alone = {}
+
+
+def check(ranks, kind, *, attention, options=None, **split):
+    world = attention * split.get("tensor", 1) * split.get("pipeline", 1)
+    results = ranks(world).run(train_planned, kind, split, options or {})
+    steps = results[0][1]
+    if kind not in alone:
+        alone[kind] = steps, *ranks(1).run(train_alone, kind, steps)[0]
+    same_steps, losses, weights = alone[kind]
+    assert steps == same_steps
+    for found, _, parts in results:
+        assert found == pytest.approx(losses, rel=1e-5)
+        for name, part, cut in parts:
+            wanted = cut_of(name, torch.from_numpy(weights[name]), cut).numpy()
+            assert np.abs(part - wanted).max() < 1e-5, name
+
+
+SPLITS = [(1, 1), (1, 2), (2, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(("tensor", "attention"), SPLITS)
+@pytest.mark.parametrize("kind", ["dense", "GQA", "sequence-parallel", "MoE"])
+def test_tensor_and_attention_ranks(ranks, kind, tensor, attention):
+    check(ranks, kind, tensor=tensor, attention=attention)
+
+
+@pytest.mark.parametrize("kind", ["MQA", "windows", "sinks", "layer scaling"])
+def test_attention_as_the_configuration_asks(ranks, kind):
+    check(ranks, kind, tensor=2, attention=2)
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "recomputed attention"])
+def test_recomputation_attends_by_the_plan_of_its_micro_batch(ranks, kind):
+    check(ranks, kind, pipeline=2, attention=2)
+
+
+@pytest.mark.parametrize(("tensor", "attention"), [(1, 2), (2, 1)])
+def test_stages_of_a_pipeline(ranks, tensor, attention):
+    check(ranks, "sequence-parallel", pipeline=2, tensor=tensor, attention=attention)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_experts_are_shared_by_attention_ranks(ranks, tensor):
+    check(ranks, "MoE", tensor=tensor, attention=2, expert=2 * tensor)
+
+
+def test_distributed_optimizer(ranks):
+    check(ranks, "GQA", attention=2, options={"distributed": True})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("context_parallel_size", 2),
+        ("attention_dropout", 0.1),
+        ("calculate_per_token_loss", False),
+        ("multi_latent_attention", True),
+        ("experimental_attention_variant", "dsa"),
+        ("mtp_num_layers", 1),
+        ("is_hybrid_model", True),
+        ("window_size", (-1, 0)),
+        ("window_size", (8, 8)),
+        ("qk_clip", True),
+        ("fused_single_qkv_rope", True),
+        ("fp8_dot_product_attention", True),
+        ("cuda_graph_impl", "local"),
+        ("tp_comm_overlap", True),
+        ("moe_aux_loss_coeff", 0.01),
+        ("moe_aux_loss_coeff", [0.0, 0.01]),
+        ("moe_z_loss_coeff", 0.001),
+        ("moe_expert_capacity_factor", 1.5),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+    ],
+)
+def test_refused_by_name(field, value):
+    from dcp.integrations.megatron_checks import check_config
+
+    config = make_config("MoE")
+    check_config(config)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=rf"^{field}=.* cannot be honoured: "):
+        check_config(config)
+
+
+def test_refused_where_ranks_differ_in_rows():
+    from dcp.integrations.megatron_checks import check_config
+
+    config = make_config("MoE", pipeline=2)
+    config.variable_seq_lengths = False
+    with pytest.raises(ValueError, match="variable_seq_lengths=False"):
+        check_config(config)
+    config = make_config("MoE", expert=2)
+    config.moe_token_dispatcher_type = "allgather"
+    with pytest.raises(ValueError, match="moe_token_dispatcher_type='allgather'"):
+        check_config(config)
+
+
+def test_refused_where_the_model_is_made_or_called(ranks):
+    (messages,) = ranks(1).run(refusals)
+    for part, message in messages.items():
+        assert part in message
