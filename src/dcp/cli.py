@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(words: list[str]) -> int:
     from dcp.jobs import run
 
-    return run(words)
+    return ending_on_sigterm(run)(words)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from dcp.datacentric.config import DataCentricArguments, VideoArguments
 from dcp.errors import DCPError
-from dcp.launch.ending import ending_on_sigterm
 from dcp.launch.environment import is_launched
 from dcp.launch.group import choose_device, joined_group
 from dcp.launch.heartbeat import Heartbeat
@@ -117,7 +116,7 @@ def arguments_of(options: Mapping[str, Any]) -> tuple[Any, ...]:
     """
     values = dict(options)
     kinds = JOBS[values.pop("job")]
-    if not Path(values.get("model", "")).is_dir() or "model" not in values:
+    if "model" not in values or not Path(values["model"]).is_dir():
         steps = {} if "num_train_epochs" in values else {"max_steps": STEPS}
         values = FROM_SCRATCH | steps | values
     return HfArgumentParser(kinds).parse_dict(values)
@@ -155,14 +154,7 @@ def _unknown(word: str, job: str, known: set[str]) -> str:
 
 
 def run(words: Sequence[str]) -> int:
-    """Train; the exit status. Mistakes of the user raise ``ValueError``.
-
-    SIGTERM ends what was started, too, as Ctrl-C does.
-    """
-    return ending_on_sigterm(_run)(words)
-
-
-def _run(words: Sequence[str]) -> int:
+    """Train; the exit status. Mistakes of the user raise ``ValueError``."""
     options, num_processes = read_options(words)
     check_run(options)
     for kind in JOBS[options["job"]]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from dcp.datacentric.buckets import DISTRIBUTIONS
 from dcp.datacentric.clips import SOURCES
-from dcp.train.arguments import option, require
+from dcp.train.arguments import option, require, require_least
 
 PRESETS: dict[str, dict[str, bool]] = {
     "intra": {"dynamic_sp": True},
@@ -60,10 +60,8 @@ class DataCentricArguments:
     def __post_init__(self) -> None:
         known = ("", *PRESETS)
         require("preset", self.preset, self.preset in known, f"one of {', '.join(PRESETS)}")
-        for name in (*_CAPS, "sp_size", "max_batch_size", "profile_depth"):
-            value = getattr(self, name)
-            require(name, value, value >= 1, "1 or more")
-        require("memory_limit_mb", self.memory_limit_mb, self.memory_limit_mb >= 0, "0 or more")
+        ones = (*_CAPS, "sp_size", "max_batch_size", "profile_depth")
+        require_least(self, **dict.fromkeys(ones, 1), memory_limit_mb=0)
         fraction = self.alloc_memory_fraction
         require("alloc_memory_fraction", fraction, 0 < fraction <= 1, "above 0 and at most 1")
         for name, value in PRESETS.get(self.preset, {}).items():
@@ -99,9 +97,7 @@ class VideoArguments:
     video_distribution: Literal[DISTRIBUTIONS] = option("balanced", "lengths of videos")  # type: ignore[valid-type]
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_layers", "num_heads", "video_samples"):
-            value = getattr(self, name)
-            require(name, value, value >= 1, "1 or more")
+        require_least(self, hidden_size=1, num_layers=1, num_heads=1, video_samples=1)
         pairs = self.hidden_size % (2 * self.num_heads) == 0
         wanted = f"a multiple of 2 * num_heads={2 * self.num_heads}"
         require("hidden_size", self.hidden_size, pairs, wanted)

@@ -57,6 +57,13 @@ def require(name: str, value: Any, holds: bool, wanted: str) -> None:
         raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {shown(value)}")
 
 
+def require_least(options: Any, **least: int) -> None:
+    """``ValueError`` for the first of these fields that is less than its least value."""
+    for name, bound in least.items():
+        value = getattr(options, name)
+        require(name, value, value >= bound, f"{bound} or more")
+
+
 def check_run(options: Mapping[str, Any]) -> None:
     """``ValueError`` for numbers that no training has."""
     for name, value in options.items():
@@ -96,11 +103,11 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        require("lora_rank", self.lora_rank, self.lora_rank >= 1, "1 or more")
+        require_least(self, lora_rank=1)
 
     @property
     def is_folder(self) -> bool:
-        """Whether the model has weights of its own."""
+        """Whether the model is read from here; else it is made."""
         return Path(self.model).exists()
 
 
@@ -124,9 +131,7 @@ class DataArguments:
     over_long: Literal["split", "raise"] = option("split", "what a longer document does")
 
     def __post_init__(self) -> None:
-        for name in ("max_documents", "max_seqlen"):
-            value = getattr(self, name)
-            require(name, value, value >= 0, "0 or more")
+        require_least(self, max_documents=0, max_seqlen=0)
 
 
 @dataclass
@@ -148,10 +153,8 @@ class BatchArguments:
     planning_pool: Literal["processes", "ray"] = option("processes", "where they plan")
 
     def __post_init__(self) -> None:
-        for name, least in [("tokens_per_batch", 1), ("bucket_window", 0), ("block_size", 0),
-                            ("look_ahead", 1), ("planning_workers", 0)]:  # fmt: skip
-            value = getattr(self, name)
-            require(name, value, value >= least, f"{least} or more")
+        require_least(self, tokens_per_batch=1, bucket_window=0, block_size=0)
+        require_least(self, look_ahead=1, planning_workers=0)
         numbers = all(part.strip().isdecimal() for part in self.planning_ranks.split(",") if part)
         require("planning_ranks", self.planning_ranks, numbers, "numbers with commas between")
         if self.mask:

@@ -54,7 +54,8 @@ def config_of(options: ModelArguments, *, tokenizer: Tokenizer, max_positions: i
     like = tokenizer.for_transformers()
     ends = {name: getattr(like, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(options.model, **SMALL | sizes | ends | overrides)
-    if unknown := sorted(name for name in overrides if not hasattr(type(config)(), name)):
+    usual = type(config)()
+    if unknown := sorted(name for name in overrides if not hasattr(usual, name)):
         raise ValueError(f"--config-overrides: a {options.model} has no {unknown[0]!r}")
     return config
 
