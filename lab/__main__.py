@@ -11,6 +11,7 @@ from dcp.launch.ending import ending_on_sigterm
 EXPERIMENTS = {  # command: its module, what it does
     "planner": ("lab.planner", "plans and planning time, beside recorded ones"),
     "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
+    "emulate": ("lab.emulate", "strategies executed on an emulated cluster of many ranks"),
     "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
     "train": ("lab.train", "dcp train by several strategies on shaped links"),
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),

@@ -31,12 +31,14 @@ class Testbed:
     """Namespaces that are up.
 
     Attributes:
-        namespaces: name of every node, node by node.
+        namespaces: name of every node, node by node, or of every rank.
         host: this machine's address as the nodes see it.
+        one_rank_each: whether a namespace is a rank's.
     """
 
     namespaces: tuple[str, ...]
     host: str
+    one_rank_each: bool = False
 
     def run(
         self,
@@ -48,14 +50,16 @@ class Testbed:
     ) -> list[Any]:
         """:func:`dcp.launch.ranks.run_ranks` on ranks that live in the nodes."""
 
+        each = 1 if self.one_rank_each else ranks_per_node
+
         def enter(rank: int) -> list[str]:
-            node = self.namespaces[rank // ranks_per_node]
-            return ["ip", "netns", "exec", node, "env", f"GLOO_SOCKET_IFNAME={CARD}"]
+            space = self.namespaces[rank // each]
+            return ["ip", "netns", "exec", space, "env", f"GLOO_SOCKET_IFNAME={CARD}"]
 
         return run_ranks(
             work,
             job,
-            num_processes=len(self.namespaces) * ranks_per_node,
+            num_processes=len(self.namespaces) * each,
             ranks_per_node=ranks_per_node,
             timeout_seconds=timeout_seconds,
             enter=enter,
@@ -93,6 +97,12 @@ def why_not() -> str | None:
     return None
 
 
+def require_testbed() -> None:
+    """``ValueError`` where this process cannot make a testbed, with the reason."""
+    if (reason := why_not()) is not None:
+        raise ValueError(f"no testbed: {reason}")
+
+
 @contextmanager
 def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
     """Nodes whose cards send and receive ``bandwidth`` bytes per second; removed on leaving.
@@ -105,8 +115,7 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
         raise ValueError(f"num_nodes must be 1 to 99, got {num_nodes}")
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be positive, in bytes per second, got {bandwidth}")
-    if (reason := why_not()) is not None:
-        raise ValueError(f"no testbed: {reason}")
+    require_testbed()
     # An interface name holds 15 characters; the process id keeps two testbeds apart.
     tag = f"{PREFIX[:3]}{os.getpid() % 10**7}"
     bridge = f"{tag}br"

@@ -88,3 +88,29 @@ def item_seconds(
     memory = rows * (2.0 if backward else 1.0) / cluster.memory_bandwidth
     seconds: np.ndarray = np.maximum(flops, memory) / num_head_groups
     return seconds
+
+
+def division_seconds(
+    division: np.ndarray,
+    num_divisions: int,
+    area: np.ndarray,
+    q_rows: np.ndarray,
+    kv_rows: np.ndarray,
+    spec: AttentionSpec,
+    cluster: Cluster,
+    *,
+    num_head_groups: int = 1,
+    backward: bool = False,
+) -> np.ndarray:
+    """Seconds of every division, ``[num_divisions]``: one launch and its items.
+
+    Args:
+        division: which one each item belongs to; the other arrays as :func:`item_seconds` has them.
+    """
+    seconds = item_seconds(
+        area, q_rows, kv_rows, spec, cluster, num_head_groups=num_head_groups, backward=backward
+    )
+    total = np.bincount(division, weights=seconds, minlength=num_divisions)
+    launched = np.bincount(division, minlength=num_divisions) > 0
+    every: np.ndarray = total + launched * cluster.launch_seconds
+    return every

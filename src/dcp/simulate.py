@@ -15,7 +15,7 @@ import numpy as np
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.compile import MaskTables
-from dcp.cost import item_seconds
+from dcp.cost import division_seconds
 from dcp.events import play
 from dcp.tables import Item, Move
 
@@ -179,7 +179,9 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
     """Seconds of every division: one launch and its items, ``[steps, ranks]``."""
     tables, ranks = plan.masks[mask], plan.num_ranks
     items = tables.items
-    seconds = item_seconds(
+    seconds = division_seconds(
+        items[:, Item.STEP] * ranks + items[:, Item.RANK],
+        tables.num_steps * ranks,
         tables.tile_area[items[:, Item.TILE]],
         items[:, Item.Q_ROWS],
         items[:, Item.KV_ROWS],
@@ -188,8 +190,4 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
         num_head_groups=plan.num_head_groups,
         backward=backward,
     )
-    index = items[:, Item.STEP] * ranks + items[:, Item.RANK]
-    size = tables.num_steps * ranks
-    total = np.bincount(index, weights=seconds, minlength=size)
-    launched = np.bincount(index, minlength=size) > 0
-    return (total + launched * cluster.launch_seconds).reshape(tables.num_steps, ranks)
+    return seconds.reshape(tables.num_steps, ranks)

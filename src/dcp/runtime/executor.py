@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Unpack, cast
 
@@ -16,10 +17,11 @@ from dcp.runtime import compiled
 from dcp.runtime.communicator import GroupCommunicator, LocalPost
 from dcp.runtime.compiled import sink_gradient
 from dcp.runtime.group import resolve_group
-from dcp.runtime.kernels import KV, get_kernel, pack_kv
+from dcp.runtime.kernels import KV, Kernel, get_kernel, pack_kv
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.regions import Plans
 from dcp.runtime.session import Call, CallOptions, Session
+from dcp.runtime.timing import PassTimes
 from dcp.simulate import Span
 
 
@@ -29,17 +31,21 @@ class AttentionExecutor:
     Args:
         group: processes, one per rank of the plans: a ``torch.distributed`` group (gloo or NCCL)
             or a mesh of one axis; None as :func:`dcp.runtime.group.resolve_group` reads it.
-        kernel: ``"auto"`` or a name of :data:`dcp.runtime.kernels.KERNELS`.
+        kernel: ``"auto"``, a name of :data:`dcp.runtime.kernels.KERNELS`, or a kernel of one's own.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | DeviceMesh | None = None, *, kernel: str = "auto"
+        self,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        *,
+        kernel: str | Kernel = "auto",
     ) -> None:
         group = resolve_group(group)
         self.rank = dist.get_rank(group) if group is not None else 0
         self.num_ranks = dist.get_world_size(group) if group is not None else 1
         self.kernel = kernel
         self.spans: list[Span] | None = None  # set to a list to record every call's instructions
+        self.times: deque[PassTimes] | None = None  # set to a deque to note every pass's times
         self.handle = compiled.register(self)
         self.ticket: Tensor | None = None  # compiled code runs the plan in use, see BoundPlan
         self._plans = Plans()
@@ -200,6 +206,7 @@ class BoundPlan:
             kernel=self.executor.kernel,
             spans=self.executor.spans,
             call=call,
+            times=self.executor.times,
         )
 
 
@@ -210,7 +217,7 @@ class LocalWorld:
     the rows of ``kv`` as they travel, keys and values together: :class:`AttentionExecutor`.
     """
 
-    def __init__(self, plan: Plan, *, kernel: str = "auto") -> None:
+    def __init__(self, plan: Plan, *, kernel: str | Kernel = "auto") -> None:
         self.plan, self.kernel = plan, kernel
         self.spans: list[Span] | None = None  # set to a list to record every call's instructions
         self._prepared = [PreparedPlan(plan.rank_plan(rank)) for rank in range(plan.num_ranks)]

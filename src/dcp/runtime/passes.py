@@ -20,6 +20,7 @@ from dcp.runtime.kernels import Kernel, Options
 from dcp.runtime.kernels.cellwise import finite, merge
 from dcp.runtime.prepared import Exchange, Message, PreparedPlan
 from dcp.runtime.rows import Rows
+from dcp.runtime.timing import Moment, PassTimes, moment
 from dcp.schedule import DKV, KV, OUT, Q
 from dcp.simulate import COMPUTE, TRANSFER, Span
 
@@ -65,23 +66,47 @@ class AttentionPass:
         self.once &= kinds.count(Attention) <= 1 and Exchange not in kinds
         self.fields: dict[int, list[Field]] = {}
         self.spans: list[Span] | None = None  # set to record what takes how long
+        self.times: PassTimes | None = None  # set to note when, on the device's own clock
 
     def run(self, communicator: Communicator) -> Iterator[None]:
         """Run the program; yields while a wait needs other ranks of this process to go on."""
         communicator.open(self.device, self.prepared, self._facts())
-        in_flight: dict[int, tuple[float, Iterator[None]]] = {}  # since when
+        in_flight: dict[int, tuple[float, Moment, Iterator[None]]] = {}  # since when
+        if self.times is not None:
+            self.times.began = self._now()
         for instruction in self.instructions:
-            began = perf_counter()
+            began, come = perf_counter(), self._now()
             match instruction:
                 case Exchange(step):
-                    in_flight[step] = began, self._launch(instruction, communicator)
+                    transfer = self._launch(instruction, communicator)
+                    in_flight[step] = began, self._now(), transfer
+                    self._note("packing", come)
                 case Wait(step):
-                    began, transfer = in_flight.pop(step)
+                    began, launched, transfer = in_flight.pop(step)
                     yield from transfer
                     self._record(TRANSFER, instruction, began)
+                    if self.times is not None:
+                        self.times.transfers.append((step, launched, come, self._now()))
                 case _:
                     self._compute(instruction)
                     self._record(COMPUTE, instruction, began)
+                    if isinstance(instruction, Attention):
+                        self._note("attention", come)
+        if self.times is not None:
+            self.times.ended = self._now()
+
+    def new_times(self) -> PassTimes:
+        """Where to note the times of this pass."""
+        plan = self.prepared.plan
+        mask = self.mask or next(iter(plan.masks))
+        return PassTimes(plan.fingerprint, mask, self.backward, None)
+
+    def _now(self) -> Moment:
+        return None if self.times is None else moment(self.device)
+
+    def _note(self, what: str, began: Moment) -> None:
+        if self.times is not None:
+            getattr(self.times, what).append((began, self._now()))
 
     def _facts(self) -> dict[str, Any]:
         """What decides which messages travel, and what they mean: the same on all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import inf
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.runtime.communicator import Communicator
-from dcp.runtime.kernels import Options, get_kernel
+from dcp.runtime.kernels import Kernel, Options, get_kernel
 from dcp.runtime.passes import AttentionPass, BackwardPass, ForwardPass
 from dcp.runtime.prepared import PreparedPlan
+from dcp.runtime.timing import PassTimes
 from dcp.simulate import Span
 
 
@@ -81,9 +83,10 @@ class Session:
     drive: Callable[[list[Iterator[None]]], None]
     split: Callable[..., list[Tensor]]
     join: Callable[..., Tensor]
-    kernel: str
+    kernel: str | Kernel
     spans: list[Span] | None
     call: Call
+    times: deque[PassTimes] | None = None
 
     def forward(
         self, q: Tensor, kv: Tensor, sink: Tensor | None, *, needs_grad: bool
@@ -124,6 +127,9 @@ class Session:
         ]
         for each in passes:
             each.spans = self.spans
+            if self.times is not None:
+                each.times = each.new_times()
+                self.times.append(each.times)
         with torch.no_grad():
             self.drive([p.run(c) for p, c in zip(passes, self.communicators, strict=True)])
         return passes

@@ -138,11 +138,18 @@ def split_kv(kv: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=256)
-def get_kernel(name: str, device: torch.device, dtype: torch.dtype, options: Options) -> Kernel:
+def get_kernel(
+    name: str | Kernel, device: torch.device, dtype: torch.dtype, options: Options
+) -> Kernel:
     """The kernel called ``name``, or with ``"auto"`` the first that serves; logged by name.
 
-    Raises ``ValueError`` if there is none, with each one's reason.
+    A :class:`Kernel` of one's own is taken as it is. Raises ``ValueError`` if there is none, with
+    each one's reason.
     """
+    if isinstance(name, Kernel):
+        if (reason := name.refusal(device, dtype, options)) is not None:
+            raise ValueError(f"kernel {name.name!r} cannot serve {dtype} on {device}: {reason}")
+        return name
     if name != "auto" and name not in KERNELS:
         raise ValueError(f"kernel {name!r} is not one of auto, {', '.join(KERNELS)}")
     reasons = []

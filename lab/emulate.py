@@ -1,0 +1,321 @@
+"""``python -m lab emulate``: strategies executed on an emulated cluster, in stretched time.
+
+Every rank is a process with the real executor and real gloo messages of their true sizes. Its
+attention kernel sleeps the predicted seconds times a dilation, links are as much slower and
+latencies as much longer (:mod:`lab.emulated_rank`, :mod:`lab.emulated_network`). What a run takes,
+divided by the dilation, is called *emulated*: it shows the schedule, the executor and the messages
+at work, and takes the kernels' times from the simulator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from dcp.bench.conditions import conditions
+from dcp.cluster import PRESETS, Cluster
+from dcp.placement import StrategyError, strategy_names
+from dcp.planner import layer_seconds, plan
+from dcp.plans import Plan
+from dcp.simulate import simulate
+from lab.attention import OURS, STATIC, choose_batches
+from lab.emulated_network import open_network
+from lab.planner import MASKS, SPEC, make_batch
+
+MOST_BUSY = 0.7  # of the cores' time; beyond it, messages wait for cores and not for links
+LINK_ERROR = 0.1  # between what a link should give and what it gave
+CORE_SECONDS_PER_BYTE = 4e-9  # that a message takes, from one rank's buffer to the other's
+CAREFUL = 0.35  # busy share that the dilation is chosen for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--devices-per-node", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--preset", default="a100", choices=PRESETS, metavar="NAME",
+                        help=f"rates: {', '.join(PRESETS)} (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--batches", nargs="+", metavar="NAME", default=["longalign-131k-0"],
+                        help="reference batches (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--masks", nargs="+", default=["causal"], choices=MASKS, metavar="NAME")
+    parser.add_argument("--strategies", nargs="+", metavar="NAME",
+                        default=["auto", "zigzag", "double_ring", "data_parallel"],
+                        help="by name, 'static' or 'all' (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--layers", type=int, default=0,
+                        help="also run this many whole layers in a row; plans are then chosen by "
+                        "the layer, else by attention alone")  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=1, help="over all plans; median kept")
+    parser.add_argument("--dilation", type=float, help="how much slower; default: what the cores "
+                        "can carry")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="file to add every batch to; those that it has "
+                        "already are not run again")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan, execute, compare; returns the exit status."""
+    cluster = Cluster.preset(
+        args.preset, num_nodes=args.nodes, devices_per_node=args.devices_per_node
+    )
+    names = chosen_strategies(args.strategies)
+    result = read_result(args.out, args, cluster)
+    for batch in choose_batches(args.batches):
+        done = {row["mask"] for row in result["rows"] if row["batch"] == batch["name"]}
+        masks = [mask for mask in args.masks if mask not in done]
+        if masks:
+            cases = list(make_cases(batch, masks, names, cluster, layers=args.layers))
+            result["rows"] += execute(cases, cluster, args)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
+    result["summary"] = summarise(result["rows"])
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result) if args.json else as_text(result))
+    return 0
+
+
+def chosen_strategies(given: Sequence[str]) -> list[str]:
+    """Names, with ``static`` and ``all`` as what they stand for."""
+    known = {"static": [OURS, *STATIC], "all": [OURS, *strategy_names()]}
+    names = [name for word in given for name in known.get(word, [word])]
+    for name in names:
+        if name != OURS and name not in strategy_names():
+            raise ValueError(f"--strategies: {name!r} is not auto, static, all, or one of "
+                             f"{', '.join(strategy_names())}")  # fmt: skip
+    return list(dict.fromkeys(names))
+
+
+def read_result(path: Path | None, args: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
+    """What the file has already, if it is of the same cluster and layers; else a new result."""
+    new = {"conditions": conditions(), "cluster": asdict(cluster), "spec": asdict(SPEC),
+           "layers": args.layers, "rounds": args.rounds, "rows": []}  # fmt: skip
+    if path is None or not path.exists():
+        return new
+    held: dict[str, Any] = json.loads(path.read_text())
+    for name in ("cluster", "layers"):
+        if held[name] != new[name]:
+            raise ValueError(f"{path} is of another {name} ({held[name]}): give another --out")
+    return held
+
+
+# --------------------------------------------------------------------------- plans
+
+
+def make_cases(
+    batch: dict[str, Any], masks: Sequence[str], names: Sequence[str], cluster: Cluster, *,
+    layers: int,
+) -> Iterator[tuple[dict[str, str], Plan]]:  # fmt: skip
+    """Every mask and strategy of a batch that has a plan; one plan may be made by several."""
+    width = None if layers else 0
+    for mask in masks:
+        for name in names:
+            labels = {"strategy": name, "batch": batch["name"], "mask": mask}
+            try:
+                made = plan(make_batch(batch["seqlens"], mask), SPEC, cluster, strategy=name,
+                            model_width=width)  # fmt: skip
+            except StrategyError:
+                continue
+            yield labels, made
+
+
+def chosen_dilation(plans: Sequence[Plan]) -> float:
+    """So slow that the cores have time for all messages."""
+    most = 200.0
+    for made in plans:
+        moved = sum(
+            int(made.moved_bytes(mask, backward=backward).sum())
+            for mask in made.masks
+            for backward in (False, True)
+        )
+        seconds = sum(made.stats.simulated[f"{name}_seconds"] for name in ("forward", "backward"))
+        most = max(most, moved * CORE_SECONDS_PER_BYTE / (2 * CAREFUL * seconds))
+    return float(np.ceil(most / 100) * 100)
+
+
+# --------------------------------------------------------------------------- execution
+
+
+def execute(
+    cases: Sequence[tuple[dict[str, str], Plan]], cluster: Cluster, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rows of all cases: at a larger dilation again where the cores were too busy."""
+    different: dict[int, Plan] = {made.fingerprint: made for _, made in cases}
+    plans, index = list(different.values()), {key: i for i, key in enumerate(different)}
+    dilation = args.dilation or chosen_dilation(plans)
+    while True:
+        found = run_ranks(plans, cluster, dilation=dilation, rounds=args.rounds, layers=args.layers)
+        busy = [max(np.median(rank["busy"][i]) for rank in found) for i in range(len(plans))]
+        if max(busy) <= MOST_BUSY:
+            break
+        if args.dilation:
+            raise ValueError(
+                f"--dilation {dilation:g}: the cores were busy for {max(busy):.0%} of the time, "
+                f"more than {MOST_BUSY:.0%}: give {dilation * max(busy) / CAREFUL:.0f}, or none"
+            )
+        dilation = float(np.ceil(dilation * max(busy) / CAREFUL / 100) * 100)
+    links = checked_links(found, cluster)
+    return [
+        labels
+        | compare(made, found, index[made.fingerprint], dilation=dilation, layers=args.layers)
+        | {"dilation": dilation, "busy": float(busy[index[made.fingerprint]]), "links": links}
+        for labels, made in cases
+    ]
+
+
+def run_ranks(
+    plans: Sequence[Plan], cluster: Cluster, *, dilation: float, rounds: int, layers: int
+) -> list[dict[str, Any]]:
+    """What every rank found (:func:`lab.emulated_rank.run_plans`)."""
+    with (
+        tempfile.TemporaryDirectory(prefix="dcp-emulate-") as folder,
+        open_network(cluster, dilation=dilation) as bed,
+    ):
+        for index, made in enumerate(plans):
+            for rank in range(cluster.num_ranks):
+                mine = made.rank_plan(rank).to_bytes()
+                (Path(folder) / f"{index}-{rank}.plan").write_bytes(mine)
+        job = {
+            "spec": asdict(SPEC), "cluster": asdict(cluster), "dilation": dilation,
+            "folder": folder, "num_plans": len(plans), "rounds": rounds, "layers": layers,
+        }  # fmt: skip
+        return bed.run(
+            "lab.emulated_rank:run_plans",
+            job,
+            ranks_per_node=int(cluster.node_sizes[0]),
+            timeout_seconds=3600.0,
+        )
+
+
+def checked_links(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, float]:
+    """What the links gave, in the median of the ranks, over what they should have given."""
+    links = {}
+    for name in ("intra_node_bandwidth", "inter_node_bandwidth", "device_network_bandwidth"):
+        seen = [rank["links"][name] for rank in found if name in rank["links"]]
+        if not seen:
+            continue
+        cards = cluster.device_network_bandwidth * float(cluster.node_sizes[0])
+        should = {
+            "intra_node_bandwidth": cluster.intra_node_bandwidth,
+            "inter_node_bandwidth": min(cluster.inter_node_bandwidth, cards),
+            "device_network_bandwidth": min(
+                cluster.device_network_bandwidth, cluster.inter_node_bandwidth
+            ),
+        }[name]
+        links[name] = median(seen) / should
+        if abs(links[name] - 1) > LINK_ERROR:
+            raise ValueError(
+                f"the emulated links give {links[name]:.2f} times the {name} they should: other "
+                "work on this machine, or a dilation that is too small"
+            )
+    return links
+
+
+def compare(
+    made: Plan, found: Sequence[dict[str, Any]], index: int, *, dilation: float, layers: int
+) -> dict[str, Any]:
+    """Simulated and executed seconds of one plan; a pass ends with its last rank."""
+    passes = np.max([rank["passes"][index] for rank in found], axis=0)  # [rounds, 2]
+    forward, backward = (float(x) for x in np.median(passes, axis=0) / dilation)
+    timeline = simulate(made, made.cluster)
+    row = {
+        "chosen": made.stats.strategy,
+        "simulated_forward_seconds": timeline.forward_seconds,
+        "simulated_backward_seconds": timeline.backward_seconds,
+        "executed_forward_seconds": forward,
+        "executed_backward_seconds": backward,
+        "inter_node_bytes": made.stats.inter_node_bytes,
+        "intra_node_bytes": made.stats.intra_node_bytes,
+        "num_divisions": made.stats.num_divisions,
+    }
+    if layers:
+        ends = np.max([rank["layers"][index] for rank in found], axis=0)
+        row["simulated_layer_seconds"] = layer_seconds(made)
+        row["executed_layer_seconds"] = float(np.median(ends)) / dilation / layers
+    return row
+
+
+# --------------------------------------------------------------------------- what came out
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Executed ÷ simulated, ``auto`` against the others, and pairs in the simulated order."""
+    ratios = [
+        row[f"executed_{name}_seconds"] / row[f"simulated_{name}_seconds"]
+        for row in rows
+        for name in ("forward", "backward")
+    ]
+    cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault((row["batch"], row["mask"]), {})[row["strategy"]] = row
+    gains: dict[str, list[float]] = {"static, causal": [], "static, sparse": [], "any": []}
+    same = pairs = 0
+    for (_, mask), by_name in cases.items():
+        for one, other in combinations(by_name.values(), 2):
+            before, after = (_both(one, way) / _both(other, way) for way in WAYS)
+            if abs(np.log(before)) > np.log(1.05):
+                pairs, same = pairs + 1, same + ((before > 1) == (after > 1))
+        ours = by_name.get(OURS)
+        if ours is None:
+            continue
+        own = _both(ours, "executed")
+        static = [_both(row, "executed") / own for name, row in by_name.items() if name in STATIC]
+        others = [_both(row, "executed") / own for name, row in by_name.items() if name != OURS]
+        if static:
+            gains["static, causal" if mask == "causal" else "static, sparse"].append(min(static))
+        if others:
+            gains["any"].append(min(others))
+    return {
+        "executed_over_simulated": {
+            "median": median(ratios), "least": min(ratios), "most": max(ratios),
+        },
+        "best_other_over_auto": {
+            name: {"median": median(seen), "least": min(seen)}
+            for name, seen in gains.items()
+            if seen
+        },
+        "pairs_in_order": same / pairs if pairs else None,
+        "num_pairs": pairs,
+    }  # fmt: skip
+
+
+WAYS = ("simulated", "executed")
+
+
+def _both(row: dict[str, Any], way: str) -> float:
+    return float(row[f"{way}_forward_seconds"] + row[f"{way}_backward_seconds"])
+
+
+def as_text(result: dict[str, Any]) -> str:
+    """The table that is printed."""
+    lines = [
+        f"{'batch':17} {'mask':16} {'strategy':16} {'forward ms':>10} {'simulated':>9} "
+        f"{'backward ms':>11} {'simulated':>9} {'ratio':>6} {'busy':>5}"
+    ]
+    for row in result["rows"]:
+        ratio = _both(row, "executed") / _both(row, "simulated")
+        numbers = [row[f"{way}_{name}_seconds"] * 1e3 for name in ("forward", "backward")
+                   for way in reversed(WAYS)]  # fmt: skip
+        lines.append(
+            f"{row['batch']:17} {row['mask']:16} {row['strategy']:16} {numbers[0]:10.2f} "
+            f"{numbers[1]:9.2f} {numbers[2]:11.2f} {numbers[3]:9.2f} {ratio:6.2f} "
+            f"{row['busy']:5.0%}"
+        )
+    found = result["summary"]
+    ratio = found["executed_over_simulated"]
+    lines += ["", f"executed ÷ simulated: {ratio['median']:.2f} in the median, "
+              f"{ratio['least']:.2f} to {ratio['most']:.2f}"]  # fmt: skip
+    for name, gain in found["best_other_over_auto"].items():
+        lines.append(f"best of {name} ÷ auto, executed: {gain['median']:.2f} in the median, "
+                     f"{gain['least']:.2f} at least")  # fmt: skip
+    if found["num_pairs"]:
+        lines.append(f"in the simulated order: {found['pairs_in_order']:.0%} of "
+                     f"{found['num_pairs']} pairs that differ by more than 5%")  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""A whole cluster's links on one Linux machine, slowed down: one network namespace a rank.
+
+A rank has two cards. ``dev0`` leads to a bridge of its node's ranks and is shaped to a device's
+link inside the node; ``eth0`` leads to the node's network bridge and is shaped to a device's card
+there. Each node's bridge has one uplink, shaped to the node's network, to a bridge between all
+nodes. All are shaped both ways by ``tc tbf``; routes choose the card by destination.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from dcp.cluster import Cluster
+from lab.testbed import CARD, HEADER_BYTES, QUEUE_BYTES, Testbed, require_testbed
+
+DEVICE = "dev0"  # the name of a rank's card inside its node
+MOST_RANKS = 250  # addresses of one subnet
+BURST_BYTES = 128 << 10  # whole segments of the kernel pass; small beside slowed messages
+BURST_SECONDS = 2e-3
+WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
+
+
+@contextmanager
+def open_network(cluster: Cluster, *, dilation: float) -> Iterator[Testbed]:
+    """The cluster's links at a ``dilation``-th of their bandwidths; removed on leaving.
+
+    Raises ``ValueError`` where namespaces cannot be made, with the reason.
+    """
+    if not 1 <= cluster.num_ranks <= MOST_RANKS:
+        raise ValueError(f"{cluster.num_ranks} ranks are not 1 to {MOST_RANKS}: give fewer nodes")
+    if not dilation >= 1:
+        raise ValueError(f"dilation must be 1 or more, got {dilation}")
+    require_testbed()
+    network = _Network(cluster, dilation)
+    with ExitStack() as undo:
+        undo.callback(network.remove)
+        network.add()
+        yield Testbed(tuple(network.spaces), network.host, one_rank_each=True)
+
+
+class _Network:
+    """Names and addresses of it all; the process id keeps two networks apart."""
+
+    def __init__(self, cluster: Cluster, dilation: float) -> None:
+        self.cluster, self.dilation = cluster, dilation
+        self.tag = f"dc{os.getpid() % 10**7}"
+        self.node = cluster.node_of_rank.tolist()
+        self.spaces = [f"{self.tag}r{rank}" for rank in range(cluster.num_ranks)]
+        self.subnet = f"10.{200 + os.getpid() % 50}.{os.getpid() // 50 % 250}"
+        self.host = f"{self.subnet}.254"
+        self.core = f"{self.tag}b"
+
+    def address(self, rank: int) -> str:
+        return f"{self.subnet}.{rank + 1}"
+
+    def add(self) -> None:
+        _batch("ip", [f"link add {self.core} type bridge",
+                      f"addr add {self.host}/24 dev {self.core}",
+                      f"link set {self.core} up"])  # fmt: skip
+        for node in range(self.cluster.num_nodes):
+            self._add_node(node)
+        for rank in range(self.cluster.num_ranks):
+            self._add_rank(rank)
+
+    def remove(self) -> None:
+        """All of it, and what of it there is: a half-made network goes, too."""
+        links = [self.core]
+        for node in range(self.cluster.num_nodes):
+            links += [f"{self.tag}{kind}{node}" for kind in ("n", "i", "u")]
+        for space in self.spaces:  # which take their ends of the cards with them
+            subprocess.run(["ip", "netns", "del", space], capture_output=True)
+        for rank in range(self.cluster.num_ranks):
+            links += [f"{self.tag}{kind}{rank}" for kind in ("e", "d")]
+        for link in links:
+            subprocess.run(["ip", "link", "del", link], capture_output=True)
+
+    def _add_node(self, node: int) -> None:
+        """Two bridges, and the uplink from one of them."""
+        network, inside, uplink = (f"{self.tag}{kind}{node}" for kind in ("n", "i", "u"))
+        _batch("ip", [
+            f"link add {network} type bridge", f"link set {network} up",
+            f"link add {inside} type bridge", f"link set {inside} up",
+            f"link add {uplink} type veth peer name {uplink}c",
+            f"link set {uplink} master {self.core} up",
+            f"link set {uplink}c master {network} up",
+        ])  # fmt: skip
+        shape = self._shape(self.cluster.inter_node_bandwidth)
+        _batch("tc", [f"qdisc add dev {end} root {shape}" for end in (uplink, f"{uplink}c")])
+
+    def _add_rank(self, rank: int) -> None:
+        space, node, own = self.spaces[rank], self.node[rank], self.address(rank)
+        far, near = (f"{self.tag}{kind}{rank}" for kind in ("e", "d"))
+        _batch("ip", [
+            f"netns add {space}",
+            f"link add {far} type veth peer name {far}c",
+            f"link set {far}c netns {space} name {CARD}",
+            f"link add {near} type veth peer name {near}c",
+            f"link set {near}c netns {space} name {DEVICE}",
+            f"link set {far} master {self.tag}n{node} up",
+            f"link set {near} master {self.tag}i{node} up",
+        ])  # fmt: skip
+        others = [p for p in range(self.cluster.num_ranks) if p != rank]
+        near_by = {p for p in others if self.node[p] == node}
+        cards = {p: DEVICE if p in near_by else CARD for p in others}
+        _batch("ip", [
+            f"link set {CARD} address {_hardware(CARD, rank)}",
+            f"link set {DEVICE} address {_hardware(DEVICE, rank)}",
+            "link set lo up", f"addr add {own}/24 dev {CARD}",
+            f"link set {CARD} up", f"link set {DEVICE} up",
+            *(f"route add {self.address(p)}/32 dev {DEVICE} src {own}" for p in sorted(near_by)),
+            # said, not asked: a kernel keeps about a thousand answers, of all namespaces
+            *(f"neigh add {self.address(p)} lladdr {_hardware(card, p)} dev {card} nud permanent"
+              for p, card in cards.items()),
+        ], space=space)  # fmt: skip
+        card = self._shape(self.cluster.device_network_bandwidth)
+        device = self._shape(self.cluster.intra_node_bandwidth)
+        _batch("tc", [f"qdisc add dev {far} root {card}", f"qdisc add dev {near} root {device}"])
+        _batch("tc", [f"qdisc add dev {CARD} root {card}", f"qdisc add dev {DEVICE} root {device}"],
+               space=space)  # fmt: skip
+
+    def _shape(self, bandwidth: float) -> str:
+        """Bytes per second of the cluster, as a slowed-down link."""
+        rate = bandwidth / self.dilation * WIRE_BYTES
+        burst = max(BURST_BYTES, round(rate * BURST_SECONDS))
+        return f"tbf rate {round(rate * 8)}bit burst {burst} limit {QUEUE_BYTES}"
+
+
+def _hardware(card: str, rank: int) -> str:
+    """The hardware address of a rank's card."""
+    return f"02:dc:{(CARD, DEVICE).index(card):02x}:00:00:{rank:02x}"
+
+
+def _batch(tool: str, lines: list[str], *, space: str | None = None) -> None:
+    where = ["-n", space] if space else []
+    done = subprocess.run(
+        [tool, *where, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True
+    )
+    if done.returncode:
+        raise ValueError(f"no testbed: {tool} failed: {done.stderr.strip()}")
