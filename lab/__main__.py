@@ -12,6 +12,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "planner": ("lab.planner", "plans and planning time, beside recorded ones"),
     "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
     "emulate": ("lab.emulate", "strategies executed on an emulated cluster of many ranks"),
+    "learn": ("lab.learn", "auto with wrong rates or a slow rank, and what it learns"),
     "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
     "train": ("lab.train", "dcp train by several strategies on shaped links"),
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),

@@ -28,7 +28,7 @@ from dcp.planner import layer_seconds, plan
 from dcp.plans import Plan
 from dcp.simulate import simulate
 from lab.attention import OURS, STATIC, choose_batches
-from lab.emulated_network import open_network
+from lab.emulated_network import dilated, open_network
 from lab.planner import MASKS, SPEC, make_batch
 
 MOST_BUSY = 0.7  # of the cores' time; beyond it, messages wait for cores and not for links
@@ -161,7 +161,7 @@ def execute(
                 f"more than {MOST_BUSY:.0%}: give {dilation * max(busy) / CAREFUL:.0f}, or none"
             )
         dilation = float(np.ceil(dilation * max(busy) / CAREFUL / 100) * 100)
-    links = checked_links(found, cluster)
+    links = checked_links(found, dilated(cluster, dilation))
     return [
         labels
         | compare(made, found, index[made.fingerprint], dilation=dilation, layers=args.layers)
@@ -174,16 +174,17 @@ def run_ranks(
     plans: Sequence[Plan], cluster: Cluster, *, dilation: float, rounds: int, layers: int
 ) -> list[dict[str, Any]]:
     """What every rank found (:func:`lab.emulated_rank.run_plans`)."""
+    slow = dilated(cluster, dilation)
     with (
         tempfile.TemporaryDirectory(prefix="dcp-emulate-") as folder,
-        open_network(cluster, dilation=dilation) as bed,
+        open_network(slow) as bed,
     ):
         for index, made in enumerate(plans):
             for rank in range(cluster.num_ranks):
                 mine = made.rank_plan(rank).to_bytes()
                 (Path(folder) / f"{index}-{rank}.plan").write_bytes(mine)
         job = {
-            "spec": asdict(SPEC), "cluster": asdict(cluster), "dilation": dilation,
+            "spec": asdict(SPEC), "cluster": asdict(slow),
             "folder": folder, "num_plans": len(plans), "rounds": rounds, "layers": layers,
         }  # fmt: skip
         return bed.run(
@@ -194,26 +195,29 @@ def run_ranks(
         )
 
 
-def checked_links(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, float]:
+def link_ratios(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, float]:
     """What the links gave, in the median of the ranks, over what they should have given."""
-    links = {}
-    for name in ("intra_node_bandwidth", "inter_node_bandwidth", "device_network_bandwidth"):
-        seen = [rank["links"][name] for rank in found if name in rank["links"]]
-        if not seen:
-            continue
-        cards = cluster.device_network_bandwidth * float(cluster.node_sizes[0])
-        should = {
-            "intra_node_bandwidth": cluster.intra_node_bandwidth,
-            "inter_node_bandwidth": min(cluster.inter_node_bandwidth, cards),
-            "device_network_bandwidth": min(
-                cluster.device_network_bandwidth, cluster.inter_node_bandwidth
-            ),
-        }[name]
-        links[name] = median(seen) / should
-        if abs(links[name] - 1) > LINK_ERROR:
+    size = float(cluster.node_sizes[0])
+    card, network = cluster.device_network_bandwidth, cluster.inter_node_bandwidth
+    should = {
+        "intra_node_bandwidth": cluster.intra_node_bandwidth,
+        "inter_node_bandwidth": min(network, card * size),
+        "device_network_bandwidth": min(card, network),
+    }
+    seen = {
+        name: [rank["links"][name] for rank in found if name in rank["links"]] for name in should
+    }
+    return {name: median(each) / should[name] for name, each in seen.items() if each}
+
+
+def checked_links(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, float]:
+    """:func:`link_ratios`; ``ValueError`` where one is far from 1."""
+    links = link_ratios(found, cluster)
+    for name, ratio in links.items():
+        if abs(ratio - 1) > LINK_ERROR:
             raise ValueError(
-                f"the emulated links give {links[name]:.2f} times the {name} they should: other "
-                "work on this machine, or a dilation that is too small"
+                f"the emulated links give {ratio:.2f} times the {name} they should: other work on "
+                "this machine, or a dilation that is too small"
             )
     return links
 

@@ -1,4 +1,4 @@
-"""A whole cluster's links on one Linux machine, slowed down: one network namespace a rank.
+"""A whole cluster's links on one Linux machine: one network namespace a rank.
 
 A rank has two cards. ``dev0`` leads to a bridge of its node's ranks and is shaped to a device's
 link inside the node; ``eth0`` leads to the node's network bridge and is shaped to a device's card
@@ -12,29 +12,33 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from dcp.cluster import Cluster
 from lab.testbed import CARD, HEADER_BYTES, QUEUE_BYTES, Testbed, require_testbed
 
 DEVICE = "dev0"  # the name of a rank's card inside its node
 MOST_RANKS = 250  # addresses of one subnet
-BURST_BYTES = 128 << 10  # whole segments of the kernel pass; small beside slowed messages
+RATES = (
+    "inter_node_bandwidth", "device_network_bandwidth", "intra_node_bandwidth", "device_flops",
+    "memory_bandwidth",
+)  # fmt: skip
+TIMES = ("inter_node_latency", "intra_node_latency", "launch_seconds")
+BURST_BYTES = 128 << 10  # whole segments of the kernel pass; small beside messages of slow links
 BURST_SECONDS = 2e-3
 WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
 
 
 @contextmanager
-def open_network(cluster: Cluster, *, dilation: float) -> Iterator[Testbed]:
-    """The cluster's links at a ``dilation``-th of their bandwidths; removed on leaving.
+def open_network(cluster: Cluster) -> Iterator[Testbed]:
+    """Links of the cluster's bandwidths; removed on leaving. Latencies are none of theirs.
 
     Raises ``ValueError`` where namespaces cannot be made, with the reason.
     """
     if not 1 <= cluster.num_ranks <= MOST_RANKS:
         raise ValueError(f"{cluster.num_ranks} ranks are not 1 to {MOST_RANKS}: give fewer nodes")
-    if not dilation >= 1:
-        raise ValueError(f"dilation must be 1 or more, got {dilation}")
     require_testbed()
-    network = _Network(cluster, dilation)
+    network = _Network(cluster)
     with ExitStack() as undo:
         undo.callback(network.remove)
         network.add()
@@ -44,8 +48,8 @@ def open_network(cluster: Cluster, *, dilation: float) -> Iterator[Testbed]:
 class _Network:
     """Names and addresses of it all; the process id keeps two networks apart."""
 
-    def __init__(self, cluster: Cluster, dilation: float) -> None:
-        self.cluster, self.dilation = cluster, dilation
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
         self.tag = f"dc{os.getpid() % 10**7}"
         self.node = cluster.node_of_rank.tolist()
         self.spaces = [f"{self.tag}r{rank}" for rank in range(cluster.num_ranks)]
@@ -122,8 +126,8 @@ class _Network:
                space=space)  # fmt: skip
 
     def _shape(self, bandwidth: float) -> str:
-        """Bytes per second of the cluster, as a slowed-down link."""
-        rate = bandwidth / self.dilation * WIRE_BYTES
+        """Bytes of payload per second."""
+        rate = bandwidth * WIRE_BYTES
         burst = max(BURST_BYTES, round(rate * BURST_SECONDS))
         return f"tbf rate {round(rate * 8)}bit burst {burst} limit {QUEUE_BYTES}"
 
@@ -140,3 +144,16 @@ def _batch(tool: str, lines: list[str], *, space: str | None = None) -> None:
     )
     if done.returncode:
         raise ValueError(f"no testbed: {tool} failed: {done.stderr.strip()}")
+
+
+def dilated(cluster: Cluster, dilation: float) -> Cluster:
+    """The cluster in stretched time: all that it does takes ``dilation`` times as long."""
+    if not dilation >= 1:
+        raise ValueError(f"--dilation must be 1 or more, got {dilation}")
+    slower = {name: getattr(cluster, name) / dilation for name in RATES}
+    longer = {name: getattr(cluster, name) * dilation for name in TIMES}
+    for name in ("pack_bandwidth", "linear_flops"):
+        if (rate := getattr(cluster, name)) is not None:
+            slower[name] = rate / dilation
+    kernel_rates = tuple((side, rate / dilation) for side, rate in cluster.kernel_rates)
+    return replace(cluster, kernel_rates=kernel_rates, **slower, **longer)

@@ -1,7 +1,7 @@
 """One rank of an emulated cluster: real executor, real messages, sleeping kernels.
 
-Time is stretched by a *dilation*: a kernel sleeps its predicted seconds times that, links are that
-much slower (:mod:`lab.emulated_network`), and a message waits out its link's latency times that.
+Time is stretched: the cluster here is a dilated one (:func:`lab.emulated_network.dilated`). Kernels
+sleep the seconds that are predicted on it, links are as slow, a message waits out its latency.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
-from dcp.cost import division_seconds, linear_seconds
+from dcp.cost import linear_seconds
 from dcp.launch.group import joined_group
 from dcp.program import MaskProgram, RankPlan
-from dcp.ragged import expand, runs
+from dcp.rates import program_seconds
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.communicator import GroupCommunicator, Messages
 from dcp.runtime.kernels import Kernel, Options, QSide
-from dcp.slices import slice_area
-from dcp.tables import Item
 
 
 class SleepingKernel(Kernel):
@@ -40,11 +38,8 @@ class SleepingKernel(Kernel):
 
     name = "sleeping"
 
-    def __init__(
-        self, spec: AttentionSpec, cluster: Cluster, *, dilation: float, slowdown: float = 1.0
-    ) -> None:
-        self.spec, self.cluster = spec, cluster
-        self.dilation, self.slowdown = dilation, slowdown
+    def __init__(self, spec: AttentionSpec, cluster: Cluster, *, slowdown: float = 1.0) -> None:
+        self.spec, self.cluster, self.slowdown = spec, cluster, slowdown
 
     def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
         return None if device.type == "cpu" else "it sleeps on the CPU"
@@ -53,19 +48,11 @@ class SleepingKernel(Kernel):
         self, program: MaskProgram, device: torch.device, *, widest: int, dtype: torch.dtype
     ) -> dict[int, Any]:
         """Seconds of (forward, backward) of each division, of one head group that has all heads."""
-        items, steps = program.items, program.num_steps
-        count = items[:, Item.END_SLICE] - items[:, Item.FIRST_SLICE]
-        which, _ = expand(count)
-        areas = slice_area(program.slices[runs(items[:, Item.FIRST_SLICE], count)])
-        area: np.ndarray = np.bincount(which, weights=areas, minlength=len(items))
-        rows = items[:, Item.Q_ROWS], items[:, Item.KV_ROWS]
         passes = [
-            division_seconds(
-                items[:, Item.STEP], steps, area, *rows, self.spec, self.cluster, backward=backward
-            )
+            program_seconds(program, self.spec, self.cluster, backward=backward).tolist()
             for backward in (False, True)
         ]
-        return {step: (passes[0][step], passes[1][step]) for step in range(steps)}
+        return dict(enumerate(zip(*passes, strict=True)))
 
     def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
         return torch.zeros(out.shape[:-1])
@@ -84,24 +71,21 @@ class SleepingKernel(Kernel):
     def _sleep(self, seconds: float, *, heads: int) -> None:
         launch = self.cluster.launch_seconds
         compute = (seconds - launch) * heads / self.spec.num_heads  # the rest of the heads: others'
-        sleep((launch + compute) * self.slowdown * self.dilation)
+        sleep((launch + compute) * self.slowdown)
 
 
 class SlowCommunicator(GroupCommunicator):
-    """Posts every message as late as the cluster's latency, stretched, wants it.
+    """Posts every message as late as the cluster's latency wants it.
 
     Gloo moves a message once both its ends are posted: it leaves ``latency`` after the later of the
     two has come to it, as in the simulator.
     """
 
-    def __init__(self, group: dist.ProcessGroup, cluster: Cluster, *, dilation: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, cluster: Cluster) -> None:
         super().__init__(group)
         node = cluster.node_of_rank
         self.is_far = (node != node[self.rank]).tolist()
-        self.latency = {
-            True: cluster.inter_node_latency * dilation,
-            False: cluster.intra_node_latency * dilation,
-        }
+        self.latency = {True: cluster.inter_node_latency, False: cluster.intra_node_latency}
         self.threads = {far: ThreadPoolExecutor(1) for far in (False, True)}
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
@@ -136,12 +120,13 @@ def _post(operations: list[dist.P2POp], due: float) -> list[dist.Work]:
 
 @dataclass(frozen=True)
 class Emulated:
-    """What a rank needs to run plans in stretched time."""
+    """What a rank needs to run plans."""
 
     executor: AttentionExecutor
     spec: AttentionSpec
     cluster: Cluster
-    dilation: float
+    model_width: int | None = None
+    slowness: float = 1.0
 
 
 def run_plans(job: dict[str, Any]) -> dict[str, Any]:
@@ -152,13 +137,12 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
     ``busy``, the share of this machine's cores that was used.
     """
     torch.set_num_threads(1)
-    spec, cluster = AttentionSpec(**job["spec"]), _cluster(job["cluster"])
-    dilation = job["dilation"]
+    spec, cluster = AttentionSpec(**job["spec"]), cluster_of(job["cluster"])
     with joined_group(torch.device("cpu")) as group:
-        executor = AttentionExecutor(group, kernel=SleepingKernel(spec, cluster, dilation=dilation))
-        executor.communicator = SlowCommunicator(group, cluster, dilation=dilation)
-        here = Emulated(executor, spec, cluster, dilation)
-        links = measure_links(cluster, dilation)
+        executor = AttentionExecutor(group, kernel=SleepingKernel(spec, cluster))
+        executor.communicator = SlowCommunicator(group, cluster)
+        here = Emulated(executor, spec, cluster)
+        links = measure_links(cluster)
         folder, rank = Path(job["folder"]), executor.rank
         plans = [
             RankPlan.from_bytes((folder / f"{plan}-{rank}.plan").read_bytes())
@@ -178,7 +162,8 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
         return found
 
 
-def _cluster(fields: dict[str, Any]) -> Cluster:
+def cluster_of(fields: dict[str, Any]) -> Cluster:
+    """From JSON."""
     sizes = fields["devices_per_node"]
     return Cluster(
         **fields | {"devices_per_node": tuple(sizes) if isinstance(sizes, list) else sizes}
@@ -201,7 +186,8 @@ def time_passes(here: Emulated) -> tuple[float, float]:
 def time_layers(here: Emulated, num_layers: int) -> float:
     """Seconds of whole layers, forward and then backward: nothing but messages makes ranks wait."""
     q, kv = _tensors(here)
-    linear = linear_seconds(len(q), here.spec, here.cluster) * here.dilation
+    linear = linear_seconds(len(q), here.spec, here.cluster, model_width=here.model_width)
+    linear *= here.slowness
     dist.barrier()
     began = perf_counter()
     rows = q
@@ -242,8 +228,8 @@ def _tensors(here: Emulated) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------- links and cores
 
 
-def measure_links(cluster: Cluster, dilation: float) -> dict[str, float]:
-    """Bytes per second that this rank's links give, as the cluster's: multiplied by the dilation.
+def measure_links(cluster: Cluster) -> dict[str, float]:
+    """Bytes per second that this rank's links give.
 
     ``intra_node_bandwidth``: all ranks of all nodes send to the next of theirs; ``inter_node``: all
     send to a rank of the next node, a node's sum; ``device_network``: one rank of each node does.
@@ -254,20 +240,20 @@ def measure_links(cluster: Cluster, dilation: float) -> dict[str, float]:
     found = {}
     if sizes.min() > 1:
         to, source = (int(starts[mine] + (place + way) % sizes[mine]) for way in (1, -1))
-        size = int(0.5 * cluster.intra_node_bandwidth / dilation)
-        found["intra_node_bandwidth"] = _exchange_rate(to, source, size) * dilation
+        size = int(0.5 * cluster.intra_node_bandwidth)
+        found["intra_node_bandwidth"] = _exchange_rate(to, source, size)
     if cluster.num_nodes > 1 and len(set(sizes.tolist())) == 1:
         near, far = ((mine + way) % cluster.num_nodes for way in (1, -1))
         to, source = int(starts[near] + place), int(starts[far] + place)
         share = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth / sizes[mine])
-        rate = _exchange_rate(to, source, int(0.5 * share / dilation))
-        found["inter_node_bandwidth"] = rate * dilation * float(sizes[mine])
+        rate = _exchange_rate(to, source, int(0.5 * share))
+        found["inter_node_bandwidth"] = rate * float(sizes[mine])
         alone = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        size = int(0.5 * alone / dilation)
+        size = int(0.5 * alone)
         rate = _exchange_rate(to, source, size) if place == 0 else 0.0
         dist.barrier()
         if place == 0:
-            found["device_network_bandwidth"] = rate * dilation
+            found["device_network_bandwidth"] = rate
     return found
 
 

@@ -43,6 +43,9 @@ class Cluster:
             against two.
         pack_bandwidth: bytes per second at which a rank packs messages, and at which it unpacks
             them; None: that costs nothing.
+        linear_flops: matrix FLOP per second that a layer's linear parts reach; None:
+            ``device_flops``.
+        rank_speeds: of each rank's device, 1.0 being as fast as the rates above; empty: all are.
         name: what the rates describe.
 
     The defaults are an A100 p4de node: 8 A100-80GB, NVSwitch (300 GB/s each way), 4 network cards
@@ -63,6 +66,8 @@ class Cluster:
     kernel_tile: int = 128
     backward_ratio: float = 2.5
     pack_bandwidth: float | None = None
+    linear_flops: float | None = None
+    rank_speeds: tuple[float, ...] = ()
     name: str = "a100-p4de"
 
     def __post_init__(self) -> None:
@@ -72,8 +77,11 @@ class Cluster:
         checked["devices_per_node"] = _devices(self.devices_per_node, checked["num_nodes"])
         checked["kernel_tile"] = whole("kernel_tile", self.kernel_tile, least=1, most=MOST_RANKS)
         checked["kernel_rates"] = _rates(self.kernel_rates)
-        if self.pack_bandwidth is not None:
-            checked["pack_bandwidth"] = positive("pack_bandwidth", self.pack_bandwidth)
+        for name in ("pack_bandwidth", "linear_flops"):
+            if (given := getattr(self, name)) is not None:
+                checked[name] = positive(name, given)
+        each = np.broadcast_to(checked["devices_per_node"], checked["num_nodes"])
+        checked["rank_speeds"] = _speeds(self.rank_speeds, int(each.sum()))
         if not isinstance(self.name, str):
             raise ValueError(f"name must be a string, got {shown(self.name)}")
         for name, value in checked.items():
@@ -94,6 +102,11 @@ class Cluster:
     def node_of_rank(self) -> np.ndarray:
         """Node of each rank: int64 ``[num_ranks]``."""
         return np.repeat(np.arange(self.num_nodes), self.node_sizes)
+
+    @property
+    def speed_of_rank(self) -> np.ndarray:
+        """Speed of each rank's device, 1.0 being the rates': float64 ``[num_ranks]``."""
+        return np.array(self.rank_speeds or [1.0] * self.num_ranks)
 
     @property
     def ring_bandwidth(self) -> float:
@@ -117,7 +130,7 @@ class Cluster:
 
     def resized(self, *, num_nodes: int, devices_per_node: int | tuple[int, ...]) -> Cluster:
         """The same links and devices, another number of them."""
-        return replace(self, num_nodes=num_nodes, devices_per_node=devices_per_node)
+        return replace(self, num_nodes=num_nodes, devices_per_node=devices_per_node, rank_speeds=())
 
     def save(self, path: str | Path) -> None:
         """Write the cluster as JSON, readable by :meth:`load`."""
@@ -146,6 +159,16 @@ def _devices(given: Any, num_nodes: int) -> int | tuple[int, ...]:
         ranks = num_nodes * devices
     not_too_many("ranks", ranks, MOST_RANKS, "give fewer nodes or devices_per_node")
     return devices
+
+
+def _speeds(given: Any, num_ranks: int) -> tuple[float, ...]:
+    """A speed per rank, or none at all."""
+    if not isinstance(given, (list, tuple, np.ndarray)) or len(given) not in (0, num_ranks):
+        raise ValueError(
+            f"rank_speeds must be a speed for each of the {num_ranks} ranks, or empty, "
+            f"got {shown(given)}"
+        )
+    return tuple(positive("rank_speeds", speed) for speed in given)
 
 
 def _rates(given: Any) -> tuple[tuple[int, float], ...]:

@@ -33,7 +33,7 @@ def linear_seconds(
     """
     own = spec.num_heads * (spec.head_dim + spec.value_dim) / 2
     width = max(own, MODEL_WIDTH) if model_width is None else model_width
-    return tokens * 12 * own * width * 6 / cluster.device_flops
+    return tokens * 12 * own * width * 6 / (cluster.linear_flops or cluster.device_flops)
 
 
 def bound_seconds(

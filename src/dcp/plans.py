@@ -15,7 +15,7 @@ from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.compile import MaskTables, compile_mask
 from dcp.placement import Placement
-from dcp.program import RankPlan, rank_program
+from dcp.program import RankPlan, rank_program, row_bytes
 from dcp.ragged import offsets_in, runs, starts
 from dcp.received import (
     check_layout,
@@ -24,7 +24,7 @@ from dcp.received import (
     check_weights,
     own_rows,
 )
-from dcp.schedule import DKV, KV, OUT, Q, make_schedule
+from dcp.schedule import make_schedule
 from dcp.simulate import Timeline, simulate
 from dcp.stats import Stats, balance
 from dcp.tables import Item, Move, freeze, from_parts, to_parts
@@ -311,15 +311,8 @@ class Plan:
 
     def row_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
         """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
-        spec, groups, bytes_ = self.spec, self.num_head_groups, np.zeros(4, dtype=np.int64)
-        q, out = spec.q_token_bytes // groups, spec.out_token_bytes // groups
-        lse = spec.num_heads // groups * spec.exact_bytes
-        kv = dkv = spec.kv_token_bytes // min(groups, spec.num_kv_heads)
-        if self.masks[mask].gradients_hop:
-            dkv = kv // spec.dtype_bytes * spec.exact_bytes
-        # backward, queries travel with the outputs' gradients, log-sum-exps and deltas
-        bytes_[[Q, KV, OUT, DKV]] = (q + out + lse, kv, q, dkv) if backward else (q, kv, out, 0)
-        return bytes_
+        hop = self.masks[mask].gradients_hop
+        return row_bytes(self.spec, self.num_head_groups, gradients_hop=hop, backward=backward)
 
     def _measure(self) -> None:
         """Fill in every figure of ``stats`` that follows from the tables."""

@@ -17,7 +17,7 @@ from dcp.batch import AttentionSpec
 from dcp.compile import MaskTables
 from dcp.ragged import runs, starts
 from dcp.received import check_columns, check_cover, check_tables, own_rows, require
-from dcp.schedule import DKV
+from dcp.schedule import DKV, KV, OUT, Q
 from dcp.stats import Stats
 from dcp.tables import (
     COLUMNS,
@@ -113,6 +113,21 @@ def _at(table: np.ndarray, column: int, step: int) -> np.ndarray:
     """The lines of a step, without it."""
     start, stop = np.searchsorted(table[:, column], [step, step + 1])
     return table[start:stop, :column]
+
+
+def row_bytes(
+    spec: AttentionSpec, num_head_groups: int, *, gradients_hop: bool, backward: bool = False
+) -> np.ndarray:
+    """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
+    groups, bytes_ = num_head_groups, np.zeros(4, dtype=np.int64)
+    q, out = spec.q_token_bytes // groups, spec.out_token_bytes // groups
+    lse = spec.num_heads // groups * spec.exact_bytes
+    kv = dkv = spec.kv_token_bytes // min(groups, spec.num_kv_heads)
+    if gradients_hop:
+        dkv = kv // spec.dtype_bytes * spec.exact_bytes
+    # backward, queries travel with the outputs' gradients, log-sum-exps and deltas
+    bytes_[[Q, KV, OUT, DKV]] = (q + out + lse, kv, q, dkv) if backward else (q, kv, out, 0)
+    return bytes_
 
 
 def rank_program(tables: MaskTables, rank: int) -> MaskProgram:

@@ -51,11 +51,15 @@ class Taken:
         waited_seconds: how long the caller was held up, with all that planning ahead did in it.
         planned_ahead: batches, this one included, that were planned when it was asked for; None
             on ranks that do not plan.
+        planner: the rank that planned it.
+        plans: every rank's plan as bytes, on that rank; elsewhere None.
     """
 
     share: Share
     waited_seconds: float
     planned_ahead: int | None
+    planner: int
+    plans: Sequence[bytes] | None
 
 
 class LookAhead:
@@ -104,18 +108,22 @@ class LookAhead:
         iteration = self._iteration
         depth = self._count_planned()
         share: Share | None = None
+        own: _Planned | None = None
         while share is None:
             planner = self._deal.planner(iteration)
             if planner is None:
                 raise PlanningError("no rank can plan: all have lost their planning pools")
             self._plan_ahead()
+            own = self._pending.get(iteration)
             try:
                 share = self._share_of(iteration, planner)
             except PoolLost as error:
                 self._pass_on(planner, error)
         self._iteration += 1
         self._places.pop(iteration, None)
-        return Taken(share, time.perf_counter() - began, depth)
+        assert planner is not None
+        plans = own.future.result() if own is not None else None
+        return Taken(share, time.perf_counter() - began, depth, planner, plans)
 
     def upcoming(self, count: int) -> list[Share]:
         """The next shares, ``count`` at most, that are there already; they stay to be taken."""

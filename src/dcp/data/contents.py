@@ -107,8 +107,8 @@ class Preparation:
             masks = masks(seqlens, Samples(self.dataset, pieces))
         return SequenceBatch(seqlens, masks, weights=self.mask_weights)
 
-    def prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
-        """A batch's share, without plan, and the request for its plan."""
+    def prepare(self, place: PlacedBatch, cluster: Cluster) -> tuple[Share, bytes]:
+        """A batch's share, without plan, and the request for its plan on ``cluster``."""
         if place.error is not None:
             raise place.error
         pieces = place.pieces
@@ -124,5 +124,5 @@ class Preparation:
             segments=known.segments,
             fields=known.fields,
         )
-        request = request_to_bytes(batch, self.spec, self.cluster, dict(self.plan_options))
+        request = request_to_bytes(batch, self.spec, cluster, dict(self.plan_options))
         return share, request

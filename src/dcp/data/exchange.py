@@ -257,6 +257,19 @@ class Exchange:
             for plan_rank in self._published_by(self.rank):
                 self._store.set(f"{key}/{plan_rank}", _WITHDRAWN)
 
+    def hand(self, planner: int, number: int, message: bytes) -> None:
+        """Leave a planning rank something beside the batches: this rank's ``number``-th message."""
+        self._store.set(f"handed/{planner}/{self.rank}/{number}", message)
+
+    def handed(self, rank: int, number: int) -> bytes | None:
+        """Take the ``number``-th such message of a rank to this one, if it is there."""
+        key = f"handed/{self.rank}/{rank}/{number}"
+        if not self._store.check([key]):
+            return None
+        message: bytes = self._store.get(key)
+        self._store.delete_key(key)
+        return message
+
     def close(self) -> None:
         """Publish nothing more: the store may be gone before the last plan is finished."""
         self._closed = True

@@ -15,14 +15,17 @@ from dcp.data.ahead import LookAhead
 from dcp.data.batching import BatchesFrom, PlacedBatch, TokenBudgetBatches
 from dcp.data.contents import Preparation
 from dcp.data.datasets import SampleDataset, as_dataset
-from dcp.data.exchange import Exchange
+from dcp.data.exchange import Exchange, Share
 from dcp.data.groups import batches_of
 from dcp.data.identity import facts_of
+from dcp.data.learning import Learning
 from dcp.data.pool import Pool, open_pool
 from dcp.data.reading import DocumentReader, LocalBatch
 from dcp.data.samples import SampleFormat, as_names
 from dcp.data.streaming import DocumentStream, is_stream
 from dcp.program import RankPlan
+from dcp.rates import RateFit
+from dcp.runtime import AttentionExecutor
 
 MaskFn = Callable[[list[int], Sequence[Any]], Any]
 
@@ -158,10 +161,11 @@ class DCPDataLoader:
             self._exchange,
             self.planning_ranks,
             self._pool,
-            self._preparation.prepare,
+            self._prepare,
             look_ahead=look_ahead,
             timeout_seconds=timeout_seconds,
         )
+        self._learning: Learning | None = None
         self._epoch = self._position = self._num_batches = 0
         self._start(epoch=0, position=0)
 
@@ -192,6 +196,37 @@ class DCPDataLoader:
                 )
         return None, None
 
+    def learn_from(self, executor: AttentionExecutor) -> None:
+        """From now on plan with the cluster's rates as they are found to be; collective.
+
+        The executor's passes are timed, and the planning ranks fit the rates of ``cluster`` to what
+        all ranks measured. Plans then depend on the machine and the moment; what they compute does
+        not, but for the order of sums. Ranks begin by measuring their links with a few messages.
+        """
+        weights = self._preparation.mask_weights
+        self._learning = Learning(
+            executor,
+            self._exchange,
+            self.cluster,
+            model_width=self._preparation.plan_options.get("model_width"),
+            num_layers=sum(weights.values()) if weights else 1.0,
+        )
+
+    @property
+    def rates(self) -> RateFit | None:
+        """What this rank has learnt of the cluster: on planning ranks, after :meth:`learn_from`."""
+        return self._learning.fit if self._learning is not None and self.plans else None
+
+    @property
+    def predicted_over_measured(self) -> float | None:
+        """Of the attention of a late batch, after :meth:`learn_from`: its plan's seconds over those
+        that this rank measured."""
+        return None if self._learning is None else self._learning.predicted_over_measured
+
+    def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
+        cluster = self.cluster if self._learning is None else self._learning.cluster
+        return self._preparation.prepare(place, cluster)
+
     @property
     def plans(self) -> bool:
         """Whether this rank is one of those that plan."""
@@ -202,8 +237,12 @@ class DCPDataLoader:
     def __iter__(self) -> Iterator[tuple[LocalBatch, RankPlan]]:
         last = False
         while not last:
+            if self._learning is not None:
+                self._learning.turn()
             taken = self._ahead.take()
             local = self._reader.read(taken.share)
+            if self._learning is not None:
+                self._learning.take(local.plan, taken.planner, taken.plans)
             if self._stream is not None:
                 self._stream.advance(taken.share)
             self._reader.begin(self._ahead.upcoming(self._prefetch))
@@ -245,8 +284,11 @@ class DCPDataLoader:
         return [self._exchange.largest(count) for count in counts]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch stands, counting what was yielded; JSON-able, equal on all ranks."""
+        """Where the next batch stands, counting what was yielded; JSON-able, equal on all ranks but
+        for what planning ranks have learnt (``rates``)."""
         state = {"epoch": self._epoch, "position": self._position, **self._identity()}
+        if self.rates is not None:
+            state["rates"] = self.rates.state_dict()
         return state if self._stream is None else state | {"stream": self._stream.place}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +308,8 @@ class DCPDataLoader:
                 epoch, position = int(state["epoch"]), int(state["position"])
             except KeyError as error:
                 raise ValueError(f"cannot resume: the loader's state lacks {error}") from None
+        if self.rates is not None and "rates" in state:
+            self.rates.load_state_dict(state["rates"])
         self._start(epoch=epoch, position=position, place=state.get("stream"))
 
     def sequence_batch(self, epoch: int, position: int) -> SequenceBatch:

@@ -43,6 +43,7 @@ from dcp.integrations.trainer_batches import (
 )
 from dcp.integrations.transformers import attention_of, planned_forward, register_attention
 from dcp.program import RankPlan
+from dcp.rates import RateFit
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.executor import BoundPlan
 
@@ -77,6 +78,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
         self._logged = 0.0
         self._strategy = ""
+        self.rates: RateFit | None = None  # on planning ranks, what training learns of the cluster
         self._evaluated = Evaluated()
 
     def _check_arguments(self) -> None:
@@ -153,9 +155,19 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             raise ValueError("training needs a train_dataset")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         tokens = self.plan.tokens_per_batch
-        self.begin(self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed))
+        loader = self._open_loader(self.train_dataset, tokens_per_batch=tokens, seed=seed)
+        if self._learns:
+            loader.learn_from(self.executor)
+        self.rates = loader.rates
+        self.begin(loader)
         self._logged = time.perf_counter()
         return PlannedBatches(self.data, self.executor, self.train_dataset)
+
+    @property
+    def _learns(self) -> bool:
+        """Whether rates are learnt: only where there is a choice of plans, and ranks to choose."""
+        chooses = self.plan.strategy == "auto" and self.executor.num_ranks > 1
+        return self.plan.calibrate and chooses and not self.args.full_determinism
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> PlannedBatches:
         """Batches of an evaluation dataset, each token once."""
@@ -226,6 +238,8 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             repeated = layers * self.get_tp_size()  # each of these moves a share of the heads
             logs |= figures_of(self._seen, seconds, repeated=repeated)
             self._strategy = self._seen[-1][1].stats.strategy
+            if (ratio := getattr(self.data, "predicted_over_measured", None)) is not None:
+                logs["predicted_over_measured"] = ratio
             self._seen.clear()
         super().log(logs, *args, **options)
 

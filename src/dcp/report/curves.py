@@ -17,6 +17,7 @@ SHOWN = {  # figure: its title
     "tokens_per_second": "tokens a second",
     "compute_balance": "busiest rank's work over the mean",
     "attention_bytes": "bytes moved by attention, forward",
+    "predicted_over_measured": "seconds of attention, predicted over measured",
     "plan_wait_seconds": "seconds of waiting for a plan",
 }
 WIDTH, HEIGHT = 420, 180

@@ -49,6 +49,7 @@ class AttentionExecutor:
         self.handle = compiled.register(self)
         self.ticket: Tensor | None = None  # compiled code runs the plan in use, see BoundPlan
         self._plans = Plans()
+        self.group = group
         self.communicator = GroupCommunicator(group) if group else LocalPost().rank(0)
 
     @property

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dcp.rates import PassFigures
+
 Moment = Any  # seconds of the host's clock, or a CUDA event
 
 
@@ -65,32 +67,6 @@ class PassTimes:
         return self.ended is not None and has_passed(self.ended)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PassFigures:
-    """What the passes of one kind (plan, mask, direction) took on one rank: medians of its layers.
-
-    Attributes:
-        fingerprint, mask, backward: which kind.
-        num_passes: how many there were.
-        seconds: of a whole pass.
-        attention_seconds, packing_seconds: sums over its divisions, and over its messages.
-        between_seconds: from the pass before to one of the kind: the linear parts of a layer; NaN
-            where that was never the layer before's.
-        transfers: (step, seconds from its launch to its arrival, of those that the rank waited),
-            float64 ``[steps, 3]``.
-    """
-
-    fingerprint: int
-    mask: str
-    backward: bool
-    num_passes: int
-    seconds: float
-    attention_seconds: float
-    packing_seconds: float
-    between_seconds: float
-    transfers: np.ndarray
-
-
 def figures_of_passes(passes: list[PassTimes]) -> list[PassFigures]:
     """Figures by kind, of passes that are over, in the order in which they ran."""
     kinds: dict[tuple[int, str, bool], list[PassTimes]] = {}
@@ -127,6 +103,11 @@ def _figures(passes: list[PassTimes], between: list[float]) -> PassFigures:
         seconds=float(np.median([seconds_between(p.began, p.ended) for p in passes])),
         attention_seconds=float(np.median([total(p.attention) for p in passes])),
         packing_seconds=float(np.median([total(p.packing) for p in passes])),
-        between_seconds=float(np.median(between)) if between else float("nan"),
-        transfers=np.median(np.array(steps, dtype=np.float64).reshape(len(steps), -1, 3), axis=0),
+        between_seconds=float(np.median(between)) if between else None,
+        transfers=tuple(
+            (step, seconds, waited)
+            for step, seconds, waited in np.median(
+                np.array(steps).reshape(len(steps), -1, 3), axis=0
+            ).tolist()
+        ),
     )

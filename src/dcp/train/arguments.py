@@ -147,6 +147,9 @@ class BatchArguments:
     strategy: str = option("auto", "placement strategy")
     block_size: int = option(0, "most tokens of a data block; 0 lets the planner choose")
     cluster: str = option("auto", "preset or file with the machine's rates")
+    calibrate: bool = option(
+        True, "learn the machine's rates from what the ranks measure; false keeps them, and plans"
+    )
     look_ahead: int = option(4, "batches that each planning rank plans ahead")
     planning_workers: int = option(1, "planning processes of each planning rank")
     planning_ranks: str = option("", "ranks that plan, as 0,8 (default: the first of each node)")
@@ -175,6 +178,7 @@ class BatchArguments:
             look_ahead=self.look_ahead,
             num_workers=self.planning_workers,
             cluster=cluster,
+            calibrate=self.calibrate,
             loader_options={
                 "max_seqlen": longest or None,
                 "over_long": data.over_long,

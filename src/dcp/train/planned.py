@@ -30,6 +30,7 @@ from dcp.train.model import (
 from dcp.train.record import record_job, say_where
 
 PLAN_PAGE = "plan.html"
+CLUSTER = "cluster.json"
 Arguments = tuple[ModelArguments, DataArguments, BatchArguments, RunArguments]
 
 
@@ -42,7 +43,10 @@ def train(
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     save(trainer)
-    say_where(trainer, adapter="adapter", plan=PLAN_PAGE)
+    if trainer.rates is not None and trainer.args.should_save:
+        learnt = replace(trainer.rates.cluster, name="learnt", rank_speeds=())
+        learnt.save(Path(str(trainer.args.output_dir)) / CLUSTER)
+    say_where(trainer, adapter="adapter", plan=PLAN_PAGE, cluster=CLUSTER)
     return trainer
 
 

@@ -101,6 +101,8 @@ def describe(logs: dict[str, Any]) -> str:
         words.append(f"balance {logs['compute_balance']:.2f}")
         words.append(f"{logs['attention_bytes'] / 1e6:.1f} MB moved")
         words.append(f"{logs['plan_wait_seconds'] / logs['seconds']:.1%} waiting for plans")
+    if "predicted_over_measured" in logs:
+        words.append(f"attention predicted at {logs['predicted_over_measured']:.0%} of its time")
     if "num_groups" in logs:
         words.append(f"{logs['num_groups']} groups")
     if "measured_imbalance" in logs:
