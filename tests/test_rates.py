@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 import dcp
 from dcp.rates import PassFigures, RateFit
@@ -155,3 +157,47 @@ def test_two_messages_tell_a_links_latency_from_its_bandwidth():
     assert fit.cluster.inter_node_bandwidth == pytest.approx(15e8)
     assert fit.cluster.inter_node_latency == pytest.approx(1e-4, rel=0.03)
     assert fit.cluster.intra_node_bandwidth == TRUE.intra_node_bandwidth
+
+
+# --------------------------------------------------------------------------- real ranks
+
+
+def learn_on_a_rank(rounds):
+    """A loader whose rates are wrong by 50, an executor, two layers a batch; what was learnt."""
+    spec = dcp.AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=32, dtype="float32")
+    ranks = dist.get_world_size()
+    wrong = replace(dcp.Cluster.preset("laptop", devices_per_node=ranks), device_flops=5e12)
+    documents = [np.arange(length) for length in (700, 500, 300, 200, 150, 150) * 8]
+    executor = dcp.AttentionExecutor()
+    with dcp.DCPDataLoader(
+        documents, spec=spec, tokens_per_batch=2000, cluster=wrong, num_workers=0,
+        plan_options={"model_width": 0}, group=dist.group.WORLD,
+    ) as loader:  # fmt: skip
+        loader.learn_from(executor)
+        ratios, batches = [], iter(loader)
+        for _ in range(rounds):
+            batch, plan = next(batches)
+            executor.prepare(plan)
+            rows = torch.randn(len(batch.tokens), 4, 32, requires_grad=True)
+            for _ in range(2):
+                rows = executor.attention(rows, torch.randn(len(rows), 2, 2, 32))
+            rows.sum().backward()
+            ratios.append(loader.predicted_over_measured)
+        state = json.loads(json.dumps(loader.state_dict()))
+        learnt = loader.rates and loader.rates.cluster
+        loader.load_state_dict(state)
+        again = loader.rates and loader.rates.cluster
+        fields = [(c.device_flops, c.intra_node_latency) if c else None for c in (learnt, again)]
+        return ratios, fields, loader.rates and loader.rates.num_batches
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_loader_learns_from_its_ranks_and_plans_with_what_it_learnt(gloo_pool, world):
+    found = gloo_pool(world).run(learn_on_a_rank, 8)
+    (ratios, (learnt, again), num_batches), *others = found
+    assert num_batches >= 6
+    assert again == pytest.approx(learnt, rel=1e-3)
+    assert ratios[0] is None
+    first, *_, last = (abs(np.log(ratio)) for ratio in ratios[1:])
+    assert last < first / 2  # plans predict much better than at first
+    assert all(fields == [None, None] for _, fields, _ in others)  # they do not plan
