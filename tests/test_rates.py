@@ -167,10 +167,10 @@ def learn_on_a_rank(rounds):
     spec = dcp.AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=32, dtype="float32")
     ranks = dist.get_world_size()
     wrong = replace(dcp.Cluster.preset("laptop", devices_per_node=ranks), device_flops=5e12)
-    documents = [np.arange(length) for length in (700, 500, 300, 200, 150, 150) * 8]
+    documents = [np.arange(length) for length in (700, 500, 300, 200, 150, 150) * 14]
     executor = dcp.AttentionExecutor()
     with dcp.DCPDataLoader(
-        documents, spec=spec, tokens_per_batch=2000, cluster=wrong, num_workers=0,
+        documents, spec=spec, tokens_per_batch=2000, cluster=wrong, num_workers=0, look_ahead=1,
         plan_options={"model_width": 0}, group=dist.group.WORLD,
     ) as loader:  # fmt: skip
         loader.learn_from(executor)
@@ -193,7 +193,7 @@ def learn_on_a_rank(rounds):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_loader_learns_from_its_ranks_and_plans_with_what_it_learnt(gloo_pool, world):
-    found = gloo_pool(world).run(learn_on_a_rank, 8)
+    found = gloo_pool(world).run(learn_on_a_rank, 12)
     (ratios, (learnt, again), num_batches), *others = found
     assert num_batches >= 6
     assert again == pytest.approx(learnt, rel=1e-3)
