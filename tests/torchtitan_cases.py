@@ -49,7 +49,7 @@ def registered(name, *, balanced=False):
     return spec
 
 
-def make_config(name, folder, *, data=None, model=None, **others):
+def make_config(name, folder, **others):
     """A configuration of torchtitan's own trainer, before it is planned."""
     from torchtitan.components.loss import CrossEntropyLoss
     from torchtitan.components.metrics import MetricsProcessor
@@ -94,10 +94,8 @@ def make_config(name, folder, *, data=None, model=None, **others):
 def planned(name, folder, *, data=None, **others):
     from dcp.integrations.torchtitan import PlannedDataLoader, planned_config
 
-    options = {"num_workers": 0, "plan_options": {"block_size": 16}}
-    data = PlannedDataLoader.Config(
-        open=documents, tokens_per_batch=TOKENS, options=options, **(data or {})
-    )
+    given = {"options": {"num_workers": 0, "plan_options": {"block_size": 16}}, **(data or {})}
+    data = PlannedDataLoader.Config(open=documents, tokens_per_batch=TOKENS, **given)
     return planned_config(make_config(name, folder, **others), data)
 
 
@@ -270,3 +268,14 @@ def compare(name, others):
     wanted, own = _alone[key]
     assert weights.keys() == own.keys()
     return losses, wanted, {n: float((weights[n] - own[n].detach()).abs().max()) for n in own}
+
+
+def train_from_command_line(folder, words):
+    """Losses, checkpoints and weights of the example, as ``torchtitan.train`` reads the words."""
+    start()
+    from torchtitan.config import ConfigManager
+
+    module = ["--module", "examples.torchtitan_llama3", "--config", "llama3_planned"]
+    config = ConfigManager().parse_args([*module, "--dump-folder", str(folder), *words])
+    losses, _, _, weights = train(config)
+    return losses, {name: values.numpy() for name, values in weights.items()}

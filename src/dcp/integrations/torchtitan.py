@@ -34,6 +34,7 @@ from dcp.integrations.torchtitan_attention import (
     PlannedAttention,
     asked_of,
     has_sinks,
+    is_planned,
     masks_of,
     planned_model,
 )
@@ -192,6 +193,10 @@ def check_config(config: Any) -> None:
     parallelism, training, data = config.parallelism, config.training, config.dataloader
     if not isinstance(data, PlannedDataLoader.Config) or data.open is None:
         raise ValueError("dataloader must be a PlannedDataLoader.Config with open=…")
+    if not is_planned(config.model_spec.model):
+        raise ValueError(
+            "layers have attention of their own: make the configuration with planned_config"
+        )
     longest = data.options.get("max_seqlen") or 0
     layers, sharded = config.model_spec.model.layers, parallelism.tensor_parallel_degree > 1
     # Found with torchtitan's own attention, too: torchtitan 0.3.0, torch 2.13.

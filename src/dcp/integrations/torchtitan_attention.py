@@ -160,6 +160,12 @@ def asked_of(model: Any, *, dtype: str, tensor_parallel: int) -> Asked:
     return Asked(masks, weights, spec)
 
 
+def is_planned(model: Any) -> bool:
+    """Whether :func:`planned_model` made it."""
+    inner = [getattr(layer.attention, "inner_attention", None) for layer in model.layers]
+    return all(isinstance(each, PlannedAttention.Config) for each in inner)
+
+
 def has_sinks(model: Any) -> bool:
     """Whether layers have sinks, which are gpt-oss's."""
     return any(type(layer.attention) is SinkAttention.Config for layer in model.layers)
