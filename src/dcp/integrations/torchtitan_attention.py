@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +90,9 @@ def _sink(out_transform: Any) -> Tensor | None:
     """The sinks by which a layer means to rescale the output: gpt-oss leaves that to attention."""
     if out_transform is None:
         return None
-    if getattr(out_transform, "__func__", None) is not SinkAttention._apply_sinks:
+    # not getattr(…, None), of which compiled code could not be made
+    is_method = isinstance(out_transform, MethodType)
+    if not is_method or out_transform.__func__ is not SinkAttention._apply_sinks:
         raise ValueError(
             f"out_transform={out_transform!r} cannot be honoured: attention knows gpt-oss's sinks "
             "only; change the output where it is used"
