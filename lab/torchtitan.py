@@ -1,4 +1,4 @@
-"""``python -m lab torchtitan``: torchtitan's context parallelism beside planned attention, simulated.
+"""``python -m lab torchtitan``: its context parallelism beside planned attention, simulated.
 
 torchtitan 0.3 (``distributed/context_parallel``) shards a packed batch over its ranks, gathers all
 keys and values before any work, and computes the queries that a rank holds with FlexAttention. Its
@@ -29,7 +29,6 @@ from lab.planner import MASKS, SPEC, load, make_batch
 PTRR = "torchtitan CP (ptrr)"
 HEADTAIL = "torchtitan CP (headtail)"
 _BLOCK = 128  # of a BlockMask
-_FREE = {"memory_bandwidth": 1e18, "kernel_tile": 1}  # of a kernel that loses nothing
 
 
 def plan_ptrr(batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> Plan:
@@ -111,9 +110,9 @@ def compare(name: str, batch: SequenceBatch, mask: str, cluster: Cluster) -> dic
     torchtitan's plans are simulated without memory traffic and partial tiles, ours with.
     """
     row: dict[str, Any] = {"batch": name, "mask": mask}
+    free = replace(cluster, memory_bandwidth=1e18, kernel_tile=1)
     for planner, make in PLANNERS.items():
-        theirs = replace(cluster, **_FREE)
-        made = make(batch, SPEC, cluster if planner == "auto" else theirs)
+        made = make(batch, SPEC, cluster if planner == "auto" else free)
         timeline = made.simulate()
         row[planner] = {
             "seconds": timeline.forward_seconds + timeline.backward_seconds,

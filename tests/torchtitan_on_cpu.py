@@ -24,7 +24,7 @@ def run_on_cpu():
     trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     utils.set_pg_timeouts = lambda **_: None  # gloo's barrier takes no device_ids
     fsdp.disable_fsdp_gradient_division = _sum_gradients
-    # experts in bfloat16 would make the order of sums a difference, and there is no kernel for them
+    # in bfloat16, as experts compute, the order of sums would make a difference
     torch._grouped_mm, torch.Tensor.bfloat16 = _grouped_mm, lambda tensor: tensor
     torch.autograd.set_multithreading_enabled(False)  # as it does itself where it makes the group
 
