@@ -105,6 +105,7 @@ def test_refused_where_torchtitan_itself_is_wrong(tmp_path):
 
 def test_models_that_cannot_be_planned_are_refused(tmp_path):
     from torchtitan.models.common.attention import BaseAttention, VarlenAttention
+    from torchtitan.protocols.module import Module
 
     from dcp.integrations.torchtitan import PlannedDataLoader, check_config, planned_config
 
@@ -125,12 +126,16 @@ def test_models_that_cannot_be_planned_are_refused(tmp_path):
     def both_ways(model):
         model.layers[0].attention.inner_attention = VarlenAttention.Config(window_size=(-1, -1))
 
+    def inner_of_ones_own(model):
+        model.layers[1].attention.inner_attention = Module.Config()
+
     def later_tokens(model):
         model.mtp_layers = model.layers[:1]
 
     assert "layers of BaseAttention cannot be planned" in said(attention_of_ones_own)
     assert "layers of NoneType cannot be planned" in said(linear_attention)
     assert "window_size=(-1, -1) of GQAttention cannot be honoured" in said(both_ways)
+    assert "inner_attention of type Module cannot be planned" in said(inner_of_ones_own)
     assert "mtp_layers of DeepSeekV3Model cannot" in said(later_tokens, "deepseek_v3")
     with pytest.raises(ValueError, match=r"takes a Trainer\.Config with a model_spec"):
         planned_config(planned("llama3", tmp_path), PlannedDataLoader.Config())

@@ -175,7 +175,8 @@ def planned_config(config: Any, dataloader: PlannedDataLoader.Config) -> Planned
     Raises ``ValueError`` for a model that cannot be planned.
     """
     if type(config) is not Trainer.Config or config.model_spec is None:
-        raise ValueError(f"planned_config takes a Trainer.Config with a model_spec, got {config!r}")
+        name = type(config).__qualname__
+        raise ValueError(f"planned_config takes a Trainer.Config with a model_spec, got {name}")
     given = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
     model = planned_model(config.model_spec.model)
     given |= {

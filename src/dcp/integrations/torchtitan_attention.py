@@ -12,7 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
-from torchtitan.models.common.attention import GQAttention, VarlenAttention
+from torchtitan.models.common.attention import (
+    FlexAttention,
+    GQAttention,
+    ScaledDotProductAttention,
+    VarlenAttention,
+)
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3.model import Attention as LatentAttention
 from torchtitan.models.gpt_oss.model import Attention as SinkAttention
@@ -23,6 +28,7 @@ from dcp.program import RankPlan
 from dcp.runtime.executor import BoundPlan
 
 FULL, SLIDING = "full", "sliding"  # the plan's masks, of layers without and with a window
+_INNER = VarlenAttention.Config, FlexAttention.Config, ScaledDotProductAttention.Config
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,11 @@ def _window(attention: Any) -> int | None:
     inner = attention.inner_attention
     if isinstance(inner, PlannedAttention.Config):
         return inner.window
+    if not isinstance(inner, _INNER):
+        raise ValueError(
+            f"inner_attention of type {_name(inner)} cannot be planned, for it may see other keys: "
+            f"use one of {', '.join(map(_name_of, _INNER))}"
+        )
     window: int | None = getattr(attention, "sliding_window_size", None)
     if isinstance(inner, VarlenAttention.Config):  # its window counts the keys before a token's own
         left, right = inner.window_size
@@ -221,4 +232,8 @@ def _window(attention: Any) -> int | None:
 
 
 def _name(config: Any) -> str:
-    return type(config).__qualname__.removesuffix(".Config")
+    return _name_of(type(config))
+
+
+def _name_of(kind: type) -> str:
+    return kind.__qualname__.removesuffix(".Config")
