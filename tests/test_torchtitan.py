@@ -30,7 +30,6 @@ TENSOR = {"tensor_parallel_degree": 2}
 WHOLE_ROWS = {"tensor_parallel_degree": 4, "enable_sequence_parallel": False}
 REPLICATED = {"data_parallel_replicate_degree": 2, "data_parallel_shard_degree": 2}
 CASES = {
-    "llama3": ("llama3", {}),
     "llama3 TP SP chunked loss": ("llama3", {"parallelism": TENSOR, "chunked": True}),
     "llama3 HSDP accumulated recomputed": (
         "llama3",
@@ -40,7 +39,6 @@ CASES = {
     "qwen3 TP SP": ("qwen3", {"parallelism": TENSOR}),
     "deepseek_v3 balanced": ("deepseek_v3", {"balanced": True}),
     "deepseek_v3 TP alone": ("deepseek_v3", {"parallelism": WHOLE_ROWS}),
-    "gpt_oss": ("gpt_oss", {}),
     "gpt_oss EP": ("gpt_oss", {"parallelism": {"expert_parallel_degree": 2}}),
 }
 
@@ -55,13 +53,13 @@ def test_training_is_that_of_one_process(ranks, case):
 
 def test_resuming_is_exact(ranks, tmp_path):
     """The example, by torchtitan's command line and checkpointer."""
-    words = "--training.steps 4 --training.seq-len 256 --dataloader.tokens-per-batch 700"
+    words = "--training.steps 3 --training.seq-len 256 --dataloader.tokens-per-batch 700"
     words += " --checkpoint.enable --checkpoint.interval 2 --checkpoint.no-last-save-model-only"
     words += " --checkpoint.keep-latest-k 0 --training.mixed-precision-param float32"
     losses, weights = ranks.run(train_from_command_line, tmp_path, words.split())[0]
-    shutil.rmtree(tmp_path / "checkpoint" / "step-4")
+    shutil.rmtree(tmp_path / "checkpoint" / "step-3")
     again, same = ranks.run(train_from_command_line, tmp_path, words.split())[0]
-    assert len(losses) == 4
+    assert len(losses) == 3
     assert again == losses[2:]
     for name, values in weights.items():
         assert np.array_equal(values, same[name]), name
