@@ -15,6 +15,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "learn": ("lab.learn", "auto with wrong rates or a slow rank, and what it learns"),
     "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
     "train": ("lab.train", "dcp train by several strategies on shaped links"),
+    "torchtitan": ("lab.torchtitan", "torchtitan's context parallelism, simulated"),
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),
     "soak": ("lab.soak", "training while planning workers are killed, beside a run in peace"),
     "inference": ("lab.inference", "generation over ranks, and whether to pass keys or queries"),

@@ -45,6 +45,7 @@ def launched():
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        names |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
     os.environ.update({name: str(value) for name, value in names.items()})
     try:
         yield

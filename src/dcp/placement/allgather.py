@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.blocks import build_blocks
+from dcp.blocks import BlockTable, build_blocks
 from dcp.cluster import Cluster
 from dcp.placement import Placement, Route
 from dcp.placement.floors import compute_floor
@@ -30,6 +32,16 @@ def allgather(
     blocks = build_blocks(batch, spec, block_lengths=cut_at(batch, edges))
     chunk = np.searchsorted(chunks, blocks.offset, side="right") - 1
     owner = np.concatenate([there, there[::-1]])[chunk]
+    return gathered(blocks, owner, cluster, notes={"padding_tokens": -tokens % (2 * num_ranks)})
+
+
+def gathered(
+    blocks: BlockTable, owner: np.ndarray, cluster: Cluster, *, notes: dict[str, Any]
+) -> Placement:
+    """Ranks compute the queries of the blocks they own, after an all-gather of all keys.
+
+    ``owner``: of each block, int64 ``[num_blocks]``.
+    """
     rank = {name: owner[tiles.q] for name, tiles in blocks.masks.items()}
     route = _gather(owner, cluster)
     before = int(route.step.max(initial=0))  # divisions without work: nothing hides the gather
@@ -42,7 +54,7 @@ def allgather(
         kv_route=route,
         gradients_travel=True,
         gradient_lane=cluster.node_of_rank,
-        notes={"padding_tokens": -tokens % (2 * num_ranks)},
+        notes=notes,
     )
 
 
