@@ -144,7 +144,12 @@ def chosen_dilation(plans: Sequence[Plan]) -> float:
 
 
 def execute(
-    cases: Sequence[tuple[dict[str, str], Plan]], cluster: Cluster, args: argparse.Namespace
+    cases: Sequence[tuple[dict[str, str], Plan]],
+    cluster: Cluster,
+    args: argparse.Namespace,
+    *,
+    most_busy: float = MOST_BUSY,
+    link_error: float = LINK_ERROR,
 ) -> list[dict[str, Any]]:
     """Rows of all cases: at a larger dilation again where the cores were too busy."""
     different: dict[int, Plan] = {made.fingerprint: made for _, made in cases}
@@ -153,15 +158,15 @@ def execute(
     while True:
         found = run_ranks(plans, cluster, dilation=dilation, rounds=args.rounds, layers=args.layers)
         busy = [max(np.median(rank["busy"][i]) for rank in found) for i in range(len(plans))]
-        if max(busy) <= MOST_BUSY:
+        if max(busy) <= most_busy:
             break
         if args.dilation:
             raise ValueError(
                 f"--dilation {dilation:g}: the cores were busy for {max(busy):.0%} of the time, "
-                f"more than {MOST_BUSY:.0%}: give {dilation * max(busy) / CAREFUL:.0f}, or none"
+                f"more than {most_busy:.0%}: give {dilation * max(busy) / CAREFUL:.0f}, or none"
             )
         dilation = float(np.ceil(dilation * max(busy) / CAREFUL / 100) * 100)
-    links = checked_links(found, dilated(cluster, dilation))
+    links = checked_links(found, dilated(cluster, dilation), most=link_error)
     return [
         labels
         | compare(made, found, index[made.fingerprint], dilation=dilation, layers=args.layers)
@@ -210,11 +215,13 @@ def link_ratios(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, 
     return {name: median(each) / should[name] for name, each in seen.items() if each}
 
 
-def checked_links(found: Sequence[dict[str, Any]], cluster: Cluster) -> dict[str, float]:
-    """:func:`link_ratios`; ``ValueError`` where one is far from 1."""
+def checked_links(
+    found: Sequence[dict[str, Any]], cluster: Cluster, *, most: float
+) -> dict[str, float]:
+    """:func:`link_ratios`; ``ValueError`` where one is further than ``most`` from 1."""
     links = link_ratios(found, cluster)
     for name, ratio in links.items():
-        if abs(ratio - 1) > LINK_ERROR:
+        if abs(ratio - 1) > most:
             raise ValueError(
                 f"the emulated links give {ratio:.2f} times the {name} they should: other work on "
                 "this machine, or a dilation that is too small"
