@@ -39,7 +39,9 @@ class _Stream:
 
 
 def run_on_cpu() -> None:
-    """Replace, in this process, the parts of Megatron-Core that need CUDA."""
+    """Replace, in this process, the parts of Megatron-Core that need CUDA; once is enough."""
+    if torch.cuda.Stream.__name__ == _Stream.__name__:
+        return
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
 import torch
+
+from tests.pool import run_script
 
 STEPS, MICRO_BATCHES, LAYERS, VOCABULARY = 2, 2, 2, 64
 # so large an epsilon that small gradients make small steps, and their sums' order no difference
@@ -44,9 +47,7 @@ def start(*, tensor=1, pipeline=1, expert=1):
 
     from examples.megatron_on_cpu import run_on_cpu
 
-    if not getattr(start, "done", False):
-        run_on_cpu()
-        start.done = True
+    run_on_cpu()
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor,
@@ -248,6 +249,48 @@ def train_alone(kind, steps):
         optimizer.step()
         losses.append(total)
     return losses, {name: p.detach().numpy().copy() for name, p, _ in named(model, config)}
+
+
+def run_example(words):
+    """What the example prints on this rank."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    return run_script(str(Path(__file__).parents[1] / "examples" / "megatron_gpt.py"), words)
+
+
+def called_with_an_executor():
+    """Logits of this rank's tokens, and Megatron's own of the same tokens; learned positions."""
+    import torch.distributed as dist
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    import dcp
+    from dcp.integrations.megatron import attention_spec, planned_core_attention
+
+    start()
+    config, executor = make_config("GQA"), dcp.AttentionExecutor(dist.group.WORLD)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    models = []
+    for core in (planned_core_attention(executor), DotProductAttention):
+        spec.submodules.self_attention.submodules.core_attention = core
+        model = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=128)
+        for name, parameter, _ in named(model, config):
+            parameter.data.copy_(weight(name, parameter.shape))
+        models.append(model)
+    lengths = [70, 33, 5]
+    batch = dcp.SequenceBatch(lengths)
+    cluster = dcp.Cluster(devices_per_node=executor.num_ranks)
+    plan = dcp.plan(batch, attention_spec(config), cluster, strategy="zigzag", block_size=16)
+    executor.prepare(plan)
+    own = torch.from_numpy(np.array(plan.token_indices(executor.rank)))
+    ids = [torch.arange(n) * 7 % VOCABULARY for n in lengths]
+    places = torch.cat([torch.arange(n) for n in lengths])
+    with torch.no_grad():
+        found = models[0](torch.cat(ids)[own][None], places[own][None], None)[0]
+        alone = [models[1](one[None], torch.arange(len(one))[None], None)[0] for one in ids]
+    return found.numpy(), torch.cat(alone)[own].numpy()
 
 
 def refusals():

@@ -4,6 +4,7 @@ Megatron asks for CUDA: ``examples/megatron_on_cpu.py`` is what lets it run here
 their own.
 """
 
+import json
 from functools import cache
 
 import numpy as np
@@ -12,7 +13,15 @@ import torch
 
 pytest.importorskip("megatron.core")
 
-from tests.megatron_cases import cut_of, make_config, refusals, train_alone, train_planned
+from tests.megatron_cases import (
+    called_with_an_executor,
+    cut_of,
+    make_config,
+    refusals,
+    run_example,
+    train_alone,
+    train_planned,
+)
 from tests.pool import GlooPool
 
 
@@ -80,6 +89,24 @@ def test_experts_are_shared_by_attention_ranks(ranks, tensor):
 
 def test_distributed_optimizer(ranks):
     check(ranks, "GQA", attention=2, options={"distributed": True})
+
+
+def test_the_example_has_the_same_losses_for_any_split_of_the_ranks(ranks):
+    losses = {}
+    for tensor, pipeline, world in ((1, 1, 1), (2, 1, 4), (1, 2, 2)):
+        words = ["--tensor-parallel", tensor, "--pipeline-parallel", pipeline]
+        said = ranks(world).run(run_example, [*map(str, words), "--steps", "4", "--json"])
+        losses[world] = json.loads(said[0].splitlines()[-1])["losses"]
+        assert not any(said[1:])
+    assert len(losses[1]) == 4
+    assert losses[1][3] < 0.9 * losses[1][0]
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_core_attention_alone_goes_by_the_plan_that_its_executor_has_prepared(ranks):
+    for found, wanted in ranks(2).run(called_with_an_executor):
+        assert np.abs(found - wanted).max() < 1e-5
 
 
 @pytest.mark.parametrize(

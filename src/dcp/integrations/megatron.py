@@ -35,6 +35,7 @@ from dcp.integrations.megatron_attention import (
     SLIDING,
     PlannedCoreAttention,
     PlannedSeqParams,
+    planned_core_attention,
     planned_positions,
     planned_spec,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "attention_spec",
     "mean_loss",
     "planned_batches",
+    "planned_core_attention",
     "planned_data",
     "planned_forward_step",
     "planned_positions",

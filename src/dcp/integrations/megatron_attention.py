@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from dcp.integrations.megatron_checks import check_config, check_model
 from dcp.program import RankPlan
+from dcp.runtime import AttentionExecutor
 from dcp.runtime.executor import BoundPlan
 
 FULL, SLIDING = "full", "sliding"  # the plan's masks, of layers without and with a window
@@ -57,8 +58,22 @@ def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
                 f"{name} has no core_attention to be planned, and its tokens meet elsewhere (as in "
                 "Mamba or linear attention): use layers of self-attention"
             )
-        inner.core_attention = ModuleSpec(PlannedCoreAttention, params={"softcap": softcap})
+        inner.core_attention = planned_core_attention(softcap=softcap)
     return spec
+
+
+def planned_core_attention(
+    executor: AttentionExecutor | None = None, *, softcap: float | None = None
+) -> ModuleSpec:
+    """Planned attention as a ``core_attention`` of any layer specification.
+
+    Args:
+        executor: gives the plan, the one it has prepared, where none comes with
+            ``packed_seq_params``: for models that are called without :func:`planned_batches` and do
+            not repeat forward passes. Positions of tokens are then the caller's affair.
+        softcap: see :func:`planned_spec`.
+    """
+    return ModuleSpec(PlannedCoreAttention, params={"executor": executor, "softcap": softcap})
 
 
 class PlannedCoreAttention(DotProductAttention):
@@ -76,6 +91,7 @@ class PlannedCoreAttention(DotProductAttention):
         config: Any,
         layer_number: int,
         *args: Any,
+        executor: AttentionExecutor | None = None,
         softcap: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -90,7 +106,7 @@ class PlannedCoreAttention(DotProductAttention):
                 f"{self.attn_mask_type}: planned is self-attention that is causal by the "
                 "specification (AttnMaskType.causal); other masks are named to planned_data"
             )
-        self.softcap = softcap
+        self.executor, self.softcap = executor, softcap
         softmax = self.scale_mask_softmax
         self.window = softmax.window_size
         # Where query and key are scaled down by the layer's number, its softmax scales up again.
@@ -111,11 +127,10 @@ class PlannedCoreAttention(DotProductAttention):
         Returns ``[rows, 1, heads * head_dim]``; rows beyond the rank's tokens are 0. Raises
         ``ValueError`` where no plan is carried, or mask or biases are.
         """
-        bound, rows = _planned(packed_seq_params).bound, len(query)
+        bound, rows = self._bound(packed_seq_params), len(query)
         if attention_mask is not None or attention_bias is not None:
             name = "attention_bias" if attention_mask is None else "attention_mask"
             raise ValueError(f"{name} cannot be honoured: pass None, masks belong to the plan")
-        assert bound is not None
         local = bound.plan.num_local_tokens
         q, k, v = (rows_of[:local, 0] for rows_of in (query, key, value))
         out = bound.attention(
@@ -127,6 +142,13 @@ class PlannedCoreAttention(DotProductAttention):
             sink=self.softmax_offset,
         )
         return pad(out.flatten(1), (0, 0, 0, rows - local))[:, None]
+
+    def _bound(self, params: Any) -> BoundPlan:
+        if params is None and self.executor is not None:
+            return self.executor.bound()
+        bound = _planned(params).bound
+        assert bound is not None
+        return bound
 
 
 def _planned(params: Any) -> PlannedSeqParams:
