@@ -196,9 +196,10 @@ def train_planned(kind, split, options):
         [model],
     )
     loader, executor = planned_data(
-        documents(),
+        documents()[: options.get("documents")],
         config=config,
         tokens_per_batch=160,
+        micro_batches=MICRO_BATCHES,
         num_workers=0,
         plan_options={"block_size": 16},
     )

@@ -47,9 +47,10 @@ def check(ranks, kind, *, attention, options=None, **split):
     world = attention * split.get("tensor", 1) * split.get("pipeline", 1)
     results = ranks(world).run(train_planned, kind, split, options or {})
     steps = results[0][1]
-    if kind not in alone:
-        alone[kind] = steps, *ranks(1).run(train_alone, kind, steps)[0]
-    same_steps, losses, weights = alone[kind]
+    key = kind, (options or {}).get("documents")
+    if key not in alone:
+        alone[key] = steps, *ranks(1).run(train_alone, kind, steps)[0]
+    same_steps, losses, weights = alone[key]
     assert steps == same_steps
     for found, _, parts in results:
         assert found == pytest.approx(losses, rel=1e-5)
@@ -80,6 +81,10 @@ def test_recomputation_attends_by_the_plan_of_its_micro_batch(ranks, kind):
 @pytest.mark.parametrize(("tensor", "attention"), [(1, 2), (2, 1)])
 def test_stages_of_a_pipeline(ranks, tensor, attention):
     check(ranks, "sequence-parallel", pipeline=2, tensor=tensor, attention=attention)
+
+
+def test_micro_batches_without_documents(ranks):
+    check(ranks, "GQA", pipeline=2, attention=1, options={"documents": 1})
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -69,7 +69,8 @@ def planned_data(
 
     Args:
         dataset, options: as for :class:`dcp.DCPDataLoader`; a ``cluster`` has one device per rank
-            of the data-parallel group.
+            of the data-parallel group. With ``micro_batches``, as many as a step has, documents
+            are dealt to them so that the stages of a pipeline take equally long for each.
         mask_fn: None: what the configuration asks for, causal with the window of each layer that
             has one. Where some have, an own function returns masks by name, ``"full"`` and
             ``"sliding"``.
@@ -85,6 +86,8 @@ def planned_data(
             f"{config.window_size}): leave it out, or return masks called {' and '.join(masks)}"
         )
     options = {"mask_weights": weights if len(masks) > 1 else None, **options}
+    width = {"model_width": config.hidden_size}
+    options["plan_options"] = width | dict(options.get("plan_options") or {})
     loader = DCPDataLoader(
         dataset,
         (lambda seqlens, samples: masks) if mask_fn is None else mask_fn,
