@@ -238,7 +238,7 @@ def train_alone(kind, steps):
     losses = []
     for pieces in steps:
         optimizer.zero_grad()
-        labels = sum(stop - begin - 1 for _, begin, stop in pieces)
+        labels = sum(max(stop - begin - 1, 0) for _, begin, stop in pieces)
         total = 0.0
         for document, begin, stop in pieces:
             ids = torch.from_numpy(documents()[document][begin:stop])[None]
