@@ -15,6 +15,18 @@ STEPS, MICRO_BATCHES, LAYERS, VOCABULARY = 2, 2, 2, 64
 # so large an epsilon that small gradients make small steps, and their sums' order no difference
 ADAM = {"lr": 0.5, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_eps": 1.0}
 LENGTHS = [70, 33, 5, 1, 120, 64, 17, 90, 40, 11, 77]
+LATENT = {
+    "multi_latent_attention": True,
+    "kv_lora_rank": 12,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 6,
+}
+# what the model takes beside its configuration
+EMBEDDINGS = {
+    "llama3 scaling": {"rope_scaling": True, "rope_scaling_factor": 4.0},
+    "YaRN": {"position_embedding_type": "yarn"},
+}
 KINDS = {  # fields of TransformerConfig
     "dense": {},
     "GQA": {"num_query_groups": 2},
@@ -23,6 +35,31 @@ KINDS = {  # fields of TransformerConfig
     "MoE": {"num_moe_experts": 4, "sequence_parallel": True},
     "windows": {"window_size": (19, 0), "window_attn_skip_freq": 2},
     "sinks": {"softmax_type": "learnable", "softmax_scale": 0.3},
+    "llama3 scaling": {},
+    "YaRN": {
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 32,
+        "yarn_beta_fast": 32.0,
+        "yarn_beta_slow": 1.0,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": False,
+    },
+    "MLA": {"rope_type": "rope", "q_lora_rank": 16, **LATENT},
+    "MLA and YaRN": {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "mscale_all_dim": 0.5,
+        "q_lora_rank": None,
+        **LATENT,
+    },
+    "interleaved": {
+        "num_layers": 4,
+        "num_query_groups": 2,
+        "overlap_p2p_comm": True,  # Megatron's own rule where there are but two stages
+        "batch_p2p_comm": False,
+    },
     "layer scaling": {"apply_query_key_layer_scaling": True},
     "recomputed": {
         "recompute_granularity": "full",
@@ -41,7 +78,7 @@ def documents():
     return [rng.integers(0, VOCABULARY, n) for n in LENGTHS]
 
 
-def start(*, tensor=1, pipeline=1, expert=1):
+def start(*, tensor=1, pipeline=1, virtual=None, expert=1):
     """Megatron's groups over the pool's processes, which may have had others before."""
     from megatron.core import parallel_state
 
@@ -52,13 +89,17 @@ def start(*, tensor=1, pipeline=1, expert=1):
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
+        virtual,
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=tensor if expert == 1 else 1,
     )
 
 
-def make_config(kind, *, tensor=1, pipeline=1, expert=1, **others):
-    from megatron.core.transformer.transformer_config import TransformerConfig
+def make_config(kind, *, tensor=1, pipeline=1, virtual=None, expert=1, **others):
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
     fields = {
         "num_layers": LAYERS,
@@ -85,15 +126,22 @@ def make_config(kind, *, tensor=1, pipeline=1, expert=1, **others):
         "apply_rope_fusion": False,
         "tensor_model_parallel_size": tensor,
         "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual,
         "expert_model_parallel_size": expert,
         "expert_tensor_parallel_size": tensor if expert == 1 else 1,
     }
     fields |= KINDS[kind] | others
     fields["sequence_parallel"] = fields.get("sequence_parallel", False) and tensor > 1
-    return TransformerConfig(**fields)
+    latent = fields.get("multi_latent_attention")
+    yarn = {name: fields.pop(name) for name in tuple(fields) if name.startswith("yarn_")}
+    config = (MLATransformerConfig if latent else TransformerConfig)(**fields)
+    config.kind = kind
+    vars(config).update(yarn)  # which Megatron reads, and which its class has no fields for
+    return config
 
 
-def make_model(config, *, planned):
+def make_model(config, *, planned, chunk=None):
+    """This rank's part, of an interleaved pipeline that ``chunk`` of it."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
@@ -101,16 +149,25 @@ def make_model(config, *, planned):
     from dcp.integrations.megatron import planned_positions, planned_spec
 
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=False, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        normalization="RMSNorm",
+        multi_latent_attention=config.multi_latent_attention,
     )
+    if planned:
+        spec = planned_spec(spec)
+    elif config.multi_latent_attention:  # Megatron's own takes no two widths
+        spec.submodules.self_attention.submodules.core_attention = DenseCore
+    embeddings = {"position_embedding_type": "rope", **EMBEDDINGS.get(config.kind, {})}
     model = GPTModel(
         config,
-        planned_spec(spec) if planned else spec,
+        spec,
         vocab_size=VOCABULARY,
         max_sequence_length=128,
-        position_embedding_type="rope",
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        **embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(False, chunk),
+        post_process=parallel_state.is_pipeline_last_stage(False, chunk),
+        vp_stage=chunk,
     )
     for name, parameter, cut in named(model, config):
         shape = list(parameter.shape)
@@ -119,6 +176,20 @@ def make_model(config, *, planned):
         with torch.no_grad():
             parameter.copy_(cut_of(name, weight(name, shape), cut))
     return planned_positions(model) if planned else model
+
+
+class DenseCore(torch.nn.Module):
+    """Causal attention of one document, ``[tokens, 1, heads, width]`` each."""
+
+    def __init__(self, *, softmax_scale, **_):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query, key, value, *_, **__):
+        scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * self.scale
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+        return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
 
 
 def weight(name, shape):
@@ -130,8 +201,7 @@ def named(model, config):
     """(name in the whole model, parameter, (dim, rank, ranks) of its cut) of a rank's part."""
     from megatron.core import parallel_state
 
-    stage = parallel_state.get_pipeline_model_parallel_rank()
-    first_layer = stage * LAYERS // config.pipeline_model_parallel_size
+    first_layer = model.decoder.layers[0].layer_number - 1
     first_expert = parallel_state.get_expert_model_parallel_rank() * (config.num_moe_experts or 0)
     first_expert //= config.expert_model_parallel_size
     for name, parameter in model.named_parameters():
@@ -178,12 +248,16 @@ def train_planned(kind, split, options):
 
     start(**split)
     config = make_config(kind, **split)
-    bare = make_model(config, planned=True)
+    chunks = range(split["virtual"]) if "virtual" in split else [None]
+    bare = [make_model(config, planned=True, chunk=chunk) for chunk in chunks]
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=options.get("distributed", False)
     )
-    model = DistributedDataParallel(config, settings, bare)
-    config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, model.no_sync
+    model = [DistributedDataParallel(config, settings, part) for part in bare]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [part.no_sync for part in model]
+    if len(model) == 1:
+        (config.no_sync_func,) = config.no_sync_func
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -193,7 +267,7 @@ def train_planned(kind, split, options):
             params_dtype=torch.float32,
             use_distributed_optimizer=options.get("distributed", False),
         ),
-        [model],
+        model,
     )
     loader, executor = planned_data(
         documents()[: options.get("documents")],
@@ -207,14 +281,15 @@ def train_planned(kind, split, options):
     with loader:
         batches = planned_batches(loader, executor, config=config)
         for _ in range(STEPS):
-            model.zero_grad_buffer()
+            for part in model:
+                part.zero_grad_buffer()
             optimizer.zero_grad()
             taken = list(islice(batches, MICRO_BATCHES))
             steps.append([piece for one in taken for piece in one.local.pieces.tolist()])
             reports = get_forward_backward_func()(
                 forward_step_func=planned_forward_step,
-                data_iterator=iter(taken),
-                model=[model],
+                data_iterator=[iter(taken) for _ in model] if len(model) > 1 else iter(taken),
+                model=model,
                 num_microbatches=MICRO_BATCHES,
                 seq_length=160,
                 micro_batch_size=1,
@@ -222,7 +297,11 @@ def train_planned(kind, split, options):
             )
             optimizer.step()
             losses.append(mean_loss(reports))
-    weights = [(n, p.detach().numpy().copy(), cut) for n, p, cut in named(bare, config)]
+    weights = [
+        (name, parameter.detach().numpy().copy(), cut)
+        for part in bare
+        for name, parameter, cut in named(part, config)
+    ]
     return losses, steps, weights
 
 

@@ -68,6 +68,16 @@ def test_tensor_and_attention_ranks(ranks, kind, tensor, attention):
     check(ranks, kind, tensor=tensor, attention=attention)
 
 
+@pytest.mark.parametrize("kind", ["MLA", "MLA and YaRN"])
+def test_latent_attention(ranks, kind):
+    check(ranks, kind, attention=2)
+
+
+@pytest.mark.parametrize("kind", ["llama3 scaling", "YaRN"])
+def test_rotary_embeddings_that_are_scaled(ranks, kind):
+    check(ranks, kind, attention=2)
+
+
 @pytest.mark.parametrize("kind", ["MQA", "windows", "sinks", "layer scaling"])
 def test_attention_as_the_configuration_asks(ranks, kind):
     check(ranks, kind, tensor=2, attention=2)
@@ -81,6 +91,10 @@ def test_recomputation_attends_by_the_plan_of_its_micro_batch(ranks, kind):
 @pytest.mark.parametrize(("tensor", "attention"), [(1, 2), (2, 1)])
 def test_stages_of_a_pipeline(ranks, tensor, attention):
     check(ranks, "sequence-parallel", pipeline=2, tensor=tensor, attention=attention)
+
+
+def test_interleaved_pipeline(ranks):
+    check(ranks, "interleaved", pipeline=2, virtual=2, attention=2)
 
 
 def test_micro_batches_without_documents(ranks):
@@ -120,7 +134,7 @@ def test_core_attention_alone_goes_by_the_plan_that_its_executor_has_prepared(ra
         ("context_parallel_size", 2),
         ("attention_dropout", 0.1),
         ("calculate_per_token_loss", False),
-        ("multi_latent_attention", True),
+        ("cache_mla_latents", True),
         ("experimental_attention_variant", "dsa"),
         ("mtp_num_layers", 1),
         ("is_hybrid_model", True),
@@ -154,6 +168,11 @@ def test_refused_where_ranks_differ_in_rows():
     config = make_config("MoE", pipeline=2)
     config.variable_seq_lengths = False
     with pytest.raises(ValueError, match="variable_seq_lengths=False"):
+        check_config(config)
+    config = make_config("interleaved", pipeline=2, virtual=2)
+    check_config(config)
+    config.overlap_p2p_comm = False
+    with pytest.raises(ValueError, match="overlap_p2p_comm=False cannot be honoured by an inter"):
         check_config(config)
     config = make_config("MoE", expert=2)
     config.moe_token_dispatcher_type = "allgather"

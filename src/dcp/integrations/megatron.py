@@ -103,10 +103,18 @@ def attention_spec(config: Any) -> AttentionSpec:
     """The heads of one layer on one tensor-parallel rank; KV heads fewer than ranks are held by
     several, one each."""
     ranks = config.tensor_model_parallel_size
+    heads = config.num_attention_heads // ranks
+    if config.multi_latent_attention:  # every head has keys and values of its own, of two widths
+        width = config.qk_head_dim + config.qk_pos_emb_head_dim
+        kv_heads, values = heads, config.v_head_dim
+    else:
+        width = values = config.kv_channels
+        kv_heads = max(config.num_query_groups // ranks, 1)
     return AttentionSpec(
-        num_heads=config.num_attention_heads // ranks,
-        num_kv_heads=max(config.num_query_groups // ranks, 1),
-        head_dim=config.kv_channels,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        value_dim=values,
         dtype=config.params_dtype,
     )
 

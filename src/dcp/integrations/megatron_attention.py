@@ -15,7 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dcp.integrations.megatron_checks import check_config, check_model
+from dcp.integrations.megatron_checks import check_config, check_model, counting_rows
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.executor import BoundPlan
@@ -93,6 +93,8 @@ class PlannedCoreAttention(DotProductAttention):
         *args: Any,
         executor: AttentionExecutor | None = None,
         softcap: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
         **kwargs: Any,
     ) -> None:
         check_config(config, kwargs.get("attention_dropout"))
@@ -122,7 +124,8 @@ class PlannedCoreAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Attention of the rank's rows, ``[rows, 1, heads, head_dim]`` each, over the whole batch.
+        """Attention of the rank's rows, ``[rows, 1, heads, head_dim]`` each, over the whole batch;
+        latent attention leaves the 1 out, and its values have another width.
 
         Returns ``[rows, 1, heads * head_dim]``; rows beyond the rank's tokens are 0. Raises
         ``ValueError`` where no plan is carried, or mask or biases are.
@@ -132,7 +135,7 @@ class PlannedCoreAttention(DotProductAttention):
             name = "attention_bias" if attention_mask is None else "attention_mask"
             raise ValueError(f"{name} cannot be honoured: pass None, masks belong to the plan")
         local = bound.plan.num_local_tokens
-        q, k, v = (rows_of[:local, 0] for rows_of in (query, key, value))
+        q, k, v = (rows_of[:local].flatten(0, -3) for rows_of in (query, key, value))
         out = bound.attention(
             q.contiguous(),
             (k, v),
@@ -174,29 +177,31 @@ def _mask_of(plan: RankPlan, window: Any) -> str:
 
 
 def planned_positions(model: Any) -> Any:
-    """``model``, its rotary embedding changed to go by the positions of a micro-batch's tokens.
+    """``model``, its rotary embeddings changed to go by the positions of a micro-batch's tokens.
 
     Args:
-        model: a ``GPTModel``, or the part of one that is a stage, before it is wrapped.
+        model: a ``GPTModel``, or the part of one that is a stage, before it is wrapped. Embeddings
+            may be scaled, as llama 3's and YaRN's are.
 
     Raises ``ValueError`` for position embeddings that count rows.
     """
     check_model(model)
-    rotary = getattr(model, "rotary_pos_emb", None)
-    if isinstance(rotary, RotaryEmbedding):
-        model.rotary_pos_emb = _PlannedRotary(rotary)
+    for module in counting_rows(model):
+        # the rows of latent attention have one dim less
+        latent = module is not model
+        module.rotary_pos_emb = _PlannedRotary(module.rotary_pos_emb, num_dims=2 if latent else 3)
     return model
 
 
 class _PlannedRotary(torch.nn.Module):
-    """Takes the place of a ``RotaryEmbedding``, whose frequencies it uses.
+    """Takes the place of a ``RotaryEmbedding``, whose angles it uses.
 
     The "length" that the model asks for and hands back is the tensor of positions.
     """
 
-    def __init__(self, rotary: RotaryEmbedding) -> None:
+    def __init__(self, rotary: RotaryEmbedding, *, num_dims: int) -> None:
         super().__init__()
-        self.rotary = rotary
+        self.rotary, self.num_dims = rotary, num_dims
 
     def get_rotary_seq_len(
         self,
@@ -211,13 +216,10 @@ class _PlannedRotary(torch.nn.Module):
         assert positions is not None
         return positions
 
-    def forward(self, positions: Tensor, **_: Any) -> Tensor:
-        """Angles ``[rows, 1, 1, rotated dimensions]``."""
-        frequencies = self.rotary.inv_freq.to(positions.device)
-        steps = positions.to(frequencies.dtype) / (self.rotary.seq_len_interpolation_factor or 1)
-        angles = torch.outer(steps, frequencies)
-        if self.rotary.rotary_interleaved:
-            angles = angles.repeat_interleave(2, dim=-1)
-        else:
-            angles = torch.cat((angles, angles), dim=-1)
-        return angles[:, None, None]
+    def forward(self, positions: Tensor, **_: Any) -> Tensor | tuple[Tensor, float]:
+        """Angles ``[rows, 1 …, rotated dimensions]``, with YaRN's factor where it is YaRN."""
+        found = self.rotary.get_emb(1, 1)  # those of position 1: they grow with the position
+        first, *factor = found if isinstance(found, tuple) else (found,)
+        steps = positions.to(first.device, first.dtype).view(-1, *[1] * self.num_dims)
+        angles = steps * first.view(-1)
+        return (angles, *factor) if factor else angles

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -19,7 +19,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda value: not value,
         "ranks have different numbers of labels: set it to True",
     ),
-    "multi_latent_attention": (bool, "use a model without latent attention"),
+    "cache_mla_latents": (bool, "it is for inference: set it to False"),
     "experimental_attention_variant": (bool, "use a model of softmax attention"),
     "mtp_num_layers": (bool, "it shifts tokens that are elsewhere: set it to None"),
     "is_hybrid_model": (bool, "Mamba layers mix tokens: use a model of attention layers"),
@@ -61,6 +61,21 @@ def check_config(config: Any, attention_dropout: float | None = None) -> None:
             "variable_seq_lengths=False cannot be honoured by a pipeline, whose micro-batches "
             "differ in their rows: set it to True"
         )
+    if (
+        config.pipeline_model_parallel_size == 2
+        and (config.virtual_pipeline_model_parallel_size or 1) > 1
+        and not config.overlap_p2p_comm
+    ):
+        raise ValueError(
+            "overlap_p2p_comm=False cannot be honoured by an interleaved pipeline of 2 stages: one "
+            "is before and behind the other, and a batch of messages mixes up both ways; set it "
+            "to True, and batch_p2p_comm to False"
+        )
+    if config.multi_latent_attention and config.apply_rope_fusion:
+        raise ValueError(
+            "apply_rope_fusion=True cannot be honoured in latent attention: it counts rows; set it "
+            "to False"
+        )
     if config.num_moe_experts and config.expert_model_parallel_size > 1:
         kind = config.moe_token_dispatcher_type
         if kind == "allgather":
@@ -81,13 +96,20 @@ def check_model(model: Any, *, planned: bool = False) -> None:
     while hasattr(model, "module"):  # DistributedDataParallel, Float16Module
         model = model.module
     kind = getattr(model, "position_embedding_type", None)
-    if kind not in ("rope", "learned_absolute", "none"):
+    if kind not in ("rope", "yarn", "learned_absolute", "none"):
         raise ValueError(
             f"position_embedding_type={kind!r} of {type(model).__name__} cannot be honoured: use a "
-            "GPTModel with 'rope', 'learned_absolute' or 'none'"
+            "GPTModel with 'rope', 'yarn', 'learned_absolute' or 'none'"
         )
-    if planned and isinstance(getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
+    if planned and any(True for _ in counting_rows(model)):
         raise ValueError(
             f"the rotary embedding of {type(model).__name__} counts rows, which are in the order "
             "of the plan: make the model with planned_positions(model)"
         )
+
+
+def counting_rows(model: Any) -> Iterator[Any]:
+    """The model, or its layers of latent attention, if it has rotary embeddings that count rows."""
+    for module in model.modules():
+        if isinstance(getattr(module, "rotary_pos_emb", None), RotaryEmbedding):
+            yield module
