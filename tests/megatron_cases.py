@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from zlib import crc32
@@ -33,6 +34,22 @@ KINDS = {  # fields of TransformerConfig
     "MQA": {"num_query_groups": 1},
     "sequence-parallel": {"num_query_groups": 2, "sequence_parallel": True},
     "MoE": {"num_moe_experts": 4, "sequence_parallel": True},
+    "balanced MoE": {
+        "num_moe_experts": 4,
+        "sequence_parallel": True,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.5,
+        "moe_z_loss_coeff": 0.05,
+    },
+    "biased MoE": {
+        "num_moe_experts": 4,
+        "sequence_parallel": True,
+        "moe_router_load_balancing_type": "global_aux_loss",
+        "moe_aux_loss_coeff": 0.5,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.1,
+    },
     "windows": {"window_size": (19, 0), "window_attn_skip_freq": 2},
     "sinks": {"softmax_type": "learnable", "softmax_scale": 0.3},
     "llama3 scaling": {},
@@ -140,11 +157,12 @@ def make_config(kind, *, tensor=1, pipeline=1, virtual=None, expert=1, **others)
     return config
 
 
-def make_model(config, *, planned, chunk=None):
+def make_model(config, *, planned, chunk=None, own_router=False):
     """This rank's part, of an interleaved pipeline that ``chunk`` of it."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.moe.router import TopKRouter
 
     from dcp.integrations.megatron import planned_positions, planned_spec
 
@@ -156,6 +174,8 @@ def make_model(config, *, planned, chunk=None):
     )
     if planned:
         spec = planned_spec(spec)
+        if own_router:
+            spec.submodules.mlp.submodules.router = TopKRouter
     elif config.multi_latent_attention:  # Megatron's own takes no two widths
         spec.submodules.self_attention.submodules.core_attention = DenseCore
     embeddings = {"position_embedding_type": "rope", **EMBEDDINGS.get(config.kind, {})}
@@ -249,7 +269,8 @@ def train_planned(kind, split, options):
     start(**split)
     config = make_config(kind, **split)
     chunks = range(split["virtual"]) if "virtual" in split else [None]
-    bare = [make_model(config, planned=True, chunk=chunk) for chunk in chunks]
+    own = options.get("own_router", False)
+    bare = [make_model(config, planned=True, chunk=chunk, own_router=own) for chunk in chunks]
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=options.get("distributed", False)
     )
@@ -285,6 +306,8 @@ def train_planned(kind, split, options):
                 part.zero_grad_buffer()
             optimizer.zero_grad()
             taken = list(islice(batches, MICRO_BATCHES))
+            if own:  # one rank has no row that fills up
+                taken = [replace(one, padding=None) for one in taken]
             steps.append([piece for one in taken for piece in one.local.pieces.tolist()])
             reports = get_forward_backward_func()(
                 forward_step_func=planned_forward_step,

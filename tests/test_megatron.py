@@ -43,11 +43,14 @@ def ranks():
 alone = {}
 
 
-def check(ranks, kind, *, attention, options=None, **split):
+def check(ranks, kind, *, attention, options=None, wanted=None, **split):
+    """Trained on ranks as on one: by default, one that runs Megatron's own attention."""
     world = attention * split.get("tensor", 1) * split.get("pipeline", 1)
     results = ranks(world).run(train_planned, kind, split, options or {})
     steps = results[0][1]
     key = kind, (options or {}).get("documents")
+    if wanted is not None:
+        alone[key] = wanted
     if key not in alone:
         alone[key] = steps, *ranks(1).run(train_alone, kind, steps)[0]
     same_steps, losses, weights = alone[key]
@@ -101,6 +104,15 @@ def test_micro_batches_without_documents(ranks):
     check(ranks, "GQA", pipeline=2, attention=1, options={"documents": 1})
 
 
+@pytest.mark.parametrize("kind", ["balanced MoE", "biased MoE"])
+def test_auxiliary_losses_go_by_all_tokens(ranks, kind):
+    (one,) = ranks(1).run(train_planned, kind, {}, {"own_router": True})
+    losses, steps, parts = one
+    wanted = steps, losses, {name: part for name, part, _ in parts}
+    check(ranks, kind, tensor=2, attention=2, expert=4, wanted=wanted)
+    check(ranks, kind, pipeline=2, tensor=2, attention=1, wanted=wanted)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_experts_are_shared_by_attention_ranks(ranks, tensor):
     check(ranks, "MoE", tensor=tensor, attention=2, expert=2 * tensor)
@@ -145,11 +157,9 @@ def test_core_attention_alone_goes_by_the_plan_that_its_executor_has_prepared(ra
         ("fp8_dot_product_attention", True),
         ("cuda_graph_impl", "local"),
         ("tp_comm_overlap", True),
-        ("moe_aux_loss_coeff", 0.01),
-        ("moe_aux_loss_coeff", [0.0, 0.01]),
-        ("moe_z_loss_coeff", 0.001),
         ("moe_expert_capacity_factor", 1.5),
         ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", "seq_aux_loss"),
     ],
 )
 def test_refused_by_name(field, value):

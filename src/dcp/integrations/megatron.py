@@ -140,6 +140,7 @@ class MicroBatch:
     Attributes:
         tokens, labels, positions: int64 ``[1, rows]``: the rank's tokens, then rows that fill up,
             with token 0, label -100 and position 0. There is at least one row.
+        padding: bool ``[1, rows]``, true for the rows that fill up.
         params: carries the plan.
         local: the loader's own batch.
     """
@@ -147,6 +148,7 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     positions: Tensor
+    padding: Tensor
     params: PlannedSeqParams
     local: LocalBatch
 
@@ -178,7 +180,8 @@ def _micro_batch(batch: LocalBatch, bound: BoundPlan, multiple: int) -> MicroBat
     tokens, positions = (pad(rows, (0, fill)) for rows in (batch.tokens, batch.positions))
     labels = pad(batch.labels, (0, fill), value=_NO_LABEL)
     params = PlannedSeqParams(bound=bound, positions=positions)
-    return MicroBatch(tokens[None], labels[None], positions[None], params, batch)
+    padding = torch.arange(local + fill, device=tokens.device) >= local
+    return MicroBatch(tokens[None], labels[None], positions[None], padding[None], params, batch)
 
 
 # ---------------------------------------------------------------------- the step
@@ -200,6 +203,7 @@ def planned_forward_step(
         None,
         labels=batch.labels.clamp(min=0),
         packed_seq_params=batch.params,
+        padding_mask=batch.padding,
     )
     return losses, partial(_summed_loss, batch.labels)
 

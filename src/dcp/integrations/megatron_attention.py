@@ -11,11 +11,14 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dcp.integrations.megatron_checks import check_config, check_model, counting_rows
+from dcp.integrations.megatron_router import PlannedRouter
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.executor import BoundPlan
@@ -37,7 +40,8 @@ class PlannedSeqParams(PackedSeqParams):
 
 
 def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
-    """A copy of a layer specification, or of a block of several, whose attention is planned.
+    """A copy of a layer specification, or of a block of several, whose attention is planned, and
+    whose experts' routers count the tokens of all ranks.
 
     Args:
         spec: ``ModuleSpec`` of a transformer layer, local or Transformer Engine's, or
@@ -45,7 +49,8 @@ def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
         softcap: scores become ``softcap * tanh(scores / softcap)``; Megatron's configuration has
             no such field.
 
-    Raises ``ValueError`` for layers that mix tokens otherwise than by self-attention.
+    Raises ``ValueError`` for layers that mix tokens otherwise than by self-attention, and for other
+    routers than Megatron's own.
     """
     spec = copy.deepcopy(spec)
     for layer in getattr(spec, "layer_specs", None) or [spec]:
@@ -59,7 +64,20 @@ def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
                 "Mamba or linear attention): use layers of self-attention"
             )
         inner.core_attention = planned_core_attention(softcap=softcap)
+        mlp = getattr(layer.submodules, "mlp", None)
+        if getattr(mlp, "module", None) is MoELayer:
+            _plan_router(mlp)
     return spec
+
+
+def _plan_router(mlp: ModuleSpec) -> None:
+    router = mlp.submodules.router
+    if router is not TopKRouter:
+        raise ValueError(
+            f"the router {getattr(router, '__name__', router)} may go by the rank's own tokens, "
+            "not the batch's: use Megatron's TopKRouter"
+        )
+    mlp.submodules.router = PlannedRouter
 
 
 def planned_core_attention(

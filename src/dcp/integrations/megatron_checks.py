@@ -37,15 +37,15 @@ _REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         "every batch has a plan of its own: set it to 'none'",
     ),
     "tp_comm_overlap": (bool, "its buffers have a fixed number of rows: set it to False"),
-    "moe_aux_loss_coeff": (
-        lambda value: any(value) if isinstance(value, list) else bool(value),
-        f"{_OVER_ROWS}: set it to 0 (moe_router_enable_expert_bias balances without)",
-    ),
-    "moe_z_loss_coeff": (bool, f"{_OVER_ROWS}: set it to None"),
     "moe_expert_capacity_factor": (
         lambda value: value is not None,
         f"{_OVER_ROWS}: set it to None",
     ),
+}
+# kinds of moe_router_load_balancing_type
+_BALANCING = {
+    "sinkhorn": f"{_OVER_ROWS}; set it to 'aux_loss'",
+    "seq_aux_loss": "a rank has parts of many sequences; set it to 'aux_loss'",
 }
 
 
@@ -83,11 +83,10 @@ def check_config(config: Any, attention_dropout: float | None = None) -> None:
                 f"moe_token_dispatcher_type={kind!r} cannot be honoured where experts are shared "
                 "by ranks whose rows differ: set it to 'alltoall'"
             )
-    if "sinkhorn" in (config.moe_router_load_balancing_type or ()):
-        raise ValueError(
-            f"moe_router_load_balancing_type='sinkhorn' cannot be honoured: {_OVER_ROWS}; set it "
-            "to 'none'"
-        )
+    kinds = config.moe_router_load_balancing_type or ()
+    for kind, why in _BALANCING.items():
+        if kind in ([kinds] if isinstance(kinds, str) else kinds):
+            raise ValueError(f"moe_router_load_balancing_type={kind!r} cannot be honoured: {why}")
 
 
 def check_model(model: Any, *, planned: bool = False) -> None:
