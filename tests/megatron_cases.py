@@ -175,7 +175,9 @@ def make_model(config, *, planned, chunk=None, own_router=False):
     if planned:
         spec = planned_spec(spec)
         if own_router:
-            spec.submodules.mlp.submodules.router = TopKRouter
+            mlp = spec.submodules.mlp  # by version a ModuleSpec or a partial
+            experts = getattr(mlp, "submodules", None) or mlp.keywords["submodules"]
+            experts.router = type("OwnRouter", (TopKRouter,), {})
     elif config.multi_latent_attention:  # Megatron's own takes no two widths
         spec.submodules.self_attention.submodules.core_attention = DenseCore
     embeddings = {"position_embedding_type": "rope", **EMBEDDINGS.get(config.kind, {})}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,20 +65,20 @@ def planned_spec(spec: Any, *, softcap: float | None = None) -> Any:
                 "Mamba or linear attention): use layers of self-attention"
             )
         inner.core_attention = planned_core_attention(softcap=softcap)
-        mlp = getattr(layer.submodules, "mlp", None)
-        if getattr(mlp, "module", None) is MoELayer:
-            _plan_router(mlp)
+        _plan_router(getattr(layer.submodules, "mlp", None))
     return spec
 
 
-def _plan_router(mlp: ModuleSpec) -> None:
-    router = mlp.submodules.router
-    if router is not TopKRouter:
+def _plan_router(mlp: Any) -> None:
+    if getattr(mlp, "module", getattr(mlp, "func", None)) is not MoELayer:
+        return
+    experts = mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+    if experts.router is not TopKRouter:
         raise ValueError(
-            f"the router {getattr(router, '__name__', router)} may go by the rank's own tokens, "
-            "not the batch's: use Megatron's TopKRouter"
+            f"the router {getattr(experts.router, '__name__', experts.router)} may go by the "
+            "rank's own tokens, not the batch's: use Megatron's TopKRouter"
         )
-    mlp.submodules.router = PlannedRouter
+    experts.router = PlannedRouter
 
 
 def planned_core_attention(

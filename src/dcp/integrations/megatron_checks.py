@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.moe.router import TopKRouter
 
 _OVER_ROWS = "it goes by the rank's own tokens, not the batch's"
 # field: what of its values is refused, and why or what to do
-_REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "context_parallel_size": (
         lambda size: size > 1,
         "the data-parallel ranks share out the tokens: set it to 1",
@@ -53,7 +54,7 @@ def check_config(config: Any, attention_dropout: float | None = None) -> None:
     """Raise ``ValueError`` for the first field of a ``TransformerConfig`` that attention, or the
     share of a batch that a rank has, cannot honour."""
     given = vars(config) | ({"attention_dropout": attention_dropout} if attention_dropout else {})
-    for name, (refuses, remedy) in _REFUSED.items():
+    for name, (refuses, remedy) in REFUSED.items():
         if name in given and refuses(given[name]):
             raise ValueError(f"{name}={given[name]!r} cannot be honoured: {remedy}")
     if config.pipeline_model_parallel_size > 1 and not config.variable_seq_lengths:
@@ -104,6 +105,11 @@ def check_model(model: Any, *, planned: bool = False) -> None:
         raise ValueError(
             f"the rotary embedding of {type(model).__name__} counts rows, which are in the order "
             "of the plan: make the model with planned_positions(model)"
+        )
+    if planned and any(type(module) is TopKRouter for module in model.modules()):
+        raise ValueError(
+            f"the routers of {type(model).__name__} go by the rank's own tokens, not the batch's: "
+            "make the model of a planned_spec"
         )
 
 
