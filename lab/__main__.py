@@ -12,6 +12,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "planner": ("lab.planner", "plans and planning time, beside recorded ones"),
     "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
     "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
+    "dynamic": ("lab.dynamic", "plans beside Megatron's schedulers, simulated"),
     "train": ("lab.train", "dcp train by several strategies on shaped links"),
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),
     "soak": ("lab.soak", "training while planning workers are killed, beside a run in peace"),
