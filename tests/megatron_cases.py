@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing.dummy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from unittest import mock
 from zlib import crc32
 
 import numpy as np
@@ -302,8 +304,10 @@ def train_planned(kind, split, options):
     )
     losses, steps = [], []
     with loader:
+        if "load" in options:
+            restore(options["load"], bare[0], optimizer, loader)
         batches = planned_batches(loader, executor, config=config)
-        for _ in range(STEPS):
+        for _ in range(options.get("steps", STEPS)):
             for part in model:
                 part.zero_grad_buffer()
             optimizer.zero_grad()
@@ -322,12 +326,40 @@ def train_planned(kind, split, options):
             )
             optimizer.step()
             losses.append(mean_loss(reports))
+        if "save" in options:
+            keep(options["save"], bare[0], optimizer, loader)
     weights = [
         (name, parameter.detach().numpy().copy(), cut)
         for part in bare
         for name, parameter, cut in named(part, config)
     ]
     return losses, steps, weights
+
+
+def keep(folder, model, optimizer, loader):
+    """A checkpoint of Megatron's, with the place in the data as a common entry."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    state = sharded(model, optimizer, loading=False)
+    # its writers are forked, of processes that have threads: here they are threads, too
+    with mock.patch.object(filesystem_async.mp, "get_context", return_value=multiprocessing.dummy):
+        dist_checkpointing.save(state | {"data": loader.state_dict()}, folder)
+
+
+def restore(folder, model, optimizer, loader):
+    from megatron.core import dist_checkpointing
+
+    state = dist_checkpointing.load(sharded(model, optimizer, loading=True), folder)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    loader.load_state_dict(state["data"])
+
+
+def sharded(model, optimizer, *, loading):
+    state = {"model": model.sharded_state_dict()}
+    state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=loading)
+    return state
 
 
 def train_alone(kind, steps):

@@ -140,6 +140,15 @@ def test_core_attention_alone_goes_by_the_plan_that_its_executor_has_prepared(ra
         assert np.abs(found - wanted).max() < 1e-5
 
 
+def test_a_checkpoint_goes_on_with_another_split_of_the_ranks(ranks, tmp_path):
+    straight, steps, _ = ranks(1).run(train_planned, "GQA", {}, {})[0]
+    folder = str(tmp_path)
+    first = ranks(2).run(train_planned, "GQA", {"tensor": 2}, {"steps": 1, "save": folder})
+    second = ranks(2).run(train_planned, "GQA", {}, {"steps": 1, "load": folder})
+    assert [first[0][1][0], second[0][1][0]] == steps
+    assert first[0][0] + second[0][0] == pytest.approx(straight, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -45,11 +45,16 @@ class PlannedRouter(TopKRouter):
         return super().forward(input, padding_mask)
 
     def attach_and_log_load_balancing_loss(
-        self, *args: Any, valid_token_count: Any = None, **kwargs: Any
+        self, activation: Tensor, coeff: float, loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """A rank's part of the loss is weighed by the tokens of all ranks."""
-        kwargs |= {"reduce_group_has_dp": True, "valid_token_count": self._num_tokens}
-        return super().attach_and_log_load_balancing_loss(*args, **kwargs)
+        """A rank's part of the loss, weighed by the tokens of all ranks.
+
+        Megatron logs it, and how it would weigh it itself differs by version.
+        """
+        logged = super().attach_and_log_load_balancing_loss(
+            activation, coeff, loss.detach(), *args, **kwargs
+        )
+        return MoEAuxLossAutoScaler.apply(logged, loss * self._num_tokens)
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """The sum over the rank's tokens, with no regard to how many ranks there are."""
