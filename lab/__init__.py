@@ -1,6 +1,6 @@
 """The laboratory, ``python -m lab`` from a checkout: what proves the library.
 
-planner  published  peers             plans beside recorded, published and other projects' ones
+planner  published  dynamic  peers    plans beside recorded, published and other projects' ones
 testbed  testbed_rank  fleet          nodes out of network namespaces, ranks on shaped links
 attention  train  simulate  soak      what real ranks take, on the testbed
 inference*  selectors                 conversations, and whether keys or queries should travel

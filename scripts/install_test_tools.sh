@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What some tests need beyond Python packages: a browser (the plan page), network namespaces with
-# shaped links (the testbed), Ray (a planning pool). Without them those tests are skipped by name.
+# shaped links (the testbed), Ray (a planning pool), Megatron-Core (without its own torch and CUDA
+# packages). Without them those tests are skipped by name.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 missing=()
@@ -13,3 +14,4 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 make .venv/.dev
 .venv/bin/pip --disable-pip-version-check install --quiet "ray>=2.40"
+.venv/bin/pip --disable-pip-version-check install --quiet --no-deps "megatron-core>=0.16"
