@@ -205,12 +205,17 @@ def make_model(config, *, planned, chunk=None, own_router=False):
 class DenseCore(torch.nn.Module):
     """Causal attention of one document, ``[tokens, 1, heads, width]`` each."""
 
-    def __init__(self, *, softmax_scale, **_):
+    def __init__(self, *, softmax_scale, softcap=None, **_):
         super().__init__()
-        self.scale = softmax_scale
+        self.scale, self.softcap = softmax_scale, softcap
 
     def forward(self, query, key, value, *_, **__):
-        scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * self.scale
+        copies = query.shape[2] // key.shape[2]
+        key, value = (each.repeat_interleave(copies, dim=2) for each in (key, value))
+        scale = query.shape[3] ** -0.5 if self.scale is None else self.scale
+        scores = torch.einsum("qbhd,kbhd->bhqk", query, key) * scale
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         weights = scores.masked_fill(later, float("-inf")).softmax(-1)
         return torch.einsum("bhqk,kbhd->qbhd", weights, value).flatten(2)
@@ -397,11 +402,12 @@ def run_example(words):
 
 
 def called_with_an_executor():
-    """Logits of this rank's tokens, and Megatron's own of the same tokens; learned positions."""
+    """Logits of this rank's tokens, and those of dense attention, both with a soft-cap; learned
+    positions."""
     import torch.distributed as dist
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
+    from megatron.core.transformer.spec_utils import ModuleSpec
 
     import dcp
     from dcp.integrations.megatron import attention_spec, planned_core_attention
@@ -410,7 +416,11 @@ def called_with_an_executor():
     config, executor = make_config("GQA"), dcp.AttentionExecutor(dist.group.WORLD)
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     models = []
-    for core in (planned_core_attention(executor), DotProductAttention):
+    capped = {"softcap": 0.3}
+    for core in (
+        planned_core_attention(executor, **capped),
+        ModuleSpec(DenseCore, params=capped),
+    ):
         spec.submodules.self_attention.submodules.core_attention = core
         model = GPTModel(config, spec, vocab_size=VOCABULARY, max_sequence_length=128)
         for name, parameter, _ in named(model, config):
