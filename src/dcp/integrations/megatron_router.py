@@ -31,15 +31,14 @@ class PlannedRouter(TopKRouter):
         self.own_group, self.tp_cp_group = self.tp_cp_group, self.tp_dp_cp_group
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> Any:
-        """``padding_mask``: true for rows that hold no token, ``[1, rows]`` of this rank, or of all
+        """``padding_mask``: true for rows that hold no token, ``[rows, 1]`` of this rank, or of all
         tensor-parallel ranks."""
-        if padding_mask is not None and padding_mask.shape[1] > len(input):
+        if padding_mask is not None and len(padding_mask) > len(input):
             # under sequence parallelism, Megatron divides it on the first stage of a pipeline only
-            parts = padding_mask.chunk(self.own_group.size(), dim=1)
-            padding_mask = parts[self.own_group.rank()]
+            padding_mask = padding_mask.chunk(self.own_group.size())[self.own_group.rank()]
         if self.is_aux_loss_enabled():
             if padding_mask is None:
-                padding_mask = torch.zeros(1, len(input), dtype=torch.bool, device=input.device)
+                padding_mask = torch.zeros(len(input), 1, dtype=torch.bool, device=input.device)
             self._num_tokens = (~padding_mask).sum(dtype=torch.float32)
             dist.all_reduce(self._num_tokens, group=self.tp_dp_cp_group)
         return super().forward(input, padding_mask)
