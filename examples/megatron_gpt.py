@@ -56,6 +56,7 @@ def main() -> None:
 
     dataset = TokenDataset(open_documents("python", limit=400), ByteTokenizer())
     options = {"tokens_per_batch": TOKENS, "over_long": "split", "device": device}
+    options["micro_batches"] = MICRO_BATCHES  # documents are dealt to, so that all take as long
     loader, executor = planned_data(dataset, config=config, **options)
     losses = []
     with loader:

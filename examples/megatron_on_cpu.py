@@ -39,9 +39,11 @@ class _Stream:
 
 
 def run_on_cpu() -> None:
-    """Replace, in this process, the parts of Megatron-Core that need CUDA."""
+    """Replace, in this process, the parts of Megatron-Core that need CUDA; once is enough."""
+    if torch.cuda.Stream.__name__ == _Stream.__name__:
+        return
     from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import torch_norm
+    from megatron.core.transformer import multi_latent_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     torch.cuda.current_device = lambda: torch.device("cpu")
@@ -54,6 +56,7 @@ def run_on_cpu() -> None:
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()  # of recomputation
     random._set_cuda_rng_state = lambda *_, **__: None
     torch_norm.WrappedTorchNorm.__new__ = _norm  # its own refuses sequence parallelism
+    multi_latent_attention.HAVE_TE = False  # 0.16.1 finds its own wrappers, which are empty
     moe_utils.te_general_gemm = None  # 0.16.1 defines it with Transformer Engine only
     token_dispatcher.maybe_move_tensor_to_cpu = _on_host
 

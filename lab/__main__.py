@@ -14,6 +14,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "emulate": ("lab.emulate", "strategies executed on an emulated cluster of many ranks"),
     "learn": ("lab.learn", "auto with wrong rates or a slow rank, and what it learns"),
     "attention": ("lab.attention", "every strategy on real ranks and shaped links"),
+    "dynamic": ("lab.dynamic", "plans beside Megatron's schedulers, simulated"),
     "train": ("lab.train", "dcp train by several strategies on shaped links"),
     "torchtitan": ("lab.torchtitan", "torchtitan's context parallelism, simulated"),
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),

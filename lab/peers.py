@@ -16,6 +16,7 @@ from dcp.placement.grids import Grid, place_on_grids
 from dcp.plans import Plan
 
 MEGATRON = "Megatron hybrid CP"
+Turns = list[list[list[int]]]  # turn by turn and rank by rank: samples
 
 
 class _Size:
@@ -36,23 +37,54 @@ def plan_megatron(batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -
 
     Raises :class:`StrategyError` where megatron-core is not installed, or cannot place the batch.
     """
+    turns = megatron_turns(batch.seqlens.tolist(), cluster.num_ranks)
+    placement = _on_ranks(batch, spec, ranks_of_samples(turns), cluster.num_ranks)
+    return Plan.from_placement(placement, cluster, strategy=MEGATRON)
+
+
+def plan_megatron_turns(
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, any_degree: bool = False
+) -> list[Plan]:
+    """The same groups as Megatron runs them: a plan for each turn, one after another.
+
+    Its dynamic context parallelism (``default_dynamic_cp``, which no release has yet) forms turns
+    by the same rule, and makes a micro-batch of each. ``any_degree``: a sequence gets the least
+    ranks that hold it, and not a power of two.
+    """
+    turns = megatron_turns(batch.seqlens.tolist(), cluster.num_ranks, any_degree=any_degree)
+    plans = []
+    for turn in turns:
+        ranks = ranks_of_samples([turn])
+        samples = np.array(sorted(ranks))
+        masks = {name: [of[i] for i in samples] for name, of in batch.masks.items()}
+        part = SequenceBatch(batch.seqlens[samples], masks, weights=batch.weights)
+        placement = _on_ranks(
+            part, spec, {i: ranks[s] for i, s in enumerate(samples.tolist())}, cluster.num_ranks
+        )
+        plans.append(Plan.from_placement(placement, cluster, strategy=MEGATRON))
+    return plans
+
+
+def megatron_turns(seqlens: list[int], num_ranks: int, *, any_degree: bool = False) -> Turns:
+    """Samples of each rank in each turn of ``BalancedCPScheduler``, where a rank may hold the mean
+    rank's tokens."""
     try:
         with warnings.catch_warnings(action="ignore"):  # of accelerator packages, not used here
             from megatron.core.pipeline_parallel.hybrid_cp_schedule import BalancedCPScheduler
     except ImportError as error:
         raise StrategyError(f"pip install --no-deps megatron-core ({error})") from None
-    most = -(-batch.num_tokens // cluster.num_ranks)
-    scheduler = BalancedCPScheduler(most, _Size(cluster.num_ranks))
-    samples = list(enumerate(batch.seqlens.tolist()))
+    most = -(-sum(seqlens) // num_ranks)
+    scheduler = BalancedCPScheduler(most, _Size(num_ranks))
+    if any_degree:
+        scheduler.gpus_needed = lambda tokens: max(-(-tokens // most), 1)
     try:
-        _, turns = scheduler.get_groups_and_subsamples(samples, None)
+        _, turns = scheduler.get_groups_and_subsamples(list(enumerate(seqlens)), None)
     except (AssertionError, IndexError, ValueError) as error:
         raise StrategyError(f"megatron-core could not place the batch: {error!r}") from None
-    placement = _on_ranks(batch, spec, ranks_of_samples(turns), cluster.num_ranks)
-    return Plan.from_placement(placement, cluster, strategy=MEGATRON)
+    return turns
 
 
-def ranks_of_samples(turns: list[list[list[int]]]) -> dict[int, tuple[int, ...]]:
+def ranks_of_samples(turns: Turns) -> dict[int, tuple[int, ...]]:
     """Ranks of each sample, of the samples of each rank, turn by turn."""
     ranks: dict[int, tuple[int, ...]] = {}
     for turn in turns:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What some tests need beyond Python packages: a browser (the plan page), network namespaces with
-# shaped links (the testbed), Ray (a planning pool), torchtitan. Without them those tests are
-# skipped by name.
+# shaped links (the testbed), Ray (a planning pool), Megatron-Core and torchtitan (without their own
+# torch and CUDA packages). Without them those tests are skipped by name.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 missing=()
@@ -13,8 +13,9 @@ if [ ${#missing[@]} -gt 0 ]; then
   $sudo apt-get install -y -qq "${missing[@]}"
 fi
 make .venv/.dev
-.venv/bin/pip --disable-pip-version-check install --quiet "ray>=2.40"
-# torchtitan: with --no-deps what would change torch or the Hub's client, then what these import
 export PIP_CONSTRAINT=constraints.txt
+.venv/bin/pip --disable-pip-version-check install --quiet "ray>=2.40"
+.venv/bin/pip --disable-pip-version-check install --quiet --no-deps "megatron-core>=0.16"
+# torchtitan: with --no-deps what would change torch or the Hub's client, then what these import
 .venv/bin/pip --disable-pip-version-check install --quiet --no-deps torchtitan torchdata datasets
 .venv/bin/pip --disable-pip-version-check install --quiet --editable ".[torchtitan]"

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import runpy
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -77,3 +83,18 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send((None, function(*args)))
         except BaseException:
             pipe.send((traceback.format_exc(), None))
+
+
+def run_script(path: str, words: list[str]) -> str:
+    """What a script prints on a rank of this group, as if it had made the group itself."""
+    printed = io.StringIO()
+    with (
+        redirect_stdout(printed),
+        mock.patch.multiple(
+            dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT
+        ),
+        mock.patch("sys.argv", [path, *words]),
+        mock.patch("sys.path", [str(Path(path).parent), *sys.path]),
+    ):
+        runpy.run_path(path, run_name="__main__")
+    return printed.getvalue()

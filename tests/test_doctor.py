@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -24,6 +25,21 @@ def test_all_is_well_here_and_the_trace_holds_every_rank(tmp_path, capfd):
     ran = {(e["pid"], e["name"].split()[0], e["name"].split()[1]) for e in events if e["ph"] == "X"}
     assert {(rank, way, "attention") for rank in (0, 1) for way in ("forward:", "backward:")} <= ran
     assert min(e["ts"] for e in events if e["ph"] == "X") == 0
+
+
+def test_megatron_is_checked_on_ranks(capfd):
+    if find_spec("megatron") is None:
+        assert main(["doctor", "--megatron", "--json"]) == 1
+        said = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+        assert said[0]["state"] == "FAILED"
+        assert "pip install --no-deps megatron-core" in said[0]["detail"]
+        return
+    assert main(["doctor", "--megatron", "--json"]) == 0
+    said = {
+        (line := json.loads(text))["check"]: line for text in capfd.readouterr().out.splitlines()
+    }
+    assert "Megatron's own attention, error" in said["planned GPT on 2 ranks"]["detail"]
+    assert "attention_dropout" in said["refused by name"]["detail"]
 
 
 def test_a_base_install_suffices(tmp_path):

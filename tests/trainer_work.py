@@ -1,12 +1,7 @@
 """Small jobs of DCPTrainer, as every rank of a pool runs them."""
 
-import io
 import os
-import runpy
-import sys
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
-from unittest import mock
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
 from dcp.integrations.trainer import DCPTrainer, PlanningArguments
+from tests.pool import run_script
 
 LENGTHS = [50, 30, 20, 40, 60, 10, 25, 35, 1, 90, 15, 44]
 
@@ -96,19 +92,8 @@ def arguments(output, **others):
 
 def run_example(path, words):
     """What an example prints on a rank of this group, which torchrun would have started."""
-    printed = io.StringIO()
-    folder = str(Path(path).parent)
-    with (
-        launched(),
-        redirect_stdout(printed),
-        mock.patch.multiple(
-            dist, init_process_group=mock.DEFAULT, destroy_process_group=mock.DEFAULT
-        ),
-        mock.patch("sys.argv", [path, *words]),
-        mock.patch("sys.path", [folder, *sys.path]),
-    ):
-        runpy.run_path(path, run_name="__main__")
-    return printed.getvalue()
+    with launched():
+        return run_script(path, words)
 
 
 def make_trainer(output, *, model=None, lora=False, plan=None, eval_lengths=None, **others):

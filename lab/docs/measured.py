@@ -24,12 +24,14 @@ def draw(docs: Path) -> None:
         ("attention", attention_tables, draw_attention),
         ("train", train_table, draw_losses),
         ("trainer", trainer_table, None),
+        ("dynamic", dynamic_table, None),
     ):
         results = RESULTS / f"{name}.json"
         if not results.exists():
             print(f"{results} is not there: run python -m lab {name} --out {RESULTS}")
             continue
         runs = json.loads(results.read_text())
+        runs = runs if "conditions" not in runs else {name: runs}
         text = "\n\n".join(table(run_name, run) for run_name, run in runs.items())
         if picture is not None:
             text += f"\n\n![{name}](images/measured_{name}.png)"
@@ -136,6 +138,20 @@ def trainer_table(name: str, run: dict[str, Any]) -> str:
             f"| {met(each['ratio'] >= run['target'])} |"
             for system, each in list(short["systems"].items())[1:]
         ]
+    return "\n".join(lines)
+
+
+def dynamic_table(_: str, run: dict[str, Any]) -> str:
+    systems = [name for name in run["rows"][0]["layer_seconds"] if name != "auto"]
+    lines = [
+        f"{made_by(run)} Megatron-Core {run['megatron']}.",
+        "",
+        "| batches | mask | " + " | ".join(f"{name} ÷ ours" for name in systems) + " |",
+        "|---|---|" + "---|" * len(systems),
+    ]
+    for row in run["summary"]:
+        figures = " | ".join(f"{row['slower'][name]:.2f}" for name in systems)
+        lines.append(f"| {row['data']} | {row['mask']} | {figures} |")
     return "\n".join(lines)
 
 

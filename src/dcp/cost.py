@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dcp.batch import AttentionSpec
+from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 
 MODEL_WIDTH = 4096  # hidden size of the 8 B models that context parallelism starts with
@@ -34,6 +34,23 @@ def linear_seconds(
     own = spec.num_heads * (spec.head_dim + spec.value_dim) / 2
     width = max(own, MODEL_WIDTH) if model_width is None else model_width
     return tokens * 12 * own * width * 6 / (cluster.linear_flops or cluster.device_flops)
+
+
+def sequence_seconds(
+    batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster, *, model_width: int | None = None
+) -> np.ndarray:
+    """Forward + backward seconds of a layer for each sequence on one device alone: float ``[n]``.
+
+    Where layers have different masks, of the average layer. ``model_width``: see
+    :func:`linear_seconds`.
+    """
+    areas = sum(
+        weight * np.array([mask.area for mask in batch.masks[name]], dtype=float)
+        for name, weight in batch.weights.items()
+    ) / sum(batch.weights.values())
+    attention = attention_seconds(areas, spec, cluster)
+    attention = attention + attention_seconds(areas, spec, cluster, backward=True)
+    return attention + batch.seqlens * linear_seconds(1, spec, cluster, model_width=model_width)
 
 
 def bound_seconds(

@@ -46,12 +46,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", type=Path, metavar="JSON", help="write that run's instructions, for Perfetto"
     )
+    parser.add_argument(
+        "--megatron", action="store_true", help="check Megatron-Core with planned attention instead"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a check")
 
 
 def run(args: argparse.Namespace) -> int:
     """Make every check, a line each; 1 where one failed."""
-    return report(checks(args.num_processes, args.trace), as_json=args.json)
+    made = checks(args.num_processes, args.trace)
+    if args.megatron:
+        from dcp.integrations import megatron_doctor
+
+        made = megatron_doctor.checks(args.num_processes)
+    return report(made, as_json=args.json)
 
 
 def report(made: Iterable[Check], *, as_json: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -15,6 +15,7 @@ OPEN_BATCHES = 8  # how many partly filled batches a document may choose from
 ORDERED_FILL = 0.75  # the least full batch that the "ordered" packing keeps
 DOCUMENT, START, STOP = range(3)
 Piece = tuple[int, int, int]
+Deal = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]  # batches made of an epoch's batches
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,10 @@ class TokenBudgetBatches:
             batches = self._first_fit(pieces)
         for batch in batches:
             yield np.array(batch, dtype=np.int64)
+
+    def units(self, pieces: np.ndarray) -> np.ndarray:
+        """A number for each of (document, start, stop) ``[n, 3]``; those of one come together."""
+        return np.arange(len(pieces))
 
     def _rng(self, *place: int) -> np.random.Generator | None:
         return None if self.seed is None else np.random.default_rng([self.seed, *place])
@@ -224,13 +229,16 @@ class PlacedBatch:
 class BatchesFrom(Iterator[PlacedBatch]):
     """All batches from a place on, epoch after epoch, without end.
 
-    ``num_batches`` counts those of the epoch to which the next one belongs.
+    ``num_batches`` counts those of the epoch to which the next one belongs. ``deal`` makes other
+    batches of an epoch's.
 
     Raises ``ValueError``, when it is made, where there is no such place.
     """
 
-    def __init__(self, batches: TokenBudgetBatches, *, epoch: int, position: int) -> None:
-        self._batches = batches
+    def __init__(
+        self, batches: TokenBudgetBatches, *, epoch: int, position: int, deal: Deal | None = None
+    ) -> None:
+        self._batches, self._deal = batches, deal
         if epoch < 0:
             raise ValueError(f"cannot resume in epoch {epoch}: epochs count from 0")
         self._begin(epoch)
@@ -249,7 +257,10 @@ class BatchesFrom(Iterator[PlacedBatch]):
         return PlacedBatch(epoch, position, pieces, last, self.num_batches)
 
     def _begin(self, epoch: int) -> None:
-        self._epoch, self._position, self._order = epoch, 0, list(self._batches.epoch(epoch))
+        self._epoch, self._position = epoch, 0
+        self._order: Sequence[np.ndarray] = list(self._batches.epoch(epoch))
+        if self._deal is not None:
+            self._order = self._deal(self._order)
         self.num_batches: int = len(self._order)
         if not self._order:
             raise ValueError(

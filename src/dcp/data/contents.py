@@ -10,6 +10,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
+from dcp.cost import sequence_seconds
 from dcp.data.batching import DOCUMENT, START, STOP, PlacedBatch
 from dcp.data.datasets import SampleDataset, Samples
 from dcp.data.exchange import Share
@@ -106,6 +107,12 @@ class Preparation:
         if callable(masks):
             masks = masks(seqlens, Samples(self.dataset, pieces))
         return SequenceBatch(seqlens, masks, weights=self.mask_weights)
+
+    def seconds(self, pieces: np.ndarray) -> np.ndarray:
+        """What a layer takes for each of (document, start, stop) ``[n, 3]`` on one device alone."""
+        width = self.plan_options.get("model_width")
+        batch = self.sequence_batch(pieces)
+        return sequence_seconds(batch, self.spec, self.cluster, model_width=width)
 
     def prepare(self, place: PlacedBatch, cluster: Cluster) -> tuple[Share, bytes]:
         """A batch's share, without plan, and the request for its plan on ``cluster``."""

@@ -62,13 +62,16 @@ class GroupedBatches(TokenBudgetBatches):
         for chosen in groups.epoch(epoch, *window):
             yield np.concatenate([self._members[group] for group in chosen[:, DOCUMENT]])
 
+    def units(self, pieces: np.ndarray) -> np.ndarray:
+        alone = len(self.lengths) + np.arange(len(pieces))
+        group = self.groups[pieces[:, DOCUMENT]]
+        return np.where(group == ALONE, alone, group)
+
     @cached_property
     def _members(self) -> list[np.ndarray]:
         """The pieces of each group, groups in the order of their first document."""
         pieces = np.array(list(self._pieces(None)), dtype=np.int64)
-        group = self.groups[pieces[:, DOCUMENT]]
-        group = np.where(group == ALONE, len(self.lengths) + np.arange(len(group)), group)
-        _, first, number = np.unique(group, return_index=True, return_inverse=True)
+        _, first, number = np.unique(self.units(pieces), return_index=True, return_inverse=True)
         number = np.argsort(np.argsort(first))[number]
         ends = np.cumsum(np.bincount(number))
         return np.split(pieces[np.argsort(number, kind="stable")], ends[:-1])

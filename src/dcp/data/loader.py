@@ -15,6 +15,7 @@ from dcp.data.ahead import LookAhead
 from dcp.data.batching import BatchesFrom, PlacedBatch, TokenBudgetBatches
 from dcp.data.contents import Preparation
 from dcp.data.datasets import SampleDataset, as_dataset
+from dcp.data.dealing import dealing
 from dcp.data.exchange import Exchange, Share
 from dcp.data.groups import batches_of
 from dcp.data.identity import facts_of
@@ -64,6 +65,9 @@ class DCPDataLoader:
             the dataset's ``group_ids``, else the samples' ``group_id``.
         seed: of the order of documents, which differs by epoch; None keeps their own order.
         packing, bucket_window: how batches are filled, see :class:`TokenBudgetBatches`.
+        micro_batches: of an optimiser step. The documents of that many batches are dealt to them so
+            that each takes about as long, see :mod:`dcp.data.dealing`; an epoch's number of batches
+            is a multiple of it.
         stream_window: documents of a stream that are shuffled and packed together, and held.
         mask_weights: layers that use each mask, where ``mask_fn`` names several.
         look_ahead: batches that each planning rank plans before they are asked for.
@@ -108,6 +112,7 @@ class DCPDataLoader:
         seed: int | None = 0,
         packing: str = "first_fit",
         bucket_window: int = 0,
+        micro_batches: int = 1,
         stream_window: int = 1024,
         mask_weights: Mapping[str, float] | None = None,
         look_ahead: int = 4,
@@ -156,6 +161,10 @@ class DCPDataLoader:
             self.dataset, mask_fn, mask_weights, spec, self.cluster, plan_options or {}
         )
         self._batches, self._pool = self._open(planning_pool, num_workers, worker_timeout_seconds)
+        self._order["micro_batches"] = micro_batches
+        self._deal = dealing(
+            micro_batches, tokens_per_batch, self._preparation.seconds, self._batches
+        )
         self._reader = DocumentReader(self.dataset, rank=self._exchange.rank)
         self._ahead = LookAhead(
             self._exchange,
@@ -227,6 +236,11 @@ class DCPDataLoader:
         cluster = self.cluster if self._learning is None else self._learning.cluster
         return self._preparation.prepare(place, cluster)
 
+    def _places(self, epoch: int, position: int) -> BatchesFrom:
+        """The batches of a dataset with an index, from a place on; on planning ranks."""
+        assert self._batches is not None
+        return BatchesFrom(self._batches, epoch=epoch, position=position, deal=self._deal)
+
     @property
     def plans(self) -> bool:
         """Whether this rank is one of those that plan."""
@@ -279,8 +293,7 @@ class DCPDataLoader:
         with self._exchange.together():
             if self._batches is not None:
                 for epoch in range(num_epochs):
-                    places = BatchesFrom(self._batches, epoch=epoch, position=0)
-                    counts[epoch] = places.num_batches
+                    counts[epoch] = self._places(epoch, 0).num_batches
         return [self._exchange.largest(count) for count in counts]
 
     def state_dict(self) -> dict[str, Any]:
@@ -318,7 +331,7 @@ class DCPDataLoader:
             raise ValueError("a batch of a stream cannot be had again: the stream has gone on")
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
-        place = next(BatchesFrom(self._batches, epoch=epoch, position=position))
+        place = next(self._places(epoch, position))
         return self._preparation.sequence_batch(place.pieces)
 
     def close(self) -> None:
@@ -347,9 +360,10 @@ class DCPDataLoader:
         with self._exchange.together():
             if self._stream is not None:
                 self._stream.start(epoch, place)
-                places = self._stream.batches(epoch, position) if self.plans else None
+                if self.plans:
+                    places = self._stream.batches(epoch, position, self._deal)
             elif self._batches is not None:
-                places = indexed = BatchesFrom(self._batches, epoch=epoch, position=position)
+                places = indexed = self._places(epoch, position)
                 num_batches = indexed.num_batches
         self._epoch, self._position = epoch, position
         self._num_batches = self._exchange.largest(num_batches)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from zlib import crc32
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from dcp.data.batching import DOCUMENT, PlacedBatch, TokenBudgetBatches, is_whole
+from dcp.data.batching import DOCUMENT, Deal, PlacedBatch, TokenBudgetBatches, is_whole
 from dcp.data.exchange import Share
 from dcp.data.samples import SampleFormat
 
@@ -121,21 +121,26 @@ class DocumentStream:
                 f"document {window.first} on; it must give the same in the same order"
             )
 
-    def batches(self, epoch: int, position: int) -> Iterator[PlacedBatch]:
-        """Batches from :attr:`place` on, without end; one with an ``error`` where reading fails."""
+    def batches(self, epoch: int, position: int, deal: Deal | None = None) -> Iterator[PlacedBatch]:
+        """Batches from :attr:`place` on, without end; one with an ``error`` where reading fails.
+
+        ``deal`` makes other batches of a window's.
+        """
         taken, document = self.place["taken"], self.place["document"]
         held: PlacedBatch | None = None  # not known to be the last of its epoch, or not
         try:
             while True:
                 window = self.window_of(document)
                 made = TokenBudgetBatches(window.lengths, first=window.first, **self._order)
-                batches = list(made.epoch(window.epoch, window.number))
+                batches: Sequence[np.ndarray] = list(made.epoch(window.epoch, window.number))
+                if deal is not None:
+                    batches = deal(batches)
                 if taken > len(batches):
                     raise ValueError(
                         f"cannot resume behind batch {taken} of {len(batches)} that documents "
                         f"{window.first} to {window.end - 1} make"
                     )
-                for pieces in batches[taken:]:
+                for pieces in islice(batches, taken, None):
                     if held is not None:
                         yield held
                     held = PlacedBatch(window.epoch, position, pieces, False, 0)

@@ -35,6 +35,7 @@ from dcp.integrations.megatron_attention import (
     SLIDING,
     PlannedCoreAttention,
     PlannedSeqParams,
+    planned_core_attention,
     planned_positions,
     planned_spec,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "attention_spec",
     "mean_loss",
     "planned_batches",
+    "planned_core_attention",
     "planned_data",
     "planned_forward_step",
     "planned_positions",
@@ -67,7 +69,8 @@ def planned_data(
 
     Args:
         dataset, options: as for :class:`dcp.DCPDataLoader`; a ``cluster`` has one device per rank
-            of the data-parallel group.
+            of the data-parallel group. With ``micro_batches``, as many as a step has, documents
+            are dealt to them so that the stages of a pipeline take equally long for each.
         mask_fn: None: what the configuration asks for, causal with the window of each layer that
             has one. Where some have, an own function returns masks by name, ``"full"`` and
             ``"sliding"``.
@@ -83,6 +86,8 @@ def planned_data(
             f"{config.window_size}): leave it out, or return masks called {' and '.join(masks)}"
         )
     options = {"mask_weights": weights if len(masks) > 1 else None, **options}
+    width = {"model_width": config.hidden_size}
+    options["plan_options"] = width | dict(options.get("plan_options") or {})
     loader = DCPDataLoader(
         dataset,
         (lambda seqlens, samples: masks) if mask_fn is None else mask_fn,
@@ -98,10 +103,18 @@ def attention_spec(config: Any) -> AttentionSpec:
     """The heads of one layer on one tensor-parallel rank; KV heads fewer than ranks are held by
     several, one each."""
     ranks = config.tensor_model_parallel_size
+    heads = config.num_attention_heads // ranks
+    if config.multi_latent_attention:  # every head has keys and values of its own, of two widths
+        width = config.qk_head_dim + config.qk_pos_emb_head_dim
+        kv_heads, values = heads, config.v_head_dim
+    else:
+        width = values = config.kv_channels
+        kv_heads = max(config.num_query_groups // ranks, 1)
     return AttentionSpec(
-        num_heads=config.num_attention_heads // ranks,
-        num_kv_heads=max(config.num_query_groups // ranks, 1),
-        head_dim=config.kv_channels,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width,
+        value_dim=values,
         dtype=config.params_dtype,
     )
 
@@ -127,6 +140,7 @@ class MicroBatch:
     Attributes:
         tokens, labels, positions: int64 ``[1, rows]``: the rank's tokens, then rows that fill up,
             with token 0, label -100 and position 0. There is at least one row.
+        padding: bool ``[1, rows]``, true for the rows that fill up.
         params: carries the plan.
         local: the loader's own batch.
     """
@@ -134,6 +148,7 @@ class MicroBatch:
     tokens: Tensor
     labels: Tensor
     positions: Tensor
+    padding: Tensor
     params: PlannedSeqParams
     local: LocalBatch
 
@@ -165,7 +180,8 @@ def _micro_batch(batch: LocalBatch, bound: BoundPlan, multiple: int) -> MicroBat
     tokens, positions = (pad(rows, (0, fill)) for rows in (batch.tokens, batch.positions))
     labels = pad(batch.labels, (0, fill), value=_NO_LABEL)
     params = PlannedSeqParams(bound=bound, positions=positions)
-    return MicroBatch(tokens[None], labels[None], positions[None], params, batch)
+    padding = torch.arange(local + fill, device=tokens.device) >= local
+    return MicroBatch(tokens[None], labels[None], positions[None], padding[None], params, batch)
 
 
 # ---------------------------------------------------------------------- the step
@@ -187,6 +203,7 @@ def planned_forward_step(
         None,
         labels=batch.labels.clamp(min=0),
         packed_seq_params=batch.params,
+        padding_mask=batch.padding,
     )
     return losses, partial(_summed_loss, batch.labels)
 
