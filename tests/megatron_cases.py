@@ -104,7 +104,7 @@ def start(*, tensor=1, pipeline=1, virtual=None, expert=1):
     from examples.megatron_on_cpu import run_on_cpu
 
     run_on_cpu()
-    parallel_state.destroy_model_parallel()
+    forget_groups()
     parallel_state.initialize_model_parallel(
         tensor,
         pipeline,
@@ -112,6 +112,17 @@ def start(*, tensor=1, pipeline=1, virtual=None, expert=1):
         expert_model_parallel_size=expert,
         expert_tensor_parallel_size=tensor if expert == 1 else 1,
     )
+
+
+def forget_groups():
+    """Megatron leaves its groups to themselves, dozens a start, and each has threads of its own."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def make_config(kind, *, tensor=1, pipeline=1, virtual=None, expert=1, **others):
@@ -395,9 +406,7 @@ def train_alone(kind, steps):
 
 def run_example(words):
     """What the example prints on this rank."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    forget_groups()
     return run_script(str(Path(__file__).parents[1] / "examples" / "megatron_gpt.py"), words)
 
 
