@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp import layer
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import check_blocks
 from dcp.checks import TooMany, number, positive, whole
@@ -22,6 +23,7 @@ from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.events import play
 from dcp.placement import (
+    Goal,
     Placement,
     Strategy,
     StrategyError,
@@ -29,7 +31,6 @@ from dcp.placement import (
     strategies,
     strategies_for_many,
 )
-from dcp.placement.improve import TOLERANCE
 from dcp.plans import Plan
 from dcp.schedule import MOST_DIVISIONS
 
@@ -74,7 +75,7 @@ class Planner:
         strategy: str = "auto",
         block_size: int | str = "auto",
         num_divisions: int | None = None,
-        tolerance: float = TOLERANCE,
+        tolerance: float | None = None,
         seed: int = 0,
         time_budget: float = 0.25,
         model_width: int | None = None,
@@ -90,7 +91,8 @@ class Planner:
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed = strategy, whole("seed", seed, most=MOST_SEED)
         self.time_budget = number("time_budget", time_budget)
-        self.tolerance = positive("tolerance", tolerance)
+        tolerance = None if tolerance is None else positive("tolerance", tolerance)
+        self.goal = Goal(model_width=model_width, tolerance=tolerance)
         self.block_size = _block_size(block_size)
         self.num_divisions = num_divisions
         if num_divisions is not None:
@@ -130,7 +132,7 @@ class Planner:
         if self.strategy != "auto":
             strategy = get_strategy(self.strategy)
             placement = self._place(strategy, batch)
-            return min(self._candidates(strategy, placement), key=_by_layer)
+            return self._timed(min(self._candidates(strategy, placement), key=_by_layer))
         tried: dict[str, float | str] = {}
         best: Plan | None = None
         spent = 0.0
@@ -160,7 +162,15 @@ class Planner:
         if best is None:
             raise StrategyError("; ".join(dict.fromkeys(map(str, tried.values()))))
         best.stats.notes["candidates"] = tried
-        return best
+        return self._timed(best)
+
+    def _timed(self, plan: Plan) -> Plan:
+        """The chosen plan, with all its predicted times."""
+        plan.stats.simulated = plan.simulate().to_json()
+        times = layer.layer_times(plan, self.cluster, model_width=self.model_width)
+        plan.stats.layer_seconds, plan.stats.limit_seconds = times.seconds, times.limit
+        plan.stats.layer_excess = times.excess
+        return plan
 
     def _floor(self, strategy: Strategy, batch: SequenceBatch) -> float:
         """Seconds of a layer that the strategy cannot beat, tokens dealt out evenly."""
@@ -192,7 +202,7 @@ class Planner:
             raise _Skipped(f"cannot be faster than {floor:.2e} s")
 
     def _place(self, strategy: Strategy, batch: SequenceBatch) -> Placement:
-        options = {"tolerance": self.tolerance} if strategy.searching else {}
+        options = {"goal": self.goal} if strategy.searching else {}
         return strategy(
             batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
@@ -205,7 +215,6 @@ class Planner:
             plan = Plan.from_placement(
                 placement, self.cluster, strategy=strategy.name, num_divisions=count
             )
-            plan.stats.simulated = plan.simulate().to_json()
             seconds = plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
             yield plan
             no_better = 0 if seconds < best else no_better + 1
@@ -241,7 +250,7 @@ def plan(
     strategy: str = "auto",
     block_size: int | str = "auto",
     num_divisions: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     seed: int = 0,
     model_width: int | None = None,
 ) -> Plan:
@@ -293,16 +302,8 @@ def _by_layer(plan: Plan) -> float:
 
 
 def layer_seconds(plan: Plan, *, model_width: int | None = None) -> float:
-    """Forward + backward seconds of a transformer layer: what plans are chosen by.
-
-    Attention as simulated, and the linear layers on the rank with most tokens: a plan that hurries
-    attention by heaping tokens on a few ranks would lose there what it gains.
-    """
-    attention = plan.stats.simulated["forward_seconds"] + plan.stats.simulated["backward_seconds"]
-    tokens = float(plan.rank_tokens.max(initial=0))
-    weight = sum(plan.weights.values())
-    linear = linear_seconds(tokens, plan.spec, plan.cluster, model_width=model_width)
-    return attention + weight * linear
+    """Forward + backward seconds of a layer: see :func:`dcp.layer.layer_seconds`."""
+    return layer.layer_seconds(plan, plan.cluster, model_width=model_width)
 
 
 def _expected_seconds(name: str, so_far: Plan) -> float:

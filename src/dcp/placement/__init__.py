@@ -1,7 +1,7 @@
 """Placements: which rank owns each data block and which rank runs each compute block.
 
 A strategy is a function ``(batch, spec, cluster, *, block_size=None) -> Placement``; a searching
-one takes ``seed`` and ``tolerance``, too. The next one is a new file here and a line in
+one takes ``seed`` and ``goal``, too. The next one is a new file here and a line in
 ``_STRATEGIES``. A strategy that cannot serve a case raises :class:`StrategyError` with the reason.
 """
 
@@ -75,6 +75,22 @@ class Placement:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a search is after: a layer of a model that is soon over, on ranks that it fits.
+
+    Attributes:
+        model_width: of the linear layers, as in :func:`dcp.cost.linear_seconds`.
+        tolerance: load that the busiest rank may have beyond the mean, uncharged: more of it buys
+            less volume; None: as much as it pays.
+        token_limit: tokens of the fullest rank over the mean's: memory.
+    """
+
+    model_width: int | None = None
+    tolerance: float | None = None
+    token_limit: float = 1.25
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A named rule that makes placements: one line of the registry below.
@@ -82,7 +98,7 @@ class Strategy:
     Attributes:
         name: what it is asked for by, and its function's name.
         family: the file of this folder that holds it and its like.
-        searching: whether it searches: it then takes ``seed`` and ``tolerance`` and spends the
+        searching: whether it searches: it then takes ``seed`` and ``goal`` and spends the
             planner's time budget. Otherwise it is a fixed rule, cheap to place.
         divisions: how many divisions are worth trying, in this order, where the placement leaves
             that open; the planner stops after two in a row that are no better.

@@ -6,9 +6,10 @@ need a piece on each rank and in each node at hand, the change that any single m
 in constant time. Everything larger (a row of compute blocks, a data block with its row, a swap) is
 a run of single moves, undone where the sum does not pay.
 
-The cost is in seconds of a forward pass: bytes between nodes over all node links, bytes received
-over all device links, and steep charges for ranks beyond their share of compute, tokens or
-received bytes. A piece needed by several ranks of a foreign node crosses the link once.
+The cost is in seconds of a layer, forward and backward: bytes between nodes over all node links,
+bytes received over all device links, and steep charges for ranks beyond their share of load, tokens
+or received bytes. A rank's load is its attention and its linear layers. A piece needed by several
+ranks of a foreign node crosses the link once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 from numba import njit
 
 # rows of State.price
-INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, RECV_CAP, RECV_WEIGHT = range(8)
+INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, LINK_CAP, LINK_WEIGHT = range(8)
+WORK_CAP, WORK_WEIGHT, LINEAR, NEAR, FAR = range(8, 13)
 # kinds of move, as indices of the annealer's mix
 ONE, ROW, COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(7)
 NUM_KINDS = 7
@@ -33,7 +35,7 @@ class State(NamedTuple):
     """
 
     pins: np.ndarray  # [V, 2] query piece, key piece
-    work: np.ndarray  # [V] share of the mean rank's compute
+    work: np.ndarray  # [V] seconds, in mean ranks' loads
     members: np.ndarray  # compute blocks of each piece, one piece after another
     member_start: np.ndarray  # [P + 1]
     piece_block: np.ndarray  # [P]
@@ -47,10 +49,11 @@ class State(NamedTuple):
     owner: np.ndarray  # [B] changes
     count: np.ndarray  # type: ignore[assignment]  # [P, N] compute blocks on each rank that need the piece
     present: np.ndarray  # [P, nodes] ranks of each node that need the piece
-    load: np.ndarray  # [N] compute, in mean ranks
+    load: np.ndarray  # [N] attention and linear layers, in mean ranks' loads
     held: np.ndarray  # [N] tokens, in mean ranks
-    recv: np.ndarray  # [N] bytes received
-    price: np.ndarray  # [8] see the names above
+    link: np.ndarray  # [N] seconds that its bytes, in and out, take on its own links
+    price: np.ndarray  # [13] see the names above; LINEAR: load of a mean rank's tokens; NEAR, FAR:
+    # seconds of a byte on a rank's link inside its node and to others
 
 
 @njit(cache=True)
@@ -83,13 +86,22 @@ def _pin_cost(s: State, piece: int, r: int, sign: int, others: int) -> float:
         return 0.0
     into, out = s.in_bytes[piece], s.out_bytes[piece]
     cost: float = sign * s.price[INTRA] * (into + out)
+    rate = s.price[NEAR]
     if s.node[r] != s.node[owner]:
         cost += sign * s.price[INTER] * (out + (into if others == 0 else 0.0))
-    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
-    cost += _over(s.recv[r], sign * into, cap, weight)
-    if out:
-        cost += _over(s.recv[owner], sign * out, cap, weight)
-    return cost
+        rate = s.price[FAR]
+    cap, weight, change = s.price[LINK_CAP], s.price[LINK_WEIGHT], sign * (into + out) * rate
+    return cost + _over(s.link[r], change, cap, weight) + _over(s.link[owner], change, cap, weight)
+
+
+@njit(cache=True)
+def _carry(s: State, piece: int, r: int, owner: int, sign: int) -> None:
+    """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and rank ``r``."""
+    if r != owner:
+        rate = s.price[NEAR] if s.node[r] == s.node[owner] else s.price[FAR]
+        change = sign * (s.in_bytes[piece] + s.out_bytes[piece]) * rate
+        s.link[r] += change
+        s.link[owner] += change
 
 
 @njit(cache=True)
@@ -98,6 +110,9 @@ def move_cost(s: State, v: int, b: int) -> float:
     a = s.rank[v]
     cost = _over(s.load[a], -s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
     cost += _over(s.load[b], s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cap, weight = s.price[WORK_CAP], s.price[WORK_WEIGHT]
+    cost += _over(s.load[a] - s.price[LINEAR] * s.held[a], -s.work[v], cap, weight)
+    cost += _over(s.load[b] - s.price[LINEAR] * s.held[b], s.work[v], cap, weight)
     for pin in range(2):
         piece = s.pins[v, pin]
         leaves = s.count[piece, a] == 1
@@ -122,14 +137,10 @@ def move(s: State, v: int, b: int) -> None:
         s.count[piece, a] -= 1
         if s.count[piece, a] == 0:
             s.present[piece, s.node[a]] -= 1
-            if a != owner:
-                s.recv[a] -= s.in_bytes[piece]
-                s.recv[owner] -= s.out_bytes[piece]
+            _carry(s, piece, a, owner, -1)
         if s.count[piece, b] == 0:
             s.present[piece, s.node[b]] += 1
-            if b != owner:
-                s.recv[b] += s.in_bytes[piece]
-                s.recv[owner] += s.out_bytes[piece]
+            _carry(s, piece, b, owner, 1)
         s.count[piece, b] += 1
 
 
@@ -142,33 +153,55 @@ def shift_owner(s: State, block: int, b: int) -> float:
     size = s.tokens[block]
     cost: float = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
     cost += _over(s.held[b], size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    linear = size * s.price[LINEAR]
+    cost += _over(s.load[a], -linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cost += _over(s.load[b], linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
     s.held[a] -= size
     s.held[b] += size
+    s.load[a] -= linear
+    s.load[b] += linear
     s.owner[block] = b
     node_a, node_b = s.node[a], s.node[b]
-    recv_a = recv_b = 0.0
+    cap, weight = s.price[LINK_CAP], s.price[LINK_WEIGHT]
     for piece in s.block_pieces[block]:
         into, out = s.in_bytes[piece], s.out_bytes[piece]
-        if s.count[piece, a] > 0:
-            recv_a += into
-        if s.count[piece, b] > 0:
-            recv_b -= into
-        if out:
-            users = 0
-            for n in range(s.present.shape[1]):
-                users += s.present[piece, n]
-            recv_a -= out * (users - (s.count[piece, a] > 0))
-            recv_b += out * (users - (s.count[piece, b] > 0))
+        at_a, at_b = s.count[piece, a] > 0, s.count[piece, b] > 0
+        cost += s.price[INTRA] * (into + out) * (np.int64(at_a) - np.int64(at_b))
         if node_a != node_b:
             there, here = s.present[piece, node_a], s.present[piece, node_b]
             crossing = into * (np.int64(there > 0) - np.int64(here > 0)) + out * (there - here)
             cost += s.price[INTER] * crossing
-    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
-    cost += _over(s.recv[a], recv_a, cap, weight) + _over(s.recv[b], recv_b, cap, weight)
-    s.recv[a] += recv_a
-    s.recv[b] += recv_b
-    cost += s.price[INTRA] * (recv_a + recv_b)
+        if weight > 0.0:
+            cost -= _link_charge(s, piece, a, b, cap, weight)
+        _carry_all(s, piece, a, -1)
+        _carry_all(s, piece, b, 1)
+        if weight > 0.0:
+            cost += _link_charge(s, piece, a, b, cap, weight)
     return cost
+
+
+@njit(cache=True)
+def _link_charge(s: State, piece: int, a: int, b: int, cap: float, weight: float) -> float:
+    """What the links of ``a``, ``b`` and all ranks that need ``piece`` are charged now."""
+    total = 0.0
+    for n in range(s.present.shape[1]):
+        if s.present[piece, n] == 0 and n != s.node[a] and n != s.node[b]:
+            continue
+        for r in range(s.node_start[n], s.node_start[n + 1]):
+            if r == a or r == b or s.count[piece, r] > 0:
+                over = max(0.0, s.link[r] - cap)
+                total += weight * over * over
+    return total
+
+
+@njit(cache=True)
+def _carry_all(s: State, piece: int, owner: int, sign: int) -> None:
+    """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and all who need it."""
+    for n in range(s.present.shape[1]):
+        if s.present[piece, n] > 0:
+            for r in range(s.node_start[n], s.node_start[n + 1]):
+                if s.count[piece, r] > 0:
+                    _carry(s, piece, r, owner, sign)
 
 
 @njit(cache=True)
