@@ -13,7 +13,7 @@ def placement_figures(placement: Placement, cluster: Cluster) -> dict[str, float
     """Balances, bytes and the bound of one forward pass under every mask, weighted and summed.
 
     A query or key part needed by several ranks of a foreign node crosses the link once and is
-    passed on inside; partial outputs travel one by one.
+    passed on inside; their partial outputs are summed there and cross once.
 
     Returns ``compute_balance``, ``token_balance`` (busiest rank over mean, 1 when there is
     nothing), ``inter_node_bytes``, ``intra_node_bytes``, ``max_rank_recv_bytes`` and
@@ -46,7 +46,7 @@ def placement_figures(placement: Placement, cluster: Cluster) -> dict[str, float
             node = cluster.node_of_rank[user]
             crosses = node != cluster.node_of_rank[home]
             first = np.unique(piece * cluster.num_nodes + node, return_index=True)[1]
-            inter += size[first][crosses[first]].sum() * into + size[crosses].sum() * out
+            inter += size[first][crosses[first]].sum() * (into + out)
     return {
         "compute_balance": _balance(load),
         "token_balance": _balance(held),

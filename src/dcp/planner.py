@@ -36,6 +36,7 @@ from dcp.schedule import MOST_DIVISIONS
 
 MOST_SEED = 2**31 - 1  # what the partitioner takes
 MANY_SEQUENCES = 2_000  # beyond which few strategies are tried: whole sequences even out alone
+_TAILS = (False, True)
 WORTH = 1.001  # least gain, of a batch of many sequences, that another strategy is planned for
 MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
 COMPILING = (  # said after so many seconds, where nothing is compiled yet
@@ -211,14 +212,18 @@ class Planner:
         """One strategy's placement with every number of divisions worth trying."""
         fixed = self.num_divisions or placement.num_divisions
         best, no_better = np.inf, 0
+        tails = _TAILS if placement.division is None else (False,)
         for count in (fixed,) if fixed else strategy.divisions:
-            plan = Plan.from_placement(
-                placement, self.cluster, strategy=strategy.name, num_divisions=count
-            )
-            seconds = plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
-            yield plan
-            no_better = 0 if seconds < best else no_better + 1
-            best = min(best, seconds)
+            before = best
+            for tail in tails[: 1 if count < 3 else None]:
+                plan = Plan.from_placement(
+                    placement, self.cluster, strategy=strategy.name, num_divisions=count, tail=tail
+                )
+                seconds = layer_seconds(plan, model_width=self.model_width)
+                plan.stats.layer_seconds = seconds
+                yield plan
+                best = min(best, seconds)
+            no_better = 0 if best < before else no_better + 1
             if no_better == 2 or plan.stats.num_divisions < count:  # or: nothing moves at all
                 return
 

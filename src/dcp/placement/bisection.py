@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numba import njit
+
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
 from dcp.placement import Goal, Placement
 from dcp.placement.construct import construct
-from dcp.placement.improve import DEFAULT, Best, choose_blocks, improve, improve_owners
-from dcp.placement.refine import State
+from dcp.placement.improve import DEFAULT, Best, choose_blocks, finish, improve, improve_owners
+from dcp.placement.refine import FAR, NEAR, State
 from dcp.placement.state import empty_state, recount, to_placement
 
 # compute that a bisection may leave uneven: which suits a batch best is tried
 _FREE = (0.01, 0.02)
 _SLACK = 1.05
+_LINE = True
+_CLEARLY = 3.0  # fewer bytes: keys may be fetched for several rows at once
 _LARGE = 20_000  # compute blocks and pairs of ranks from which one construction has to do
 
 
@@ -36,7 +41,7 @@ def bisection(
         return to_placement(state, blocks)
     _construct(state, blocks, seconds, cluster, seed, goal)
     improve(state, seconds, cluster, seed=seed, goal=goal)
-    return to_placement(state, blocks)
+    return finish(to_placement(state, blocks), cluster, seed=seed, goal=goal)
 
 
 def _construct(
@@ -52,4 +57,51 @@ def _construct(
         recount(state)
         improve_owners(state, seconds, seed=seed, goal=goal)
         best.look()
+    if _LINE:
+        in_a_row(state)
+        recount(state)
+        improve_owners(state, seconds, seed=seed, goal=goal)
+        best.look()
     best.restore()
+
+
+def in_a_row(state: State) -> None:
+    """Give ranks equal runs of tokens, one after the other; uncounted.
+
+    Queries are computed where they are, and their keys fetched, which costs next to nothing where
+    a mask has a short reach; unless it costs less that they visit the owners of their keys.
+    """
+    middle = np.cumsum(state.tokens) - state.tokens / 2
+    state.owner[:] = np.minimum(middle.astype(np.int64), len(state.load) - 1)
+    state.rank[:] = state.owner[state.piece_block[state.pins[:, 0]]]
+    _visit(state)
+
+
+@njit(cache=True)
+def _visit(s: State) -> None:
+    """Run each row of compute blocks at the owners of its keys if fewer bytes move then."""
+    near, far = s.price[NEAR], s.price[FAR]
+    seen = np.full(len(s.load), -1)
+    met = np.full(s.present.shape[1], -1)
+    for piece in range(len(s.piece_block)):
+        if s.out_bytes[piece] == 0.0:
+            continue
+        home = s.owner[s.piece_block[piece]]
+        fetching = visiting = 0.0
+        for i in range(s.member_start[piece], s.member_start[piece + 1]):
+            key = s.pins[s.members[i], 1]
+            r = s.owner[s.piece_block[key]]
+            if r == home:
+                continue
+            inside = s.node[r] == s.node[home]
+            fetching += s.in_bytes[key] * (near if inside else far)
+            if seen[r] != piece:
+                seen[r] = piece
+                first = not inside and met[s.node[r]] != piece
+                met[s.node[r]] = piece
+                size = s.in_bytes[piece] + s.out_bytes[piece]
+                visiting += size * (far if first else near)
+        if _CLEARLY * visiting < fetching:
+            for i in range(s.member_start[piece], s.member_start[piece + 1]):
+                v = s.members[i]
+                s.rank[v] = s.owner[s.piece_block[s.pins[v, 1]]]

@@ -16,7 +16,7 @@ import numpy as np
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
 from dcp.placement import Goal, Placement, StrategyError
-from dcp.placement.improve import DEFAULT, choose_blocks, improve
+from dcp.placement.improve import DEFAULT, choose_blocks, finish, improve
 from dcp.placement.refine import LINEAR, State
 from dcp.placement.state import empty_state, recount, to_placement
 
@@ -53,7 +53,7 @@ def hypergraph(
     _partition(state, cluster, seed, goal.tolerance or _TOLERANCE)
     recount(state)
     improve(state, seconds, cluster, seed=seed, goal=goal)
-    return to_placement(state, blocks)
+    return finish(to_placement(state, blocks), cluster, seed=seed, goal=goal)
 
 
 @cache

@@ -8,10 +8,11 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable, build_blocks, cut_evenly
 from dcp.cluster import Cluster
 from dcp.cost import KERNEL_TILE
-from dcp.placement import Goal, refine
+from dcp.placement import Goal, Placement, refine
 from dcp.placement.balance import balance_load, balance_tokens
+from dcp.placement.level import level
 from dcp.placement.refine import LINEAR, State, anneal
-from dcp.placement.state import recount
+from dcp.placement.state import empty_state, recount, to_placement
 
 _BLOCK = 1.10  # m blocks a rank have at most this share of its tokens, over m
 _UNEVEN = 0.002  # load of the busiest rank beyond the mean that nothing is paid for
@@ -21,8 +22,10 @@ _SKEW = 1.0
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
+_MULTIPLE = 64
+_COMPUTE = {**dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0), "one": 10.0}
 _EVERYTHING = {
-    **dict.fromkeys(("row", "column"), 2.0),
+    **dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0),
     **dict.fromkeys(("owner", "owner_swap", "block", "block_swap"), 0.5),
     "one": 10.0,
 }
@@ -94,8 +97,7 @@ def improve(
     Args:
         seconds: the mean rank's load.
     """
-    members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
-    steps = int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
+    steps = _steps(state)
     random_state = _random_state(seed)
     best = Best(state, seconds, goal=goal)
     best.look()
@@ -110,6 +112,35 @@ def improve(
     balance_load(state, 1 + _free(goal), 20 * len(state.load))
     best.look()
     best.restore()
+
+
+def finish(
+    placement: Placement, cluster: Cluster, *, seed: int = 0, goal: Goal = DEFAULT
+) -> Placement:
+    """Move the blocks' edges until tokens are level, then settle compute anew."""
+    levelled = level(placement, cluster.num_ranks, multiple=_MULTIPLE)
+    if levelled is placement:
+        return placement
+    blocks = levelled.blocks
+    state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
+    state.owner[:], state.rank[:] = levelled.owner, np.concatenate(list(levelled.rank.values()))
+    recount(state)
+    best = Best(state, seconds, goal=goal)
+    best.look()
+    steps, random_state = _steps(state) // 4, _random_state(seed)
+    for steep in (200.0, 600.0):
+        _charge(state, seconds * steep, goal)
+        anneal(state, steps // 2, 0.0, 0.0, _mix(_COMPUTE), random_state)
+        best.look()
+    balance_load(state, 1 + _free(goal), 20 * len(state.load))
+    best.look()
+    best.restore()
+    return to_placement(state, blocks, **placement.notes)
+
+
+def _steps(state: State) -> int:
+    members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
+    return int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
 
 
 def improve_owners(state: State, seconds: float, *, seed: int = 0, goal: Goal = DEFAULT) -> None:

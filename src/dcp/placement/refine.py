@@ -9,7 +9,7 @@ a run of single moves, undone where the sum does not pay.
 The cost is in seconds of a layer, forward and backward: bytes between nodes over all node links,
 bytes received over all device links, and steep charges for ranks beyond their share of load, tokens
 or received bytes. A rank's load is its attention and its linear layers. A piece needed by several
-ranks of a foreign node crosses the link once.
+ranks of a foreign node crosses the link once, and so do their partial results, summed there.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from numba import njit
 INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, LINK_CAP, LINK_WEIGHT = range(8)
 WORK_CAP, WORK_WEIGHT, LINEAR, NEAR, FAR = range(8, 13)
 # kinds of move, as indices of the annealer's mix
-ONE, ROW, COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(7)
-NUM_KINDS = 7
+ONE, ROW, COLUMN, HOME_ROW, HOME_COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(9)
+NUM_KINDS = 9
 
 
 class State(NamedTuple):
@@ -84,24 +84,61 @@ def _pin_cost(s: State, piece: int, r: int, sign: int, others: int) -> float:
     owner = s.owner[s.piece_block[piece]]
     if r == owner:
         return 0.0
-    into, out = s.in_bytes[piece], s.out_bytes[piece]
-    cost: float = sign * s.price[INTRA] * (into + out)
-    rate = s.price[NEAR]
-    if s.node[r] != s.node[owner]:
-        cost += sign * s.price[INTER] * (out + (into if others == 0 else 0.0))
-        rate = s.price[FAR]
-    cap, weight, change = s.price[LINK_CAP], s.price[LINK_WEIGHT], sign * (into + out) * rate
-    return cost + _over(s.link[r], change, cap, weight) + _over(s.link[owner], change, cap, weight)
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    cost: float = sign * s.price[INTRA] * size
+    if s.node[r] != s.node[owner] and others == 0:
+        cost += sign * s.price[INTER] * size
+    cap, weight = s.price[LINK_CAP], s.price[LINK_WEIGHT]
+    if weight > 0.0:
+        at_rank, at_owner, led, at_led = _link_changes(s, piece, r, owner)
+        cost += _over(s.link[r], sign * at_rank, cap, weight)
+        cost += _over(s.link[owner], sign * at_owner, cap, weight)
+        if led >= 0:
+            cost += _over(s.link[led], sign * at_led, cap, weight)
+    return cost
+
+
+@njit(cache=True)
+def _leader(s: State, piece: int, n: int, skip: int) -> int:
+    """The rank of node ``n`` that fetches ``piece`` for all of it but ``skip``; -1: none needs it.
+
+    Its first one from another rank on for each piece, so that none does it all.
+    """
+    first, size = s.node_start[n], s.node_start[n + 1] - s.node_start[n]
+    for i in range(size):
+        r = first + (piece + i) % size
+        if r != skip and s.count[piece, r] > 0:
+            return int(r)
+    return -1
+
+
+@njit(cache=True)
+def _link_changes(s: State, piece: int, r: int, owner: int) -> tuple[float, float, int, float]:
+    """Seconds on the links of ``r``, of the owner and of a third rank if ``r`` needs ``piece``."""
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    near, far = s.price[NEAR] * size, s.price[FAR] * size
+    n = s.node[r]
+    if n == s.node[owner]:
+        return near, near, -1, 0.0
+    led = _leader(s, piece, n, r)
+    if led < 0:
+        return far, far, -1, 0.0
+    nodes = s.node_start[n + 1] - s.node_start[n]
+    start = s.node_start[n] + piece % nodes
+    if (r - start) % nodes < (led - start) % nodes:
+        return far, 0.0, led, near - far
+    return near, 0.0, -1, 0.0
 
 
 @njit(cache=True)
 def _carry(s: State, piece: int, r: int, owner: int, sign: int) -> None:
     """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and rank ``r``."""
     if r != owner:
-        rate = s.price[NEAR] if s.node[r] == s.node[owner] else s.price[FAR]
-        change = sign * (s.in_bytes[piece] + s.out_bytes[piece]) * rate
-        s.link[r] += change
-        s.link[owner] += change
+        at_rank, at_owner, led, at_led = _link_changes(s, piece, r, owner)
+        s.link[r] += sign * at_rank
+        s.link[owner] += sign * at_owner
+        if led >= 0:
+            s.link[led] += sign * at_led
 
 
 @njit(cache=True)
@@ -169,7 +206,7 @@ def shift_owner(s: State, block: int, b: int) -> float:
         cost += s.price[INTRA] * (into + out) * (np.int64(at_a) - np.int64(at_b))
         if node_a != node_b:
             there, here = s.present[piece, node_a], s.present[piece, node_b]
-            crossing = into * (np.int64(there > 0) - np.int64(here > 0)) + out * (there - here)
+            crossing = (into + out) * (np.int64(there > 0) - np.int64(here > 0))
             cost += s.price[INTER] * crossing
         if weight > 0.0:
             cost -= _link_charge(s, piece, a, b, cap, weight)
@@ -197,11 +234,20 @@ def _link_charge(s: State, piece: int, a: int, b: int, cap: float, weight: float
 @njit(cache=True)
 def _carry_all(s: State, piece: int, owner: int, sign: int) -> None:
     """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and all who need it."""
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    near, far = sign * s.price[NEAR] * size, sign * s.price[FAR] * size
     for n in range(s.present.shape[1]):
-        if s.present[piece, n] > 0:
-            for r in range(s.node_start[n], s.node_start[n + 1]):
-                if s.count[piece, r] > 0:
-                    _carry(s, piece, r, owner, sign)
+        if s.present[piece, n] == 0:
+            continue
+        led = -1
+        if n != s.node[owner]:
+            led = _leader(s, piece, n, -1)
+            s.link[owner] += far
+        for r in range(s.node_start[n], s.node_start[n + 1]):
+            if s.count[piece, r] > 0 and r != owner:
+                s.link[r] += far if r == led else near
+                if led < 0:
+                    s.link[owner] += near
 
 
 @njit(cache=True)
@@ -293,6 +339,29 @@ def _try_group(
 
 
 @njit(cache=True)
+def _try_home(
+    s: State, kind: int, v: int, heat: float, seed: np.ndarray, moved: np.ndarray, came: np.ndarray
+) -> float:
+    """Try to run all of a row whose keys the owner of ``v``'s keys has there, or all of a column
+    whose queries the owner of ``v``'s queries has."""
+    line = 0 if kind == HOME_ROW else 1
+    piece, b = s.pins[v, line], s.owner[s.piece_block[s.pins[v, 1 - line]]]
+    cost, num_moved = 0.0, 0
+    for i in range(s.member_start[piece], s.member_start[piece + 1]):
+        w = s.members[i]
+        if s.rank[w] != b and s.owner[s.piece_block[s.pins[w, 1 - line]]] == b:
+            cost += move_cost(s, w, b)
+            moved[num_moved], came[num_moved] = w, s.rank[w]
+            move(s, w, b)
+            num_moved += 1
+    if _accept(cost, heat, seed):
+        return cost
+    for i in range(num_moved - 1, -1, -1):
+        move(s, moved[i], came[i])
+    return 0.0
+
+
+@njit(cache=True)
 def _try_blocks(
     s: State, kind: int, block: int, b: int, heat: float, seed: np.ndarray, moved: np.ndarray
 ) -> float:
@@ -358,6 +427,7 @@ def anneal(
     if len(s.rank) == 0 or len(s.load) < 2:
         return 0.0
     moved = np.empty(len(s.rank), dtype=np.int64)
+    came = np.empty(len(s.rank), dtype=np.int64)
     total = 0.0
     heat, fall = hot, 1.0
     if hot > 0.0 and steps > 64:
@@ -374,6 +444,8 @@ def anneal(
         if kind == ONE:
             if b != s.rank[v]:
                 total += _try_one(s, v, b, heat, random_state)
+        elif kind in (HOME_ROW, HOME_COLUMN):
+            total += _try_home(s, kind, v, heat, random_state, moved, came)
         elif kind >= OWNER or b != s.rank[v]:
             total += _try_group(s, kind, v, b, heat, random_state, moved)
     return total

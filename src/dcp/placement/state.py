@@ -113,13 +113,19 @@ def recount(state: State) -> None:
     home = state.owner[state.piece_block]
     away = used.copy()
     away[np.arange(len(home)), home] = False
-    near = state.node == state.node[home][:, None]
-    seconds = (state.in_bytes + state.out_bytes)[:, None] * np.where(
-        near, state.price[NEAR], state.price[FAR]
-    )
-    seconds *= away
+    lead = np.zeros(used.shape, dtype=bool)
+    pieces = np.arange(len(home))
+    for first, end in zip(state.node_start[:-1], state.node_start[1:], strict=True):
+        turned = first + (pieces[:, None] + np.arange(end - first)) % (end - first)
+        leader = turned[pieces, np.argmax(used[pieces[:, None], turned], axis=1)]
+        foreign = (state.node[home] != state.node[first]) & used[pieces, leader]
+        lead[pieces[foreign], leader[foreign]] = True
+    same = state.node == state.node[home][:, None]
+    size = state.in_bytes + state.out_bytes
+    seconds = away * np.where(lead, state.price[FAR], state.price[NEAR]) * size[:, None]
     state.link[:] = seconds.sum(axis=0)
-    state.link[:] += np.bincount(home, weights=seconds.sum(axis=1), minlength=num_ranks)
+    of_owner = (seconds * (same | lead)).sum(axis=1)
+    state.link[:] += np.bincount(home, weights=of_owner, minlength=num_ranks)
 
 
 def to_placement(state: State, blocks: BlockTable, **notes: object) -> Placement:
