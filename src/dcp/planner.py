@@ -36,13 +36,16 @@ from dcp.schedule import MOST_DIVISIONS
 
 MOST_SEED = 2**31 - 1  # what the partitioner takes
 MANY_SEQUENCES = 2_000  # beyond which few strategies are tried: whole sequences even out alone
-_TAILS = (False, True)
 WORTH = 1.001  # least gain, of a batch of many sequences, that another strategy is planned for
 MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all sequences are skipped
 COMPILING = (  # said after so many seconds, where nothing is compiled yet
     2.0, "dcp: compiling the planner for this machine, once; this takes about half a minute",
 )  # fmt: skip
-PARTITION_SECONDS = (0.1, 2e-4)  # of a hypergraph candidate: fixed, per tile
+SEARCH_SECONDS = {  # of a candidate: fixed, per tile, per pair of ranks
+    "bisection": (0.06, 4e-5, 2e-6),
+    "hypergraph": (0.1, 1e-4, 2e-6),
+}
+MOST_VARIANTS = 16  # of each search
 
 
 class Planner:
@@ -138,26 +141,30 @@ class Planner:
         best: Plan | None = None
         spent = 0.0
         many = len(batch.seqlens) > MANY_SEQUENCES
-        for strategy in strategies_for_many() if many else strategies():
+        for strategy, variant in _in_turn(many):
+            name = f"{strategy.name} {variant}" if variant else strategy.name
             try:
                 if best is not None and many:
                     _need_gain(best)
                 elif best is not None:
-                    spent += _expected_seconds(strategy.name, best)
-                    if strategy.searching and spent > self.time_budget:
-                        raise _Skipped("beyond the time budget")
                     if strategy.searching and best.stats.max_rank_recv_bytes == 0:
                         raise _Skipped("nothing moves already")
                     self._need_chance(self._floor(strategy, batch), best)
                     _need_size(strategy, batch, self.cluster)
-                placement = self._place(strategy, batch)
+                    if strategy.searching:
+                        expected = _expected_seconds(strategy.name, best)
+                        if spent + expected > self.time_budget:
+                            raise _Skipped("beyond the time budget")
+                        spent += expected
+                placement = self._place(strategy, batch, variant)
                 if best is not None:
                     self._need_chance(self._placed_floor(placement), best)
             except (_Skipped, StrategyError, TooMany) as error:
-                tried[strategy.name] = str(error)
+                if not variant:
+                    tried[name] = str(error)
                 continue
             candidate = min(self._candidates(strategy, placement), key=_by_layer)
-            tried[strategy.name] = candidate.stats.layer_seconds
+            tried[name] = candidate.stats.layer_seconds
             if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
                 best = candidate
         if best is None:
@@ -174,36 +181,36 @@ class Planner:
         return plan
 
     def _floor(self, strategy: Strategy, batch: SequenceBatch) -> float:
-        """Seconds of a layer that the strategy cannot beat, tokens dealt out evenly."""
-        tokens = batch.num_tokens / self.cluster.num_ranks
+        """Seconds of a layer that the strategy cannot beat, if it deals tokens out evenly."""
         attention = strategy.floor_seconds(batch, self.spec, self.cluster)
-        weight = sum(batch.weights.values())
-        return attention + weight * self._linear_seconds(tokens)
+        if not strategy.even:  # a rank of much attention may have few tokens
+            return attention
+        tokens = batch.num_tokens / self.cluster.num_ranks
+        return attention + sum(batch.weights.values()) * self._linear_seconds(tokens)
 
     def _linear_seconds(self, tokens: float) -> float:
         return linear_seconds(tokens, self.spec, self.cluster, model_width=self.model_width)
 
     def _placed_floor(self, placement: Placement) -> float:
-        """Seconds of a layer that a placement cannot beat: its busiest compute, its most tokens."""
+        """Seconds of a layer that a placement cannot beat: what its busiest rank has to do."""
         blocks, ranks = placement.blocks, self.cluster.num_ranks
-        tokens = np.bincount(placement.owner, weights=blocks.length, minlength=ranks).max()
-        floor = 0.0
+        tokens = np.bincount(placement.owner, weights=blocks.length, minlength=ranks)
+        load = tokens * (sum(blocks.batch.weights.values()) * self._linear_seconds(1.0))
         for name, weight in blocks.batch.weights.items():
             area = np.repeat(blocks.masks[name].area, blocks.num_head_groups)
-            work = np.bincount(placement.rank[name], weights=area, minlength=ranks).max()
+            work = np.bincount(placement.rank[name], weights=area, minlength=ranks)
             for backward in (False, True):
                 seconds = attention_seconds(work, self.spec, self.cluster, backward=backward)
-                floor += weight * float(seconds) / blocks.num_head_groups
-            floor += weight * self._linear_seconds(float(tokens))
-        return floor
+                load = load + weight * seconds / blocks.num_head_groups
+        return float(load.max())
 
     @staticmethod
     def _need_chance(floor: float, best: Plan) -> None:
         if floor >= best.stats.layer_seconds:
             raise _Skipped(f"cannot be faster than {floor:.2e} s")
 
-    def _place(self, strategy: Strategy, batch: SequenceBatch) -> Placement:
-        options = {"goal": self.goal} if strategy.searching else {}
+    def _place(self, strategy: Strategy, batch: SequenceBatch, variant: int = 0) -> Placement:
+        options = {"goal": replace(self.goal, variant=variant)} if strategy.searching else {}
         return strategy(
             batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
@@ -211,21 +218,27 @@ class Planner:
     def _candidates(self, strategy: Strategy, placement: Placement) -> Iterator[Plan]:
         """One strategy's placement with every number of divisions worth trying."""
         fixed = self.num_divisions or placement.num_divisions
-        best, no_better = np.inf, 0
-        tails = _TAILS if placement.division is None else (False,)
+        best, no_better, at = np.inf, 0, 1
         for count in (fixed,) if fixed else strategy.divisions:
-            before = best
-            for tail in tails[: 1 if count < 3 else None]:
-                plan = Plan.from_placement(
-                    placement, self.cluster, strategy=strategy.name, num_divisions=count, tail=tail
-                )
-                seconds = layer_seconds(plan, model_width=self.model_width)
-                plan.stats.layer_seconds = seconds
-                yield plan
-                best = min(best, seconds)
-            no_better = 0 if best < before else no_better + 1
+            plan = self._scheduled(strategy, placement, count, tail=True)
+            yield plan
+            seconds = plan.stats.layer_seconds
+            no_better = 0 if seconds < best else no_better + 1
+            if seconds < best:
+                best, at = seconds, count
             if no_better == 2 or plan.stats.num_divisions < count:  # or: nothing moves at all
-                return
+                break
+        if at > 2 and placement.division is None:
+            yield self._scheduled(strategy, placement, at, tail=False)
+
+    def _scheduled(
+        self, strategy: Strategy, placement: Placement, count: int, *, tail: bool
+    ) -> Plan:
+        plan = Plan.from_placement(
+            placement, self.cluster, strategy=strategy.name, num_divisions=count, tail=tail
+        )
+        plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
+        return plan
 
 
 class _Skipped(Exception):
@@ -311,12 +324,20 @@ def layer_seconds(plan: Plan, *, model_width: int | None = None) -> float:
     return layer.layer_seconds(plan, plan.cluster, model_width=model_width)
 
 
+def _in_turn(many: bool) -> Iterator[tuple[Strategy, int]]:
+    """What ``auto`` tries, in this order: every strategy once, then searches that go other ways."""
+    once = strategies_for_many() if many else strategies()
+    yield from ((strategy, 0) for strategy in once)
+    if not many:
+        searching = [strategy for strategy in once if strategy.searching]
+        yield from ((s, variant) for variant in range(1, MOST_VARIANTS) for s in searching)
+
+
 def _expected_seconds(name: str, so_far: Plan) -> float:
-    """What one more candidate would cost to plan, by the size of the best one so far."""
-    if name != "hypergraph":
-        return 0.0
-    fixed, per_tile = PARTITION_SECONDS
-    return fixed + per_tile * so_far.stats.num_compute_blocks
+    """What one more search would cost to plan, by the size of the best plan so far."""
+    fixed, per_tile, per_pair = SEARCH_SECONDS[name]
+    pairs = so_far.num_ranks**2
+    return fixed + per_tile * so_far.stats.num_compute_blocks + per_pair * pairs
 
 
 def _canonical(batch: SequenceBatch) -> tuple[np.ndarray, tuple[Any, ...]]:

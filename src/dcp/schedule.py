@@ -28,7 +28,9 @@ from dcp.ragged import starts
 Q, KV, OUT, DKV = range(4)
 
 _NONE = np.zeros(0, dtype=np.int64)
-_QFIRST = False
+_HEAD = 1.0
+_LEVEL = True
+_FIRST = 2.0  # times as dear: little is computed meanwhile
 _NODEWISE = True
 _INSIDE_FIRST = True
 MOST_DIVISIONS = 4096  # every rank takes every step: a table of steps x ranks is kept
@@ -199,31 +201,41 @@ def _choose_divisions(
     own_query = ~q_uses.remote[q_uses.index]
 
     total = np.bincount(rank, weights=area, minlength=num_ranks)
-    remote = np.bincount(rank, weights=np.where(is_local, 0, area), minlength=num_ranks)
-    between = max(count - 1 - tail, 1)  # divisions that hold what needs others
-    share, local = total / count, total - remote
-    remote_share = np.maximum(remote / between, 1e-9)
-    room = np.maximum(share - remote / between, 1e-9)  # what these leave to local blocks
-
-    # what arrives first and fills division 1; then results for others before those of one's own
-    own_query = own_query & _QFIRST
-    sequence = np.lexsort((order, own_query, earliest, ~is_local, rank))
-    middle = _middles(area, rank, sequence, total)
-    later = ~is_local & ((earliest > 1) | (middle - local[rank] >= remote_share[rank]))
-    sequence = np.lexsort((order, own_query, later, ~is_local, rank)) if _QFIRST else np.lexsort((order, ~is_local, rank))
-    middle = _middles(area, rank, sequence, total)
-
-    ahead = 1 + np.maximum(middle - local[rank], 0) // remote_share[rank]
+    local = np.bincount(rank, weights=np.where(is_local, area, 0), minlength=num_ranks)
+    remote, share = total - local, total / count
     if tail:
-        ends = np.minimum(local / 2, share)[rank]
-        spare = 1 + np.maximum(middle - ends, 0) // np.maximum((local[rank] - 2 * ends) / between, 1e-9)
-        spare = np.where(middle < ends, 0, np.where(middle > local[rank] - ends, count - 1, np.minimum(spare, between)))
-        ahead = np.minimum(ahead, between)
-    else:
-        behind = 1 + np.maximum(middle - share[rank], 0) // room[rank]
-        spare = np.where(middle < share[rank], 0, behind)
+        crosses = np.maximum(*(_crossing(uses, node)[uses.index] for uses in (q_uses, kv_uses)))
+        head = np.minimum(local * _HEAD, share)
+        early = np.maximum((total - head) / max(count - 1, 1) , 1e-9)
+        sequence = np.lexsort((order, crosses, ~is_local, rank))
+        middle = _middles(area, rank, sequence, total)
+        # local, what comes from the own node, from other nodes; then the rest of both
+        late = is_local & (middle > head[rank])
+        inside = ~is_local & ~crosses
+        late_inside = inside & (middle - local[rank] > early[rank])
+        phase = np.where(is_local, 0, np.where(inside, 1, 2))
+        phase[late_inside], phase[late] = 3, 4
+        sequence = np.lexsort((order, np.where(phase == 3, own_query, False), phase, rank))
+        middle = _middles(area, rank, sequence, total)
+        head = np.bincount(rank, weights=np.where(phase == 0, area, 0), minlength=num_ranks)
+        rest = np.maximum((total - head) / max(count - 1, 1), 1e-9)
+        division = 1 + np.maximum(middle - head[rank], 0) // rest[rank]
+        division = np.where(phase == 0, 0, np.maximum(division, earliest))
+        return np.minimum(division, count - 1).astype(np.int64)
+    remote_share = np.maximum(remote / max(count - 1, 1), 1e-9)
+    local_share = np.maximum(share - remote / max(count - 1, 1), 1e-9)
+    sequence = np.lexsort((order, ~is_local, rank))  # each rank: local blocks, then by arrival
+    middle = _middles(area, rank, sequence, total)
+    ahead = 1 + np.maximum(middle - local[rank], 0) // remote_share[rank]
+    behind = 1 + np.maximum(middle - share[rank], 0) // local_share[rank]
+    spare = np.where(middle < share[rank], 0, behind)
     division = np.where(is_local, spare, np.maximum(ahead, earliest))
     return np.minimum(division, count - 1).astype(np.int64)
+
+
+def _crossing(uses: Uses, node: np.ndarray) -> np.ndarray:
+    crossing: np.ndarray = node[uses.rank] != node[uses.owner]
+    return crossing
 
 
 def _middles(
@@ -314,8 +326,11 @@ def _transfers(
         (KV, kv_uses, followers[1], placement.kv_route),
         (Q, q_uses, followers[0], placement.q_route),
     )
+    busy = np.zeros((2, count + 1, cluster.num_ranks))
     inputs = [
-        _inputs(buffer, uses, each, cluster, relay) if route is None else _routed(buffer, route)
+        _inputs(buffer, uses, each, cluster, relay, _bytes(placement, buffer), busy)
+        if route is None
+        else _routed(buffer, route)
         for buffer, uses, each, route in sides
     ]
     results = _outputs(OUT, q_uses, cluster, relay)
@@ -337,7 +352,13 @@ def _routed(buffer: int, route: Route) -> Transfers:
 
 
 def _inputs(
-    buffer: int, uses: Uses, followers: np.ndarray, cluster: Cluster, relay: bool
+    buffer: int,
+    uses: Uses,
+    followers: np.ndarray,
+    cluster: Cluster,
+    relay: bool,
+    piece_bytes: np.ndarray,
+    busy: np.ndarray,
 ) -> Transfers:
     """Each remote use is fetched from its owner.
 
@@ -355,6 +376,11 @@ def _inputs(
         of = leaders[np.searchsorted(key[leaders], key[followers])]
         source[followers] = uses.rank[of]
         np.minimum.at(step, of, uses.first[followers] - 1)
+        if _LEVEL:
+            due = leaders[np.lexsort((-piece_bytes[uses.piece[leaders]], step[leaders]))]
+            step[due] = _spread(
+                step[due], uses.owner[due], uses.rank[due], piece_bytes[uses.piece[due]], busy
+            )
         leaders = leaders[np.lexsort((step[leaders], uses.piece[leaders]))]
         when = uses.piece[leaders] * (int(step.max(initial=0)) + 1) + step[leaders]
         before = np.searchsorted(when, when) - 1  # the last one with an earlier step
@@ -363,6 +389,36 @@ def _inputs(
     remote = np.flatnonzero(uses.remote)
     kind = np.full(len(remote), buffer)
     return Transfers(kind, uses.piece[remote], source[remote], uses.rank[remote], step[remote])
+
+
+def _bytes(placement: Placement, buffer: int) -> np.ndarray:
+    """Bytes of every piece of queries or of keys and values."""
+    blocks, spec = placement.blocks, placement.blocks.spec
+    groups, token_bytes = (
+        (blocks.num_kv_groups, spec.kv_token_bytes)
+        if buffer == KV
+        else (blocks.num_head_groups, spec.q_token_bytes)
+    )
+    return np.repeat(blocks.length, groups) * (token_bytes / groups)
+
+
+@njit(cache=True)
+def _spread(
+    due: np.ndarray, source: np.ndarray, target: np.ndarray, size: np.ndarray, busy: np.ndarray
+) -> np.ndarray:
+    """Communication of each transfer, in order of when it is due: the last one, unless the network
+    cards have less to do in one before. ``busy`` ``[out and in, communication, rank]`` grows."""
+    step = due.copy()
+    for i in range(len(due)):
+        best = np.inf
+        for t in range(due[i], 0, -1):
+            load = max(busy[0, t, source[i]], busy[1, t, target[i]]) + size[i]
+            load *= _FIRST if t == 1 else 1.0
+            if load < best - 1e-9:
+                best, step[i] = load, t
+        busy[0, step[i], source[i]] += size[i]
+        busy[1, step[i], target[i]] += size[i]
+    return step
 
 
 def _outputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:

@@ -14,12 +14,10 @@ from dcp.placement.improve import DEFAULT, Best, choose_blocks, finish, improve,
 from dcp.placement.refine import FAR, NEAR, State
 from dcp.placement.state import empty_state, recount, to_placement
 
-# compute that a bisection may leave uneven: which suits a batch best is tried
-_FREE = (0.01, 0.02)
-_SLACK = 1.05
-_LINE = True
+# by variant: compute that a bisection may leave uneven, and tokens of a half over its share
+_VARIANTS = ((0.01, 1.05), (0.03, 1.05), (0.02, 1.1), (0.01, 1.08), (0.04, 1.08))
+_SEEDS = 1000  # apart, of the variants
 _CLEARLY = 3.0  # fewer bytes: keys may be fetched for several rows at once
-_LARGE = 20_000  # compute blocks and pairs of ranks from which one construction has to do
 
 
 def bisection(
@@ -31,34 +29,27 @@ def bisection(
     seed: int = 0,
     goal: Goal = DEFAULT,
 ) -> Placement:
-    """Construct a few placements by bisection, refine the best; ``block_size`` None chooses one.
-
-    Inside one node, where bytes are cheap, equal chunks dealt out by work are one of them.
-    """
+    """Construct a placement by bisection, refine it; ``block_size`` None chooses one."""
     blocks = choose_blocks(batch, spec, cluster, block_size=block_size)
     state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
     if cluster.num_ranks == 1 or not blocks.num_blocks:
         return to_placement(state, blocks)
-    _construct(state, blocks, seconds, cluster, seed, goal)
+    seed += goal.variant * _SEEDS
+    _construct(state, blocks, seconds, seed, goal)
     improve(state, seconds, cluster, seed=seed, goal=goal)
     return finish(to_placement(state, blocks), cluster, seed=seed, goal=goal)
 
 
 def _construct(
-    state: State, blocks: BlockTable, seconds: float, cluster: Cluster, seed: int, goal: Goal
+    state: State, blocks: BlockTable, seconds: float, seed: int, goal: Goal
 ) -> None:
-    """Bring ``state`` to the best of a few bisections: of one, inside a node or where they cost."""
+    """Bring ``state`` to the better of a bisection and of equal runs of tokens."""
     best = Best(state, seconds, goal=goal, lenient=True)
-    one = cluster.num_nodes == 1 or len(state.rank) + cluster.num_ranks**2 > _LARGE
-    slack = _SLACK
-    for index, free in enumerate(_FREE[: 1 if one else None]):
-        number = len(_FREE) * seed + index
-        construct(state, blocks.sequence, seconds=seconds, slack=slack, free=free, seed=number)
-        recount(state)
-        improve_owners(state, seconds, seed=seed, goal=goal)
-        best.look()
-    if _LINE:
-        in_a_row(state)
+    free, slack = _VARIANTS[goal.variant % len(_VARIANTS)]
+    construct(state, blocks.sequence, seconds=seconds, slack=slack, free=free, seed=seed)
+    for start in (None, in_a_row):
+        if start is not None:
+            start(state)
         recount(state)
         improve_owners(state, seconds, seed=seed, goal=goal)
         best.look()

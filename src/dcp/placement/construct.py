@@ -14,10 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from dcp.placement.refine import INTER, INTRA, LINEAR, State
+from dcp.placement.refine import INTER, INTRA, State
 from dcp.ragged import split, starts
 
-_COMBINED = False
 _PACKINGS = 64  # packings drawn in a bisection
 _TRIED = 6  # packings whose best cut is computed exactly
 _STARTS = 12  # first rows of a cut-out window tried
@@ -46,7 +45,8 @@ def construct(
         free: compute that a half may have beyond its share, in shares.
     """
     rng = np.random.default_rng(seed)
-    state = state._replace(work=_loads(state) if _COMBINED else state.work * (len(state.load) / max(state.work.sum(), 1e-12)))
+    mean = state.work.sum() / len(state.load)
+    state = state._replace(work=state.work / max(mean, 1e-12))
     query, key = state.piece_block[state.pins[:, 0]], state.piece_block[state.pins[:, 1]]
     by_query = np.argsort(query * len(state.owner) + key, kind="stable")
     _, counts = np.unique(sequence[query[by_query]], return_counts=True)
@@ -66,15 +66,6 @@ def construct(
         near, far = _split_blocks(state, halves, blocks, room)
         stack.append((middle, high, halves[1], far))
         stack.append((low, middle, halves[0], near))
-
-
-def _loads(state: State) -> np.ndarray:
-    """Of every compute block its work and its part of the linear layers of its queries' tokens."""
-    query = state.piece_block[state.pins[:, 0]]
-    total = np.bincount(query, weights=state.work, minlength=len(state.owner))
-    linear = state.price[LINEAR] * state.tokens / np.maximum(total, 1e-12)
-    loads: np.ndarray = state.work * (1 + linear[query])
-    return loads
 
 
 def _middle(node: np.ndarray, low: int, high: int) -> int:

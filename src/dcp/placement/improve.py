@@ -18,17 +18,19 @@ _BLOCK = 1.10  # m blocks a rank have at most this share of its tokens, over m
 _UNEVEN = 0.002  # load of the busiest rank beyond the mean that nothing is paid for
 _HIDDEN = 0.5  # of a rank's attention, under which its transfers hide
 DEFAULT = Goal()
-_SKEW = 1.0
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
-_MULTIPLE = 64
+_MULTIPLE = 64  # tokens by which edges move: odd lengths cost kernel tiles
 _COMPUTE = {**dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0), "one": 10.0}
 _EVERYTHING = {
     **dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0),
     **dict.fromkeys(("owner", "owner_swap", "block", "block_swap"), 0.5),
     "one": 10.0,
 }
+# by variant: what uneven tokens and attention weigh beside their uneven sum; what a rank whose links
+# are busy for twice the mean pays for a second more
+_WEIGHTS = ((0.3, 4.0), (0.1, 4.0), (1.0, 4.0), (0.3, 15.0), (1.0, 1.0))
 # moves, share of the steps, heat (in scales, see improve), steepness of the charges
 _STAGES = (
     (_OWNERS, 0.05, 0.0, 100.0),
@@ -36,8 +38,6 @@ _STAGES = (
     (_EVERYTHING, 0.3, 3e-4, 200.0),
     (_EVERYTHING, 0.35, 0.0, 600.0),
 )
-# a rank whose links are busy for twice the mean pays this for a second more
-_LINK_FACTOR = 1.0
 
 
 def choose_blocks(
@@ -140,7 +140,7 @@ def finish(
 
 def _steps(state: State) -> int:
     members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
-    return int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
+    return int(np.clip(30 * len(state.rank), 30_000, min(250_000, 2e7 / members)))
 
 
 def improve_owners(state: State, seconds: float, *, seed: int = 0, goal: Goal = DEFAULT) -> None:
@@ -200,13 +200,18 @@ class Best:
 
 
 def _charge(state: State, steep: float, goal: Goal) -> None:
-    """Set what ranks cost beyond their share of load, beyond what tokens fit, and for links that
-    are busier than the mean's and than attention hides."""
-    free = _free(goal) / 2  # a soft charge is overstepped a little
+    """Set what ranks cost beyond their share of load, of tokens and of attention, each in seconds,
+    and for links that are busier than the mean's.
+
+    Load alone would do if ranks did not wait for each other: one with many tokens reaches its
+    attention late, and those that need its keys with it.
+    """
+    free, linear = _free(goal) / 2, state.price[LINEAR]  # a soft charge is overstepped a little
+    skew, links = _WEIGHTS[goal.variant % len(_WEIGHTS)]
     mean = max(float(state.link.mean()), 1e-9)
     state.price[refine.LOAD_CAP : refine.LINEAR] = (
-        1 + free, steep, 1 + free, steep * _SKEW * state.price[LINEAR]**2, mean, _LINK_FACTOR / mean,
-        (1 + free) * (1 - state.price[LINEAR]), steep * _SKEW,
+        1 + free, steep, 1 + free, steep * skew * linear**2, mean, links / mean,
+        (1 + free) * (1 - linear), steep * skew,
     )  # fmt: skip
 
 
