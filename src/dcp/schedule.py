@@ -28,11 +28,7 @@ from dcp.ragged import starts
 Q, KV, OUT, DKV = range(4)
 
 _NONE = np.zeros(0, dtype=np.int64)
-_HEAD = 1.0
-_LEVEL = True
-_FIRST = 2.0  # times as dear: little is computed meanwhile
-_NODEWISE = True
-_INSIDE_FIRST = True
+_FIRST = 2.0  # times as dear is the first communication: little is computed meanwhile
 MOST_DIVISIONS = 4096  # every rank takes every step: a table of steps x ranks is kept
 
 
@@ -112,8 +108,8 @@ def make_schedule(
 ) -> MaskSchedule:
     """Order each rank's compute blocks of one mask in at most ``num_divisions`` divisions.
 
-    With ``tail``, half of what needs nothing from others is kept for the last division, under which
-    the last results for others travel.
+    With ``tail``, what needs other nodes comes early, and what needs none last, so that results do
+    not travel when all else is done.
     """
     blocks, rank = placement.blocks, placement.rank[mask]
     q_piece, kv_piece, area = _compute_blocks(blocks, mask)
@@ -197,43 +193,63 @@ def _choose_divisions(
     ]
     earliest = np.maximum(early[0][q_uses.index], early[1][kv_uses.index])
     order = np.maximum(arrival[0][q_uses.index], arrival[1][kv_uses.index])
-    is_local = earliest == 0
     own_query = ~q_uses.remote[q_uses.index]
 
-    total = np.bincount(rank, weights=area, minlength=num_ranks)
-    local = np.bincount(rank, weights=np.where(is_local, area, 0), minlength=num_ranks)
-    remote, share = total - local, total / count
     if tail:
         crosses = np.maximum(*(_crossing(uses, node)[uses.index] for uses in (q_uses, kv_uses)))
-        head = np.minimum(local * _HEAD, share)
-        early = np.maximum((total - head) / max(count - 1, 1) , 1e-9)
-        sequence = np.lexsort((order, crosses, ~is_local, rank))
-        middle = _middles(area, rank, sequence, total)
-        # local, what comes from the own node, from other nodes; then the rest of both
-        late = is_local & (middle > head[rank])
-        inside = ~is_local & ~crosses
-        late_inside = inside & (middle - local[rank] > early[rank])
-        phase = np.where(is_local, 0, np.where(inside, 1, 2))
-        phase[late_inside], phase[late] = 3, 4
-        sequence = np.lexsort((order, np.where(phase == 3, own_query, False), phase, rank))
-        middle = _middles(area, rank, sequence, total)
-        head = np.bincount(rank, weights=np.where(phase == 0, area, 0), minlength=num_ranks)
-        rest = np.maximum((total - head) / max(count - 1, 1), 1e-9)
-        division = 1 + np.maximum(middle - head[rank], 0) // rest[rank]
-        division = np.where(phase == 0, 0, np.maximum(division, earliest))
-        return np.minimum(division, count - 1).astype(np.int64)
+        return _inside_last(rank, area, earliest, order, crosses, own_query, num_ranks, count)
+    is_local = earliest == 0
+    total = np.bincount(rank, weights=area, minlength=num_ranks)
+    remote = np.bincount(rank, weights=np.where(is_local, 0, area), minlength=num_ranks)
+    share = total / count
     remote_share = np.maximum(remote / max(count - 1, 1), 1e-9)
     local_share = np.maximum(share - remote / max(count - 1, 1), 1e-9)
     sequence = np.lexsort((order, ~is_local, rank))  # each rank: local blocks, then by arrival
     middle = _middles(area, rank, sequence, total)
-    ahead = 1 + np.maximum(middle - local[rank], 0) // remote_share[rank]
+    ahead = 1 + np.maximum(middle - (total - remote)[rank], 0) // remote_share[rank]
     behind = 1 + np.maximum(middle - share[rank], 0) // local_share[rank]
     spare = np.where(middle < share[rank], 0, behind)
     division = np.where(is_local, spare, np.maximum(ahead, earliest))
     return np.minimum(division, count - 1).astype(np.int64)
 
 
+def _inside_last(
+    rank: np.ndarray,
+    area: np.ndarray,
+    earliest: np.ndarray,
+    order: np.ndarray,
+    crosses: np.ndarray,
+    own_query: np.ndarray,
+    num_ranks: int,
+    count: int,
+) -> np.ndarray:
+    """Divisions that end with what has the shortest way, so that few results travel uncovered.
+
+    A share of local blocks comes first, then a share of those that need the own node, then all
+    that need other nodes (``crosses``), then the rest of the own node's, last the rest of the local
+    ones.
+    """
+    is_local = earliest == 0
+    total = np.bincount(rank, weights=area, minlength=num_ranks)
+    local = np.bincount(rank, weights=np.where(is_local, area, 0), minlength=num_ranks)
+    head = np.minimum(local, total / count)
+    after = (total - head) / max(count - 1, 1)
+    middle = _middles(area, rank, np.lexsort((order, crosses, ~is_local, rank)), total)
+    phase = np.where(is_local, 0, np.where(crosses, 2, 1))
+    phase[(phase == 1) & (middle - local[rank] > after[rank])] = 3
+    phase[is_local & (middle > head[rank])] = 4
+
+    sequence = np.lexsort((order, (phase == 3) & own_query, phase, rank))
+    middle = _middles(area, rank, sequence, total)
+    head = np.bincount(rank, weights=np.where(phase == 0, area, 0), minlength=num_ranks)
+    rest = np.maximum((total - head) / max(count - 1, 1), 1e-9)
+    division = np.maximum(1 + np.maximum(middle - head[rank], 0) // rest[rank], earliest)
+    division[phase == 0] = 0
+    return np.minimum(division, count - 1).astype(np.int64)
+
+
 def _crossing(uses: Uses, node: np.ndarray) -> np.ndarray:
+    """Uses of a piece from another node."""
     crossing: np.ndarray = node[uses.rank] != node[uses.owner]
     return crossing
 
@@ -296,14 +312,12 @@ def _follow(key: np.ndarray, rank: np.ndarray, size: np.ndarray, load: np.ndarra
 
 
 def _arrival_order(uses: Uses, earliest: np.ndarray, node: np.ndarray, *, first: int) -> np.ndarray:
-    """Sort key of each use's arrival: relays last, queries first, then ring distance: from the
-    rank, or for what comes from another node, from the node, whose ranks use it together."""
-    num_ranks = len(node)
-    base = np.searchsorted(node, node)
-    here = np.where((node[uses.rank] == node[uses.owner]) | (not _NODEWISE), uses.rank, base[uses.rank])
+    """Sort key of each use's arrival: what the own node has first, relays last, queries first, then
+    by ring distance: from the rank or, for what comes from another node, from the node."""
+    num_ranks, inside = len(node), node[uses.rank] == node[uses.owner]
+    here = np.where(inside, uses.rank, np.searchsorted(node, node)[uses.rank])
     distance = (uses.owner - here) % num_ranks
-    if _INSIDE_FIRST:
-        earliest = 2 * earliest - (node[uses.rank] == node[uses.owner])
+    earliest = 2 * earliest - inside
     widest = max(int(uses.piece.max(initial=0)) + 1, 1)
     key: np.ndarray = ((earliest * 2 + first) * num_ranks + distance) * widest + uses.piece
     return key
@@ -376,11 +390,10 @@ def _inputs(
         of = leaders[np.searchsorted(key[leaders], key[followers])]
         source[followers] = uses.rank[of]
         np.minimum.at(step, of, uses.first[followers] - 1)
-        if _LEVEL:
-            due = leaders[np.lexsort((-piece_bytes[uses.piece[leaders]], step[leaders]))]
-            step[due] = _spread(
-                step[due], uses.owner[due], uses.rank[due], piece_bytes[uses.piece[due]], busy
-            )
+        due = leaders[np.lexsort((-piece_bytes[uses.piece[leaders]], step[leaders]))]
+        step[due] = _spread(
+            step[due], uses.owner[due], uses.rank[due], piece_bytes[uses.piece[due]], busy
+        )
         leaders = leaders[np.lexsort((step[leaders], uses.piece[leaders]))]
         when = uses.piece[leaders] * (int(step.max(initial=0)) + 1) + step[leaders]
         before = np.searchsorted(when, when) - 1  # the last one with an earlier step

@@ -10,7 +10,16 @@ from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
 from dcp.placement import Goal, Placement
 from dcp.placement.construct import construct
-from dcp.placement.improve import DEFAULT, Best, choose_blocks, finish, improve, improve_owners
+from dcp.placement.dispatch import chunks_per_rank, dispatch
+from dcp.placement.improve import (
+    DEFAULT,
+    Best,
+    choose_blocks,
+    estimate,
+    finish,
+    improve,
+    improve_owners,
+)
 from dcp.placement.refine import FAR, NEAR, State
 from dcp.placement.state import empty_state, recount, to_placement
 
@@ -29,20 +38,26 @@ def bisection(
     seed: int = 0,
     goal: Goal = DEFAULT,
 ) -> Placement:
-    """Construct a placement by bisection, refine it; ``block_size`` None chooses one."""
+    """Construct a placement by bisection, refine it; ``block_size`` None chooses one.
+
+    It may start from equal runs of tokens instead or, inside one node, where bytes are cheap, from
+    equal chunks dealt out by work.
+    """
     blocks = choose_blocks(batch, spec, cluster, block_size=block_size)
     state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
     if cluster.num_ranks == 1 or not blocks.num_blocks:
         return to_placement(state, blocks)
     seed += goal.variant * _SEEDS
     _construct(state, blocks, seconds, seed, goal)
+    if cluster.num_nodes == 1 and goal.variant % 2 == 0:
+        chunks, dealt, dealt_seconds = _deal(batch, spec, cluster, block_size, goal)
+        if estimate(dealt, dealt_seconds, goal) < estimate(state, seconds, goal):
+            blocks, state, seconds = chunks, dealt, dealt_seconds
     improve(state, seconds, cluster, seed=seed, goal=goal)
     return finish(to_placement(state, blocks), cluster, seed=seed, goal=goal)
 
 
-def _construct(
-    state: State, blocks: BlockTable, seconds: float, seed: int, goal: Goal
-) -> None:
+def _construct(state: State, blocks: BlockTable, seconds: float, seed: int, goal: Goal) -> None:
     """Bring ``state`` to the better of a bisection and of equal runs of tokens."""
     best = Best(state, seconds, goal=goal, lenient=True)
     free, slack = _VARIANTS[goal.variant % len(_VARIANTS)]
@@ -54,6 +69,23 @@ def _construct(
         improve_owners(state, seconds, seed=seed, goal=goal)
         best.look()
     best.restore()
+
+
+def _deal(
+    batch: SequenceBatch,
+    spec: AttentionSpec,
+    cluster: Cluster,
+    block_size: int | None,
+    goal: Goal,
+) -> tuple[BlockTable, State, float]:
+    """Equal chunks dealt out by work; every owner computes its own queries."""
+    per_rank = chunks_per_rank(batch, cluster.num_ranks, block_size)
+    blocks, owner = dispatch(batch, spec, cluster.num_ranks, per_rank=per_rank)
+    state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
+    state.owner[:] = owner
+    state.rank[:] = owner[state.piece_block[state.pins[:, 0]]]
+    recount(state)
+    return blocks, state, seconds
 
 
 def in_a_row(state: State) -> None:

@@ -13,11 +13,13 @@ from dcp.placement.balance import balance_load, balance_tokens
 from dcp.placement.level import level
 from dcp.placement.refine import LINEAR, State, anneal
 from dcp.placement.state import empty_state, recount, to_placement
+from dcp.ragged import expand, split
 
 _BLOCK = 1.10  # m blocks a rank have at most this share of its tokens, over m
 _UNEVEN = 0.002  # load of the busiest rank beyond the mean that nothing is paid for
 _HIDDEN = 0.5  # of a rank's attention, under which its transfers hide
 DEFAULT = Goal()
+_HEAVY = 2.0
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
@@ -28,8 +30,8 @@ _EVERYTHING = {
     **dict.fromkeys(("owner", "owner_swap", "block", "block_swap"), 0.5),
     "one": 10.0,
 }
-# by variant: what uneven tokens and attention weigh beside their uneven sum; what a rank whose links
-# are busy for twice the mean pays for a second more
+# by variant: what uneven tokens and attention weigh beside their uneven sum; what a rank whose
+# links are busy for twice the mean pays for a second more
 _WEIGHTS = ((0.3, 4.0), (0.1, 4.0), (1.0, 4.0), (0.3, 15.0), (1.0, 1.0))
 # moves, share of the steps, heat (in scales, see improve), steepness of the charges
 _STAGES = (
@@ -74,7 +76,27 @@ def choose_blocks(
         if size == 1 or _fine_enough(blocks, num_ranks):
             break
     assert blocks is not None
-    return blocks
+    return _cut_heavy_rows(blocks, num_ranks)
+
+
+def _cut_heavy_rows(blocks: BlockTable, num_ranks: int) -> BlockTable:
+    """Cut data blocks whose queries have more compute than two ranks' shares (few queries that see
+    every key), down to a kernel's tile, so that several ranks and cards can serve them."""
+    weights = blocks.batch.weights
+    row = np.zeros(blocks.num_blocks)
+    for name, tiles in blocks.masks.items():
+        row += weights[name] * np.bincount(tiles.q, tiles.area, minlength=blocks.num_blocks)
+    share = row * num_ranks / max(row.sum(), 1.0)
+    parts = np.where(share > _HEAVY, np.minimum(share, blocks.length // KERNEL_TILE), 1)
+    if (parts <= 1).all():
+        return blocks
+    of, index = expand(np.maximum(parts, 1).astype(np.int64))
+    size = -(-blocks.length // (KERNEL_TILE * np.maximum(parts, 1).astype(np.int64))) * KERNEL_TILE
+    start, end = (np.minimum(at * size[of], blocks.length[of]) for at in (index, index + 1))
+    keep = end > start
+    counts = np.bincount(blocks.sequence[of][keep], minlength=len(blocks.batch.seqlens))
+    lengths = split((end - start)[keep], counts)
+    return build_blocks(blocks.batch, blocks.spec, block_lengths=lengths)
 
 
 def _num_tiles(blocks: BlockTable) -> int:
@@ -173,7 +195,7 @@ class Best:
 
     def look(self) -> None:
         """Keep the state as it is now if it is the best so far."""
-        score = self._score()
+        score = estimate(self.state, self.seconds, self.goal, lenient=self.lenient)
         if score < self.score:
             self.score = score
             self.rank, self.owner = self.state.rank.copy(), self.state.owner.copy()
@@ -183,20 +205,20 @@ class Best:
         self.state.rank[:], self.state.owner[:] = self.rank, self.owner
         recount(self.state)
 
-    def _score(self) -> float:
-        """Seconds: of the busiest rank with what its links do not hide, a little for all bytes,
-        and a charge for tokens that do not fit and load beyond what is asked for."""
-        state = self.state
-        attention = state.load - state.held * state.price[LINEAR]
-        exposed = np.maximum(state.link - _HIDDEN * self.seconds * attention, 0.0)
-        if self.lenient:
-            bound = self.seconds * (0.75 + 0.25 * state.load.max()) + exposed.mean()
-        else:
-            bound = float((self.seconds * state.load + exposed).max())
-        over = max(state.held.max() - self.goal.token_limit, 0.0)
-        if self.goal.tolerance is not None:
-            over += max(state.load.max() - 1 - self.goal.tolerance, 0.0)
-        return float(bound + state.link.mean() / 2 + 30 * over * self.seconds)
+
+def estimate(state: State, seconds: float, goal: Goal, *, lenient: bool = False) -> float:
+    """About the seconds of a layer: of the busiest rank with what its links do not hide, a little
+    for all bytes, and a charge for tokens that do not fit and load beyond what is asked for."""
+    attention = state.load - state.held * state.price[LINEAR]
+    exposed = np.maximum(state.link - _HIDDEN * seconds * attention, 0.0)
+    if lenient:
+        bound = seconds * (0.75 + 0.25 * state.load.max()) + exposed.mean()
+    else:
+        bound = float((seconds * state.load + exposed).max())
+    over = max(state.held.max() - goal.token_limit, 0.0)
+    if goal.tolerance is not None:
+        over += max(state.load.max() - 1 - goal.tolerance, 0.0)
+    return float(bound + state.link.mean() / 2 + 30 * over * seconds)
 
 
 def _charge(state: State, steep: float, goal: Goal) -> None:

@@ -73,8 +73,10 @@ def _flow(
     while flows < 8 * num_ranks:
         source = -1
         for r in range(num_ranks):
-            if not stuck[r] and held[r] - mean > multiple / 2 and (
-                source < 0 or held[r] > held[source]
+            if (
+                not stuck[r]
+                and held[r] - mean > multiple / 2
+                and (source < 0 or held[r] > held[source])
             ):
                 source = r
         if source < 0:
@@ -90,7 +92,7 @@ def _flow(
             giving = e if away else e + 1
             amount = min(amount, length[giving] - least[giving])
             at = owner[giving]
-        steps = max(int(round(amount / multiple)), 1) * multiple
+        steps = max(int(amount / multiple + 0.5), 1) * multiple
         at = target
         while at != source:
             e, away = _edge(edges, came_by[at])
@@ -142,7 +144,7 @@ def _search(
                     continue
                 came_by[to] = 2 * i + away
                 if mean - held[to] > multiple / 2:
-                    return to
+                    return int(to)
                 queue[last] = to
                 last += 1
     return -1

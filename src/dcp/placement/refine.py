@@ -225,7 +225,7 @@ def _link_charge(s: State, piece: int, a: int, b: int, cap: float, weight: float
         if s.present[piece, n] == 0 and n != s.node[a] and n != s.node[b]:
             continue
         for r in range(s.node_start[n], s.node_start[n + 1]):
-            if r == a or r == b or s.count[piece, r] > 0:
+            if r in (a, b) or s.count[piece, r] > 0:
                 over = max(0.0, s.link[r] - cap)
                 total += weight * over * over
     return total
