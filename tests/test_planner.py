@@ -133,3 +133,23 @@ def test_a_spec_of_one_kv_head_and_head_groups():
         SequenceBatch([300]), AttentionSpec(num_heads=2, num_kv_heads=1, head_dim=8), CLUSTER
     )
     assert made.stats.num_tokens == 300
+
+
+def test_more_time_is_spent_on_more_searches_and_equal_time_on_equal_ones():
+    batch = make_batch(REFERENCE["ldc-131k-1"], "streaming")
+    cluster = Cluster(num_nodes=2, devices_per_node=4)
+    short, again, long = (plan(batch, SPEC, cluster, time_budget=t) for t in (0.0, 0.0, 1.0))
+    assert short == again
+    assert long.stats.layer_seconds <= short.stats.layer_seconds
+    assert "bisection 1" in long.stats.notes["candidates"]
+    assert short.stats.notes["candidates"]["hypergraph"] == "beyond the time budget"
+    assert "bisection 1" not in short.stats.notes["candidates"]
+
+
+def test_ranks_keep_to_their_share_of_tokens():
+    batch = make_batch(REFERENCE["ldc-131k-0"], "causal")
+    cluster = Cluster(num_nodes=2, devices_per_node=4)
+    planner = Planner(SPEC, cluster, strategy="bisection", token_limit=1.02)
+    assert planner.plan(batch).stats.token_balance <= 1.05
+    with pytest.raises(ValueError, match="token_limit must be 1 or more"):
+        Planner(SPEC, cluster, token_limit=0.9)

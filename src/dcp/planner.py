@@ -59,11 +59,13 @@ class Planner:
             planned and the one with the least :func:`layer_seconds` is kept.
         block_size: most tokens of a data block, or ``"auto"``.
         num_divisions: divisions of the schedule, or None: chosen by prediction.
-        tolerance: compute that the planned strategies may leave the busiest rank beyond the mean,
-            0.03 being 3%: more of it buys less volume.
+        tolerance: load (attention and linear layers) that the planned strategies may leave the
+            busiest rank beyond the mean, 0.03 being 3%; None: what pays in seconds.
         seed: the same inputs and seed give the same plan.
         time_budget: seconds on one core that ``"auto"`` may spend on candidates beyond the first;
-            held against an estimate, not a clock, so that plans do not depend on the machine.
+            held against an estimate, not a clock, so that equal budgets give equal plans on any
+            machine. More of it is spent on searches that go other ways.
+        token_limit: tokens of the fullest rank over the mean's that searches keep to: memory.
         model_width: hidden size of the model, for the cost of its linear layers; None: that of an
             8 B model, or the heads' own if they are wider; 0: attention alone decides.
         cache_size: plans remembered, the least recently used are forgotten first.
@@ -82,6 +84,7 @@ class Planner:
         tolerance: float | None = None,
         seed: int = 0,
         time_budget: float = 0.25,
+        token_limit: float = 1.25,
         model_width: int | None = None,
         cache_size: int = 64,
     ) -> None:
@@ -96,12 +99,18 @@ class Planner:
         self.strategy, self.seed = strategy, whole("seed", seed, most=MOST_SEED)
         self.time_budget = number("time_budget", time_budget)
         tolerance = None if tolerance is None else positive("tolerance", tolerance)
-        self.goal = Goal(model_width=model_width, tolerance=tolerance)
+        token_limit = number("token_limit", token_limit)
+        if token_limit < 1:
+            raise ValueError(
+                f"token_limit must be 1 or more, the fullest rank's tokens over the mean's, got "
+                f"{token_limit}"
+            )
         self.block_size = _block_size(block_size)
         self.num_divisions = num_divisions
         if num_divisions is not None:
             self.num_divisions = whole("num_divisions", num_divisions, least=1, most=MOST_DIVISIONS)
         self.model_width = None if model_width is None else whole("model_width", model_width)
+        self.goal = Goal(model_width=self.model_width, tolerance=tolerance, token_limit=token_limit)
         self.cache_size = whole("cache_size", cache_size)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
@@ -270,6 +279,7 @@ def plan(
     num_divisions: int | None = None,
     tolerance: float | None = None,
     seed: int = 0,
+    time_budget: float = 0.25,
     model_width: int | None = None,
 ) -> Plan:
     """Plan one batch: see :class:`Planner`, which also remembers plans."""
@@ -281,6 +291,7 @@ def plan(
         num_divisions=num_divisions,
         tolerance=tolerance,
         seed=seed,
+        time_budget=time_budget,
         model_width=model_width,
     )
     return planner.plan(batch)

@@ -243,8 +243,8 @@ def _inside_last(
     middle = _middles(area, rank, sequence, total)
     head = np.bincount(rank, weights=np.where(phase == 0, area, 0), minlength=num_ranks)
     rest = np.maximum((total - head) / max(count - 1, 1), 1e-9)
-    division = np.maximum(1 + np.maximum(middle - head[rank], 0) // rest[rank], earliest)
-    division[phase == 0] = 0
+    ahead = 1 + np.maximum(middle - head[rank], 0) // rest[rank]
+    division = np.where(phase == 0, 0, np.maximum(ahead, earliest))
     return np.minimum(division, count - 1).astype(np.int64)
 
 

@@ -25,6 +25,7 @@ from dcp.placement.state import empty_state, recount, to_placement
 
 # by variant: compute that a bisection may leave uneven, and tokens of a half over its share
 _VARIANTS = ((0.01, 1.05), (0.03, 1.05), (0.02, 1.1), (0.01, 1.08), (0.04, 1.08))
+_LARGE = 20_000  # compute blocks and pairs of ranks from which one start has to do
 _SEEDS = 1000  # apart, of the variants
 _CLEARLY = 3.0  # fewer bytes: keys may be fetched for several rows at once
 
@@ -62,7 +63,8 @@ def _construct(state: State, blocks: BlockTable, seconds: float, seed: int, goal
     best = Best(state, seconds, goal=goal, lenient=True)
     free, slack = _VARIANTS[goal.variant % len(_VARIANTS)]
     construct(state, blocks.sequence, seconds=seconds, slack=slack, free=free, seed=seed)
-    for start in (None, in_a_row):
+    large = len(state.rank) + len(state.load) ** 2 > _LARGE
+    for start in (None,) if large else (None, in_a_row):
         if start is not None:
             start(state)
         recount(state)
