@@ -19,6 +19,7 @@ from dcp.cost import attention_seconds, linear_seconds
 from dcp.simulate import Timed, Work, pass_work
 
 NUM_LAYERS = 3  # played; what one layer adds hardly changes after the first
+MANY_RANKS = 128  # beyond which one layer is played alone, a little slower than the period
 _BACKWARD = 2 / 3  # of the linear layers' time: two products a weight, where forward has one
 
 
@@ -118,7 +119,8 @@ def _passes(
             part = linear * (_BACKWARD if backward else 1 - _BACKWARD)
             work = pass_work(plan, name, cluster, backward=backward)
             busy += weight * (part + work.compute.sum(axis=0))
-            seconds.append(weight * _period(work, part, 1 if gathers else NUM_LAYERS))
+            layers = 1 if gathers or plan.num_ranks > MANY_RANKS else NUM_LAYERS
+            seconds.append(weight * _period(work, part, layers))
     return seconds, busy
 
 
