@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dcp.cluster import Cluster
-from dcp.cost import bound_seconds
+from dcp.cost import attention_seconds, bound_seconds, linear_seconds
 from dcp.placement import Placement
 
 
@@ -13,11 +13,12 @@ def placement_figures(placement: Placement, cluster: Cluster) -> dict[str, float
     """Balances, bytes and the bound of one forward pass under every mask, weighted and summed.
 
     A query or key part needed by several ranks of a foreign node crosses the link once and is
-    passed on inside; partial outputs travel one by one.
+    passed on inside; their partial outputs are summed there and cross once.
 
-    Returns ``compute_balance``, ``token_balance`` (busiest rank over mean, 1 when there is
-    nothing), ``inter_node_bytes``, ``intra_node_bytes``, ``max_rank_recv_bytes`` and
-    ``bound_seconds`` (see :func:`dcp.cost.bound_seconds`).
+    Returns ``compute_balance``, ``token_balance``, ``load_balance`` (busiest rank over mean, 1 when
+    there is nothing; the load is the seconds of attention and linear layers at full rate),
+    ``inter_node_bytes``, ``intra_node_bytes``, ``max_rank_recv_bytes`` and ``bound_seconds`` (see
+    :func:`dcp.cost.bound_seconds`).
     """
     blocks, owner, num_ranks = placement.blocks, placement.owner, cluster.num_ranks
     spec, groups, kv_groups = blocks.spec, blocks.num_head_groups, blocks.num_kv_groups
@@ -46,8 +47,11 @@ def placement_figures(placement: Placement, cluster: Cluster) -> dict[str, float
             node = cluster.node_of_rank[user]
             crosses = node != cluster.node_of_rank[home]
             first = np.unique(piece * cluster.num_nodes + node, return_index=True)[1]
-            inter += size[first][crosses[first]].sum() * into + size[crosses].sum() * out
+            inter += size[first][crosses[first]].sum() * (into + out)
+    attention = [attention_seconds(load, spec, cluster, backward=b) for b in (False, True)]
+    linear = held * linear_seconds(1.0, spec, cluster) * sum(blocks.batch.weights.values())
     return {
+        "load_balance": _balance(sum(attention) + linear),
         "compute_balance": _balance(load),
         "token_balance": _balance(held),
         "inter_node_bytes": inter,

@@ -12,7 +12,7 @@ from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import build_blocks
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
-from dcp.placement import Placement, StrategyError, get_strategy, hypergraph, strategies
+from dcp.placement import Goal, Placement, StrategyError, get_strategy, hypergraph, strategies
 from dcp.placement.refine import NUM_KINDS, anneal
 from dcp.placement.state import empty_state, recount, to_placement
 from dcp.planner import Planner, plan
@@ -56,8 +56,8 @@ def test_balance_and_bytes_on_a_small_batch(strategy: str, mask: str) -> None:
     placement = get_strategy(strategy)(batch, SPEC, TWO_NODES)
     check(placement, batch, 8)
     figures = placement_figures(placement, TWO_NODES)
-    assert figures["compute_balance"] <= 1.05
-    assert figures["token_balance"] <= 1.20
+    assert figures["load_balance"] <= 1.05
+    assert figures["token_balance"] <= 1.25
     static = placement_figures(get_strategy("zigzag")(batch, SPEC, TWO_NODES), TWO_NODES)
     if strategy == "bisection":
         assert figures["bound_seconds"] < static["bound_seconds"]
@@ -87,7 +87,7 @@ def test_several_masks_share_owners_and_the_weighted_balance(strategy: str) -> N
     )
     placement = get_strategy(strategy)(batch, SPEC, TWO_NODES)
     check(placement, batch, 8)
-    assert placement_figures(placement, TWO_NODES)["compute_balance"] <= 1.05
+    assert placement_figures(placement, TWO_NODES)["load_balance"] <= 1.05
 
 
 NOTHING = AttnMask.from_slices(300, 300, [])
@@ -177,7 +177,8 @@ def test_near_the_optimum_where_it_can_be_enumerated(seqlens: list[int]) -> None
     """No placement as balanced as ours has a bound more than a tenth lower."""
     cluster = Cluster(num_nodes=2, devices_per_node=1, device_flops=2e9, inter_node_bandwidth=1e8)
     batch = SequenceBatch(seqlens)
-    found = get_strategy("bisection")(batch, SPEC, cluster, block_size=16)
+    attention_alone = Goal(model_width=0)
+    found = get_strategy("bisection")(batch, SPEC, cluster, block_size=16, goal=attention_alone)
     ours = placement_figures(found, cluster)
     blocks = found.blocks
     num_tiles = blocks.num_compute_blocks
@@ -229,7 +230,7 @@ def test_every_kind_of_move_costs_what_it_says() -> None:
             assert cost() - before == pytest.approx(change, abs=1e-12)
 
 
-COUNTED = ("count", "present", "load", "held", "recv")
+COUNTED = ("count", "present", "load", "held", "link")
 
 
 def test_figures_by_hand() -> None:
@@ -242,8 +243,8 @@ def test_figures_by_hand() -> None:
     q, kv, out = (
         4 * size for size in (SPEC.q_token_bytes, SPEC.kv_token_bytes, SPEC.out_token_bytes)
     )
-    assert figures["inter_node_bytes"] == q + kv + kv + 2 * out
-    assert figures["intra_node_bytes"] == q
+    assert figures["inter_node_bytes"] == q + kv + kv + out  # the partial outputs are summed
+    assert figures["intra_node_bytes"] == q + out
     assert figures["max_rank_recv_bytes"] == max(q + kv, 2 * out)
     assert figures["compute_balance"] == pytest.approx(16 / 9)
     assert figures["token_balance"] == 2.0
@@ -267,7 +268,7 @@ def test_zigzag_owners_and_divisions(num_ranks: int) -> None:
     assert placement.num_divisions == num_ranks
     assert placement.gradients_travel
     assert len(placement.kv_route.piece) == blocks.num_blocks * (num_ranks - 1)
-    assert placement_figures(placement, cluster)["compute_balance"] <= 1.05
+    assert placement_figures(placement, cluster)["compute_balance"] <= 1.05  # a fixed rule's
 
 
 def test_ring_is_contiguous_and_subdivides() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dcp import layer
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import check_blocks
 from dcp.checks import TooMany, number, positive, whole
@@ -22,6 +23,7 @@ from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.events import play
 from dcp.placement import (
+    Goal,
     Placement,
     Strategy,
     StrategyError,
@@ -29,7 +31,6 @@ from dcp.placement import (
     strategies,
     strategies_for_many,
 )
-from dcp.placement.improve import TOLERANCE
 from dcp.plans import Plan
 from dcp.schedule import MOST_DIVISIONS
 
@@ -40,7 +41,11 @@ MOST_HOPS = 20_000_000  # sequences x ranks² beyond which rules that cut all se
 COMPILING = (  # said after so many seconds, where nothing is compiled yet
     2.0, "dcp: compiling the planner for this machine, once; this takes about half a minute",
 )  # fmt: skip
-PARTITION_SECONDS = (0.1, 2e-4)  # of a hypergraph candidate: fixed, per tile
+SEARCH_SECONDS = {  # of a candidate: fixed, per tile, per pair of ranks
+    "bisection": (0.06, 4e-5, 2e-6),
+    "hypergraph": (0.1, 1e-4, 2e-6),
+}
+MOST_VARIANTS = 16  # of each search
 
 
 class Planner:
@@ -54,11 +59,13 @@ class Planner:
             planned and the one with the least :func:`layer_seconds` is kept.
         block_size: most tokens of a data block, or ``"auto"``.
         num_divisions: divisions of the schedule, or None: chosen by prediction.
-        tolerance: compute that the planned strategies may leave the busiest rank beyond the mean,
-            0.03 being 3%: more of it buys less volume.
+        tolerance: load (attention and linear layers) that the planned strategies may leave the
+            busiest rank beyond the mean, 0.03 being 3%; None: what pays in seconds.
         seed: the same inputs and seed give the same plan.
         time_budget: seconds on one core that ``"auto"`` may spend on candidates beyond the first;
-            held against an estimate, not a clock, so that plans do not depend on the machine.
+            held against an estimate, not a clock, so that equal budgets give equal plans on any
+            machine. More of it is spent on searches that go other ways.
+        token_limit: tokens of the fullest rank over the mean's that searches keep to: memory.
         model_width: hidden size of the model, for the cost of its linear layers; None: that of an
             8 B model, or the heads' own if they are wider; 0: attention alone decides.
         cache_size: plans remembered, the least recently used are forgotten first.
@@ -74,9 +81,10 @@ class Planner:
         strategy: str = "auto",
         block_size: int | str = "auto",
         num_divisions: int | None = None,
-        tolerance: float = TOLERANCE,
+        tolerance: float | None = None,
         seed: int = 0,
         time_budget: float = 0.25,
+        token_limit: float = 1.25,
         model_width: int | None = None,
         cache_size: int = 64,
     ) -> None:
@@ -90,12 +98,19 @@ class Planner:
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed = strategy, whole("seed", seed, most=MOST_SEED)
         self.time_budget = number("time_budget", time_budget)
-        self.tolerance = positive("tolerance", tolerance)
+        tolerance = None if tolerance is None else positive("tolerance", tolerance)
+        token_limit = number("token_limit", token_limit)
+        if token_limit < 1:
+            raise ValueError(
+                f"token_limit must be 1 or more, the fullest rank's tokens over the mean's, got "
+                f"{token_limit}"
+            )
         self.block_size = _block_size(block_size)
         self.num_divisions = num_divisions
         if num_divisions is not None:
             self.num_divisions = whole("num_divisions", num_divisions, least=1, most=MOST_DIVISIONS)
         self.model_width = None if model_width is None else whole("model_width", model_width)
+        self.goal = Goal(model_width=self.model_width, tolerance=tolerance, token_limit=token_limit)
         self.cache_size = whole("cache_size", cache_size)
         self._plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 
@@ -130,69 +145,81 @@ class Planner:
         if self.strategy != "auto":
             strategy = get_strategy(self.strategy)
             placement = self._place(strategy, batch)
-            return min(self._candidates(strategy, placement), key=_by_layer)
+            return self._timed(min(self._candidates(strategy, placement), key=_by_layer))
         tried: dict[str, float | str] = {}
         best: Plan | None = None
         spent = 0.0
         many = len(batch.seqlens) > MANY_SEQUENCES
-        for strategy in strategies_for_many() if many else strategies():
+        for strategy, variant in _in_turn(many):
+            name = f"{strategy.name} {variant}" if variant else strategy.name
             try:
                 if best is not None and many:
                     _need_gain(best)
                 elif best is not None:
-                    spent += _expected_seconds(strategy.name, best)
-                    if strategy.searching and spent > self.time_budget:
-                        raise _Skipped("beyond the time budget")
                     if strategy.searching and best.stats.max_rank_recv_bytes == 0:
                         raise _Skipped("nothing moves already")
                     self._need_chance(self._floor(strategy, batch), best)
                     _need_size(strategy, batch, self.cluster)
-                placement = self._place(strategy, batch)
+                    if strategy.searching:
+                        expected = _expected_seconds(strategy.name, best)
+                        if spent + expected > self.time_budget:
+                            raise _Skipped("beyond the time budget")
+                        spent += expected
+                placement = self._place(strategy, batch, variant)
                 if best is not None:
                     self._need_chance(self._placed_floor(placement), best)
             except (_Skipped, StrategyError, TooMany) as error:
-                tried[strategy.name] = str(error)
+                if not variant:
+                    tried[name] = str(error)
                 continue
             candidate = min(self._candidates(strategy, placement), key=_by_layer)
-            tried[strategy.name] = candidate.stats.layer_seconds
+            tried[name] = candidate.stats.layer_seconds
             if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
                 best = candidate
         if best is None:
             raise StrategyError("; ".join(dict.fromkeys(map(str, tried.values()))))
         best.stats.notes["candidates"] = tried
-        return best
+        return self._timed(best)
+
+    def _timed(self, plan: Plan) -> Plan:
+        """The chosen plan, with all its predicted times."""
+        plan.stats.simulated = plan.simulate().to_json()
+        times = layer.layer_times(plan, self.cluster, model_width=self.model_width)
+        plan.stats.layer_seconds, plan.stats.limit_seconds = times.seconds, times.limit
+        plan.stats.layer_excess = times.excess
+        return plan
 
     def _floor(self, strategy: Strategy, batch: SequenceBatch) -> float:
-        """Seconds of a layer that the strategy cannot beat, tokens dealt out evenly."""
-        tokens = batch.num_tokens / self.cluster.num_ranks
+        """Seconds of a layer that the strategy cannot beat, if it deals tokens out evenly."""
         attention = strategy.floor_seconds(batch, self.spec, self.cluster)
-        weight = sum(batch.weights.values())
-        return attention + weight * self._linear_seconds(tokens)
+        if not strategy.even:  # a rank of much attention may have few tokens
+            return attention
+        tokens = batch.num_tokens / self.cluster.num_ranks
+        return attention + sum(batch.weights.values()) * self._linear_seconds(tokens)
 
     def _linear_seconds(self, tokens: float) -> float:
         return linear_seconds(tokens, self.spec, self.cluster, model_width=self.model_width)
 
     def _placed_floor(self, placement: Placement) -> float:
-        """Seconds of a layer that a placement cannot beat: its busiest compute, its most tokens."""
+        """Seconds of a layer that a placement cannot beat: what its busiest rank has to do."""
         blocks, ranks = placement.blocks, self.cluster.num_ranks
-        tokens = np.bincount(placement.owner, weights=blocks.length, minlength=ranks).max()
-        floor = 0.0
+        tokens = np.bincount(placement.owner, weights=blocks.length, minlength=ranks)
+        load = tokens * (sum(blocks.batch.weights.values()) * self._linear_seconds(1.0))
         for name, weight in blocks.batch.weights.items():
             area = np.repeat(blocks.masks[name].area, blocks.num_head_groups)
-            work = np.bincount(placement.rank[name], weights=area, minlength=ranks).max()
+            work = np.bincount(placement.rank[name], weights=area, minlength=ranks)
             for backward in (False, True):
                 seconds = attention_seconds(work, self.spec, self.cluster, backward=backward)
-                floor += weight * float(seconds) / blocks.num_head_groups
-            floor += weight * self._linear_seconds(float(tokens))
-        return floor
+                load = load + weight * seconds / blocks.num_head_groups
+        return float(load.max())
 
     @staticmethod
     def _need_chance(floor: float, best: Plan) -> None:
         if floor >= best.stats.layer_seconds:
             raise _Skipped(f"cannot be faster than {floor:.2e} s")
 
-    def _place(self, strategy: Strategy, batch: SequenceBatch) -> Placement:
-        options = {"tolerance": self.tolerance} if strategy.searching else {}
+    def _place(self, strategy: Strategy, batch: SequenceBatch, variant: int = 0) -> Placement:
+        options = {"goal": replace(self.goal, variant=variant)} if strategy.searching else {}
         return strategy(
             batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
@@ -200,18 +227,27 @@ class Planner:
     def _candidates(self, strategy: Strategy, placement: Placement) -> Iterator[Plan]:
         """One strategy's placement with every number of divisions worth trying."""
         fixed = self.num_divisions or placement.num_divisions
-        best, no_better = np.inf, 0
+        best, no_better, at = np.inf, 0, 1
         for count in (fixed,) if fixed else strategy.divisions:
-            plan = Plan.from_placement(
-                placement, self.cluster, strategy=strategy.name, num_divisions=count
-            )
-            plan.stats.simulated = plan.simulate().to_json()
-            seconds = plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
+            plan = self._scheduled(strategy, placement, count, tail=True)
             yield plan
+            seconds = plan.stats.layer_seconds
             no_better = 0 if seconds < best else no_better + 1
-            best = min(best, seconds)
+            if seconds < best:
+                best, at = seconds, count
             if no_better == 2 or plan.stats.num_divisions < count:  # or: nothing moves at all
-                return
+                break
+        if at > 2 and placement.division is None:
+            yield self._scheduled(strategy, placement, at, tail=False)
+
+    def _scheduled(
+        self, strategy: Strategy, placement: Placement, count: int, *, tail: bool
+    ) -> Plan:
+        plan = Plan.from_placement(
+            placement, self.cluster, strategy=strategy.name, num_divisions=count, tail=tail
+        )
+        plan.stats.layer_seconds = layer_seconds(plan, model_width=self.model_width)
+        return plan
 
 
 class _Skipped(Exception):
@@ -241,8 +277,9 @@ def plan(
     strategy: str = "auto",
     block_size: int | str = "auto",
     num_divisions: int | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     seed: int = 0,
+    time_budget: float = 0.25,
     model_width: int | None = None,
 ) -> Plan:
     """Plan one batch: see :class:`Planner`, which also remembers plans."""
@@ -254,6 +291,7 @@ def plan(
         num_divisions=num_divisions,
         tolerance=tolerance,
         seed=seed,
+        time_budget=time_budget,
         model_width=model_width,
     )
     return planner.plan(batch)
@@ -293,24 +331,24 @@ def _by_layer(plan: Plan) -> float:
 
 
 def layer_seconds(plan: Plan, *, model_width: int | None = None) -> float:
-    """Forward + backward seconds of a transformer layer: what plans are chosen by.
+    """Forward + backward seconds of a layer: see :func:`dcp.layer.layer_seconds`."""
+    return layer.layer_seconds(plan, plan.cluster, model_width=model_width)
 
-    Attention as simulated, and the linear layers on the rank with most tokens: a plan that hurries
-    attention by heaping tokens on a few ranks would lose there what it gains.
-    """
-    attention = plan.stats.simulated["forward_seconds"] + plan.stats.simulated["backward_seconds"]
-    tokens = float(plan.rank_tokens.max(initial=0))
-    weight = sum(plan.weights.values())
-    linear = linear_seconds(tokens, plan.spec, plan.cluster, model_width=model_width)
-    return attention + weight * linear
+
+def _in_turn(many: bool) -> Iterator[tuple[Strategy, int]]:
+    """What ``auto`` tries, in this order: every strategy once, then searches that go other ways."""
+    once = strategies_for_many() if many else strategies()
+    yield from ((strategy, 0) for strategy in once)
+    if not many:
+        searching = [strategy for strategy in once if strategy.searching]
+        yield from ((s, variant) for variant in range(1, MOST_VARIANTS) for s in searching)
 
 
 def _expected_seconds(name: str, so_far: Plan) -> float:
-    """What one more candidate would cost to plan, by the size of the best one so far."""
-    if name != "hypergraph":
-        return 0.0
-    fixed, per_tile = PARTITION_SECONDS
-    return fixed + per_tile * so_far.stats.num_compute_blocks
+    """What one more search would cost to plan, by the size of the best plan so far."""
+    fixed, per_tile, per_pair = SEARCH_SECONDS[name]
+    pairs = so_far.num_ranks**2
+    return fixed + per_tile * so_far.stats.num_compute_blocks + per_pair * pairs
 
 
 def _canonical(batch: SequenceBatch) -> tuple[np.ndarray, tuple[Any, ...]]:

@@ -79,13 +79,21 @@ class Plan:
 
     @classmethod
     def from_placement(
-        cls, placement: Placement, cluster: Cluster, *, strategy: str, num_divisions: int = 4
+        cls,
+        placement: Placement,
+        cluster: Cluster,
+        *,
+        strategy: str,
+        num_divisions: int = 4,
+        tail: bool = False,
     ) -> Plan:
         """Schedule and compile a placement; ``stats.planning_seconds`` is left to the caller."""
         blocks, batch = placement.blocks, placement.blocks.batch
         masks = {}
         for name in batch.mask_names:
-            schedule = make_schedule(placement, name, cluster, num_divisions=num_divisions)
+            schedule = make_schedule(
+                placement, name, cluster, num_divisions=num_divisions, tail=tail
+            )
             masks[name] = compile_mask(placement, name, schedule, cluster.num_ranks)
         plan = cls(
             seqlens=batch.seqlens,

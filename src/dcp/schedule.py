@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
@@ -26,6 +27,8 @@ from dcp.ragged import starts
 # (backward: dQ); DKV is used by the backward pass alone.
 Q, KV, OUT, DKV = range(4)
 
+_NONE = np.zeros(0, dtype=np.int64)
+_FIRST = 2.0  # times as dear is the first communication: little is computed meanwhile
 MOST_DIVISIONS = 4096  # every rank takes every step: a table of steps x ranks is kept
 
 
@@ -96,14 +99,23 @@ class MaskSchedule:
 
 
 def make_schedule(
-    placement: Placement, mask: str, cluster: Cluster, *, num_divisions: int = 4
+    placement: Placement,
+    mask: str,
+    cluster: Cluster,
+    *,
+    num_divisions: int = 4,
+    tail: bool = False,
 ) -> MaskSchedule:
-    """Order each rank's compute blocks of one mask in at most ``num_divisions`` divisions."""
+    """Order each rank's compute blocks of one mask in at most ``num_divisions`` divisions.
+
+    With ``tail``, what needs other nodes comes early, and what needs none last, so that results do
+    not travel when all else is done.
+    """
     blocks, rank = placement.blocks, placement.rank[mask]
     q_piece, kv_piece, area = _compute_blocks(blocks, mask)
     q_uses = _uses(rank, q_piece, np.repeat(placement.owner, blocks.num_head_groups))
     kv_uses = _uses(rank, kv_piece, np.repeat(placement.owner, blocks.num_kv_groups))
-    relay = False
+    relay, followers = False, (_NONE, _NONE)
     if placement.division is not None:
         assert placement.num_divisions is not None, "fixed divisions need their number"
         division, count = placement.division[mask], placement.num_divisions
@@ -112,9 +124,13 @@ def make_schedule(
         local = not (q_uses.remote.any() or kv_uses.remote.any())
         count = 1 if local else max(2, wanted)
         relay = count > 2 and cluster.num_nodes > 1
-        division = _choose_divisions(rank, area, q_uses, kv_uses, cluster, count, relay)
+        if relay:
+            followers = _followers(placement, q_uses, kv_uses, cluster)
+        division = _choose_divisions(
+            rank, area, q_uses, kv_uses, followers, cluster.node_of_rank, count, tail and count > 2
+        )
     q_uses, kv_uses = _spans(q_uses, division), _spans(kv_uses, division)
-    transfers = _transfers(placement, q_uses, kv_uses, cluster, count, relay)
+    transfers = _transfers(placement, q_uses, kv_uses, followers, cluster, count, relay)
     num_steps = max(count + 1, int(transfers.step.max(initial=0)))
     return MaskSchedule(
         count, num_steps, rank, division, q_piece, kv_piece, area, q_uses, kv_uses, transfers
@@ -157,9 +173,10 @@ def _choose_divisions(
     area: np.ndarray,
     q_uses: Uses,
     kv_uses: Uses,
-    cluster: Cluster,
+    followers: tuple[np.ndarray, np.ndarray],
+    node: np.ndarray,
     count: int,
-    relay: bool,
+    tail: bool,
 ) -> np.ndarray:
     """Divisions of equal compute on each rank, transfers spread evenly over them.
 
@@ -168,21 +185,25 @@ def _choose_divisions(
     remote queries first (their outputs must travel home), then by distance round the ring of
     ranks, so that no owner has to serve every rank at once.
     """
-    early = [_earliest(uses, cluster, relay) for uses in (q_uses, kv_uses)]
+    num_ranks = len(node)
+    early = [_earliest(*each) for each in zip((q_uses, kv_uses), followers, strict=True)]
     arrival = [
-        _arrival_order(uses, earliest, cluster.num_ranks, first=first)
+        _arrival_order(uses, earliest, node, first=first)
         for uses, earliest, first in zip((q_uses, kv_uses), early, (0, 1), strict=True)
     ]
     earliest = np.maximum(early[0][q_uses.index], early[1][kv_uses.index])
     order = np.maximum(arrival[0][q_uses.index], arrival[1][kv_uses.index])
-    is_local = earliest == 0
+    own_query = ~q_uses.remote[q_uses.index]
 
-    total = np.bincount(rank, weights=area, minlength=cluster.num_ranks)
-    remote = np.bincount(rank, weights=np.where(is_local, 0, area), minlength=cluster.num_ranks)
+    if tail:
+        crosses = np.maximum(*(_crossing(uses, node)[uses.index] for uses in (q_uses, kv_uses)))
+        return _inside_last(rank, area, earliest, order, crosses, own_query, num_ranks, count)
+    is_local = earliest == 0
+    total = np.bincount(rank, weights=area, minlength=num_ranks)
+    remote = np.bincount(rank, weights=np.where(is_local, 0, area), minlength=num_ranks)
     share = total / count
     remote_share = np.maximum(remote / max(count - 1, 1), 1e-9)
     local_share = np.maximum(share - remote / max(count - 1, 1), 1e-9)
-
     sequence = np.lexsort((order, ~is_local, rank))  # each rank: local blocks, then by arrival
     middle = _middles(area, rank, sequence, total)
     ahead = 1 + np.maximum(middle - (total - remote)[rank], 0) // remote_share[rank]
@@ -190,6 +211,47 @@ def _choose_divisions(
     spare = np.where(middle < share[rank], 0, behind)
     division = np.where(is_local, spare, np.maximum(ahead, earliest))
     return np.minimum(division, count - 1).astype(np.int64)
+
+
+def _inside_last(
+    rank: np.ndarray,
+    area: np.ndarray,
+    earliest: np.ndarray,
+    order: np.ndarray,
+    crosses: np.ndarray,
+    own_query: np.ndarray,
+    num_ranks: int,
+    count: int,
+) -> np.ndarray:
+    """Divisions that end with what has the shortest way, so that few results travel uncovered.
+
+    A share of local blocks comes first, then a share of those that need the own node, then all
+    that need other nodes (``crosses``), then the rest of the own node's, last the rest of the local
+    ones.
+    """
+    is_local = earliest == 0
+    total = np.bincount(rank, weights=area, minlength=num_ranks)
+    local = np.bincount(rank, weights=np.where(is_local, area, 0), minlength=num_ranks)
+    head = np.minimum(local, total / count)
+    after = (total - head) / max(count - 1, 1)
+    middle = _middles(area, rank, np.lexsort((order, crosses, ~is_local, rank)), total)
+    phase = np.where(is_local, 0, np.where(crosses, 2, 1))
+    phase[(phase == 1) & (middle - local[rank] > after[rank])] = 3
+    phase[is_local & (middle > head[rank])] = 4
+
+    sequence = np.lexsort((order, (phase == 3) & own_query, phase, rank))
+    middle = _middles(area, rank, sequence, total)
+    head = np.bincount(rank, weights=np.where(phase == 0, area, 0), minlength=num_ranks)
+    rest = np.maximum((total - head) / max(count - 1, 1), 1e-9)
+    ahead = 1 + np.maximum(middle - head[rank], 0) // rest[rank]
+    division = np.where(phase == 0, 0, np.maximum(ahead, earliest))
+    return np.minimum(division, count - 1).astype(np.int64)
+
+
+def _crossing(uses: Uses, node: np.ndarray) -> np.ndarray:
+    """Uses of a piece from another node."""
+    crossing: np.ndarray = node[uses.rank] != node[uses.owner]
+    return crossing
 
 
 def _middles(
@@ -202,30 +264,60 @@ def _middles(
     return middle
 
 
-def _earliest(uses: Uses, cluster: Cluster, relay: bool) -> np.ndarray:
+def _earliest(uses: Uses, followers: np.ndarray) -> np.ndarray:
     """First division in which each use can run: 0 local, 1 remote, 2 passed on inside a node."""
     earliest = uses.remote.astype(np.int64)
-    if relay:
-        earliest[_followers(uses, cluster)] = 2
+    earliest[followers] = 2
     return earliest
 
 
-def _followers(uses: Uses, cluster: Cluster) -> np.ndarray:
-    """Uses of a piece from another node that a lower rank of the same node fetches too."""
-    node = cluster.node_of_rank
-    crosses = np.flatnonzero(node[uses.rank] != node[uses.owner])
-    key = uses.piece[crosses] * cluster.num_nodes + node[uses.rank[crosses]]
-    # a different device of the node leads for each piece, so that no one device does it all
-    turn = (uses.rank[crosses] + uses.piece[crosses]) % max(cluster.node_sizes.max(), 1)
-    order = np.lexsort((turn, key))
-    is_follower = np.zeros(len(crosses), dtype=bool)
-    is_follower[order[1:]] = key[order[1:]] == key[order[:-1]]
-    return crosses[is_follower]
+def _followers(
+    placement: Placement, q_uses: Uses, kv_uses: Uses, cluster: Cluster
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of queries and of keys: uses of a piece from another node that a rank of the same node, the
+    leader, fetches for all: the one whose network card has least to fetch so far."""
+    spec, blocks, node = placement.blocks.spec, placement.blocks, cluster.node_of_rank
+    sides = (
+        (q_uses, spec.q_token_bytes, blocks.num_head_groups),
+        (kv_uses, spec.kv_token_bytes, blocks.num_kv_groups),
+    )
+    load, found = np.zeros(cluster.num_ranks), []
+    for uses, token_bytes, groups in sides:
+        crosses = np.flatnonzero(node[uses.rank] != node[uses.owner])
+        key = uses.piece[crosses] * cluster.num_nodes + node[uses.rank[crosses]]
+        size = blocks.length[uses.piece[crosses] // groups] * (token_bytes / groups)
+        several = np.bincount(key)[key]
+        order = np.lexsort((key, -size, several > 1))  # no choice first, then the largest
+        is_follower = np.zeros(len(crosses), dtype=bool)
+        is_follower[order] = _follow(key[order], uses.rank[crosses[order]], size[order], load)
+        found.append(crosses[is_follower])
+    return found[0], found[1]
 
 
-def _arrival_order(uses: Uses, earliest: np.ndarray, num_ranks: int, *, first: int) -> np.ndarray:
-    """Sort key of each use's arrival: relays last, queries first, then ring distance."""
-    distance = (uses.owner - uses.rank) % num_ranks
+@njit(cache=True)
+def _follow(key: np.ndarray, rank: np.ndarray, size: np.ndarray, load: np.ndarray) -> np.ndarray:
+    """Which of the uses in each run of equal ``key`` do not lead; ``load`` grows by what does."""
+    follows = np.ones(len(key), dtype=np.bool_)
+    first = 0
+    while first < len(key):
+        end, leader = first + 1, first
+        while end < len(key) and key[end] == key[first]:
+            if load[rank[end]] < load[rank[leader]]:
+                leader = end
+            end += 1
+        follows[leader] = False
+        load[rank[leader]] += size[leader]
+        first = end
+    return follows
+
+
+def _arrival_order(uses: Uses, earliest: np.ndarray, node: np.ndarray, *, first: int) -> np.ndarray:
+    """Sort key of each use's arrival: what the own node has first, relays last, queries first, then
+    by ring distance: from the rank or, for what comes from another node, from the node."""
+    num_ranks, inside = len(node), node[uses.rank] == node[uses.owner]
+    here = np.where(inside, uses.rank, np.searchsorted(node, node)[uses.rank])
+    distance = (uses.owner - here) % num_ranks
+    earliest = 2 * earliest - inside
     widest = max(int(uses.piece.max(initial=0)) + 1, 1)
     key: np.ndarray = ((earliest * 2 + first) * num_ranks + distance) * widest + uses.piece
     return key
@@ -235,13 +327,25 @@ def _arrival_order(uses: Uses, earliest: np.ndarray, num_ranks: int, *, first: i
 
 
 def _transfers(
-    placement: Placement, q_uses: Uses, kv_uses: Uses, cluster: Cluster, count: int, relay: bool
+    placement: Placement,
+    q_uses: Uses,
+    kv_uses: Uses,
+    followers: tuple[np.ndarray, np.ndarray],
+    cluster: Cluster,
+    count: int,
+    relay: bool,
 ) -> Transfers:
     """Inputs, partial outputs and partial gradients of a mask in ``count`` divisions."""
-    sides = ((KV, kv_uses, placement.kv_route), (Q, q_uses, placement.q_route))
+    sides = (
+        (KV, kv_uses, followers[1], placement.kv_route),
+        (Q, q_uses, followers[0], placement.q_route),
+    )
+    busy = np.zeros((2, count + 1, cluster.num_ranks))
     inputs = [
-        _inputs(buffer, uses, cluster, relay) if route is None else _routed(buffer, route)
-        for buffer, uses, route in sides
+        _inputs(buffer, uses, each, cluster, relay, _bytes(placement, buffer), busy)
+        if route is None
+        else _routed(buffer, route)
+        for buffer, uses, each, route in sides
     ]
     results = _outputs(OUT, q_uses, cluster, relay)
     if placement.results_together:
@@ -261,7 +365,15 @@ def _routed(buffer: int, route: Route) -> Transfers:
     return Transfers(kind, route.piece, route.source, route.target, route.step)
 
 
-def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:
+def _inputs(
+    buffer: int,
+    uses: Uses,
+    followers: np.ndarray,
+    cluster: Cluster,
+    relay: bool,
+    piece_bytes: np.ndarray,
+    busy: np.ndarray,
+) -> Transfers:
     """Each remote use is fetched from its owner.
 
     With ``relay``, one rank of a foreign node leads: it fetches a piece for all of them, from the
@@ -269,7 +381,6 @@ def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers
     """
     source, step = uses.owner.copy(), uses.first.copy()
     if relay:
-        followers = _followers(uses, cluster)
         node = cluster.node_of_rank
         key = uses.piece * cluster.num_nodes + node[uses.rank]
         crosses = node[uses.rank] != node[uses.owner]
@@ -279,6 +390,10 @@ def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers
         of = leaders[np.searchsorted(key[leaders], key[followers])]
         source[followers] = uses.rank[of]
         np.minimum.at(step, of, uses.first[followers] - 1)
+        due = leaders[np.lexsort((-piece_bytes[uses.piece[leaders]], step[leaders]))]
+        step[due] = _spread(
+            step[due], uses.owner[due], uses.rank[due], piece_bytes[uses.piece[due]], busy
+        )
         leaders = leaders[np.lexsort((step[leaders], uses.piece[leaders]))]
         when = uses.piece[leaders] * (int(step.max(initial=0)) + 1) + step[leaders]
         before = np.searchsorted(when, when) - 1  # the last one with an earlier step
@@ -287,6 +402,36 @@ def _inputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers
     remote = np.flatnonzero(uses.remote)
     kind = np.full(len(remote), buffer)
     return Transfers(kind, uses.piece[remote], source[remote], uses.rank[remote], step[remote])
+
+
+def _bytes(placement: Placement, buffer: int) -> np.ndarray:
+    """Bytes of every piece of queries or of keys and values."""
+    blocks, spec = placement.blocks, placement.blocks.spec
+    groups, token_bytes = (
+        (blocks.num_kv_groups, spec.kv_token_bytes)
+        if buffer == KV
+        else (blocks.num_head_groups, spec.q_token_bytes)
+    )
+    return np.repeat(blocks.length, groups) * (token_bytes / groups)
+
+
+@njit(cache=True)
+def _spread(
+    due: np.ndarray, source: np.ndarray, target: np.ndarray, size: np.ndarray, busy: np.ndarray
+) -> np.ndarray:
+    """Communication of each transfer, in order of when it is due: the last one, unless the network
+    cards have less to do in one before. ``busy`` ``[out and in, communication, rank]`` grows."""
+    step = due.copy()
+    for i in range(len(due)):
+        best = np.inf
+        for t in range(due[i], 0, -1):
+            load = max(busy[0, t, source[i]], busy[1, t, target[i]]) + size[i]
+            load *= _FIRST if t == 1 else 1.0
+            if load < best - 1e-9:
+                best, step[i] = load, t
+        busy[0, step[i], source[i]] += size[i]
+        busy[1, step[i], target[i]] += size[i]
+    return step
 
 
 def _outputs(buffer: int, uses: Uses, cluster: Cluster, relay: bool) -> Transfers:

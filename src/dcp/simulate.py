@@ -117,18 +117,42 @@ def simulate(plan: Timed, cluster: Cluster, *, backward: bool = True) -> Timelin
     )
 
 
-def _play_pass(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> PassTimeline:
-    tables, ranks = plan.masks[mask], plan.num_ranks
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What one pass of one mask has to do: seconds of every division, ``[steps, ranks]``, and the
+    flows, each launched in step ``step`` over four links."""
+
+    compute: np.ndarray
+    source: np.ndarray
+    target: np.ndarray
+    step: np.ndarray
+    volume: np.ndarray
+    latency: np.ndarray
+    links: np.ndarray
+    capacity: np.ndarray
+
+    def play(self) -> PassTimeline:
+        """When all of it happens."""
+        (steps, ranks), flows = self.compute.shape, len(self.source)
+        # both ends of a flow, in the numbering of (step, rank), for the ranks' waits
+        begun = self.step * ranks
+        ends = np.concatenate([begun + self.source, begun + self.target])
+        order = np.argsort(ends, kind="stable")
+        rank_start = np.searchsorted(ends[order], np.arange(steps * ranks + 1))
+        return PassTimeline(
+            *play(
+                self.compute, self.source, self.target, self.step, self.volume, self.latency,
+                self.links, self.capacity, order % max(flows, 1), rank_start,
+            )
+        )  # fmt: skip
+
+
+def pass_work(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> Work:
+    """The divisions and flows of one pass, at the rates of ``cluster``."""
     source, target, step, volume = _flows(plan, mask, backward=backward)
     node = cluster.node_of_rank
     crosses = node[source] != node[target]
     latency = np.where(crosses, cluster.inter_node_latency, cluster.intra_node_latency)
-
-    # both ends of a flow, in the numbering of (step, rank), for the ranks' waits
-    ends = np.concatenate([step * ranks + source, step * ranks + target])
-    order = np.argsort(ends, kind="stable")
-    by_rank = order % max(len(source), 1)
-    rank_start = np.searchsorted(ends[order], np.arange(tables.num_steps * ranks + 1))
     links, capacity = _links(source, target, crosses, cluster)
     compute = _compute_seconds(plan, mask, cluster, backward=backward)
     if cluster.pack_bandwidth:  # the rank's own stream packs and unpacks, before and after a flow
@@ -136,9 +160,11 @@ def _play_pass(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> P
         latency = latency + 2 * packing
         for end in (source, target):
             np.add.at(compute, (step, end), packing)
-    return PassTimeline(
-        *play(compute, source, target, step, volume, latency, links, capacity, by_rank, rank_start)
-    )
+    return Work(compute, source, target, step, volume, latency, links, capacity)
+
+
+def _play_pass(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> PassTimeline:
+    return pass_work(plan, mask, cluster, backward=backward).play()
 
 
 def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:

@@ -14,8 +14,12 @@ class Stats:
 
     ``compute_balance`` and ``token_balance`` are max over ranks ÷ mean over ranks. With several
     masks, compute and volume are sums over the masks weighted by the layers that use each.
-    ``max_rank_buffer_bytes``: the fullest rank's buffers in a forward pass; ``layer_seconds``: what
-    plans are chosen by (:func:`dcp.planner.layer_seconds`).
+    ``max_rank_buffer_bytes``: the fullest rank's buffers in a forward pass.
+
+    ``layer_seconds``: forward and backward seconds of a transformer layer, by which plans are
+    chosen; ``limit_seconds``: what no plan can beat, all work at full rate and spread evenly;
+    ``layer_excess``: the rest by cause (``imbalance``, ``kernels``, ``intra_node``, ``inter_node``;
+    see :class:`dcp.layer.LayerTimes`).
     """
 
     strategy: str = ""
@@ -32,6 +36,8 @@ class Stats:
     max_rank_buffer_bytes: int = 0
     num_divisions: int = 1
     layer_seconds: float = 0.0
+    limit_seconds: float = 0.0
+    layer_excess: dict[str, float] = field(default_factory=dict)
     simulated: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """Placements: which rank owns each data block and which rank runs each compute block.
 
 A strategy is a function ``(batch, spec, cluster, *, block_size=None) -> Placement``; a searching
-one takes ``seed`` and ``tolerance``, too. The next one is a new file here and a line in
+one takes ``seed`` and ``goal``, too. The next one is a new file here and a line in
 ``_STRATEGIES``. A strategy that cannot serve a case raises :class:`StrategyError` with the reason.
 """
 
@@ -75,6 +75,24 @@ class Placement:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What a search is after: a layer of a model that is soon over, on ranks that it fits.
+
+    Attributes:
+        model_width: of the linear layers, as in :func:`dcp.cost.linear_seconds`.
+        tolerance: load that the busiest rank may have beyond the mean, uncharged: more of it buys
+            less volume; None: as much as it pays.
+        token_limit: tokens of the fullest rank over the mean's: memory.
+        variant: which of its ways a search goes: each weighs what is uncertain otherwise.
+    """
+
+    model_width: int | None = None
+    tolerance: float | None = None
+    token_limit: float = 1.25
+    variant: int = 0
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A named rule that makes placements: one line of the registry below.
@@ -82,8 +100,9 @@ class Strategy:
     Attributes:
         name: what it is asked for by, and its function's name.
         family: the file of this folder that holds it and its like.
-        searching: whether it searches: it then takes ``seed`` and ``tolerance`` and spends the
+        searching: whether it searches: it then takes ``seed`` and ``goal`` and spends the
             planner's time budget. Otherwise it is a fixed rule, cheap to place.
+        even: whether it deals tokens out evenly, whatever their attention.
         divisions: how many divisions are worth trying, in this order, where the placement leaves
             that open; the planner stops after two in a row that are no better.
     """
@@ -91,6 +110,7 @@ class Strategy:
     name: str
     family: str
     searching: bool = False
+    even: bool = True
     divisions: tuple[int, ...] = (2, 4)
 
     @property
@@ -132,13 +152,13 @@ _MANY = (2, 3, 4, 6, 10, 16, 24)
 # In the order in which "auto" tries them: the searching ones by their cost; then the fixed rules,
 # only where their floor leaves them a chance, so that auto is never worse than any of them.
 _STRATEGIES = (
-    Strategy("bisection", "bisection", searching=True, divisions=_MANY),
-    Strategy("hypergraph", "hypergraph", searching=True, divisions=_MANY),
-    Strategy("data_parallel", "data_parallel"),
-    Strategy("flexible_groups", "groups"),
-    Strategy("groups", "groups"),
-    Strategy("data_centric", "groups"),
-    Strategy("bucketed", "data_parallel"),
+    Strategy("bisection", "bisection", searching=True, even=False, divisions=_MANY),
+    Strategy("hypergraph", "hypergraph", searching=True, even=False, divisions=_MANY),
+    Strategy("data_parallel", "data_parallel", even=False),
+    Strategy("flexible_groups", "groups", even=False),
+    Strategy("groups", "groups", even=False),
+    Strategy("data_centric", "groups", even=False),
+    Strategy("bucketed", "data_parallel", even=False),
     Strategy("zigzag", "ring"),
     Strategy("a2a_p2p", "heads"),
     Strategy("usp", "heads"),

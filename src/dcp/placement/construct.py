@@ -45,6 +45,8 @@ def construct(
         free: compute that a half may have beyond its share, in shares.
     """
     rng = np.random.default_rng(seed)
+    mean = state.work.sum() / len(state.load)
+    state = state._replace(work=state.work / max(mean, 1e-12))
     query, key = state.piece_block[state.pins[:, 0]], state.piece_block[state.pins[:, 1]]
     by_query = np.argsort(query * len(state.owner) + key, kind="stable")
     _, counts = np.unique(sequence[query[by_query]], return_counts=True)

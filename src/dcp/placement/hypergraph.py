@@ -3,7 +3,7 @@
 A net joins a piece (one data block's queries and partial outputs, or its keys and values) with the
 compute blocks that need it, and weighs the bytes that every further rank costs. Mt-KaHyPar cuts
 the vertices over the nodes, then each node's share over its devices. It balances one weight per
-vertex, here compute and tokens added, so the local search has to settle both balances after it.
+vertex: its seconds of a layer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
-from dcp.placement import Placement, StrategyError
-from dcp.placement.improve import TOLERANCE, choose_blocks, improve, settle_owners
-from dcp.placement.refine import State
+from dcp.placement import Goal, Placement, StrategyError
+from dcp.placement.improve import DEFAULT, choose_blocks, finish, improve
+from dcp.placement.refine import LINEAR, State
 from dcp.placement.state import empty_state, recount, to_placement
 
 _SCALE = 10_000  # vertex weight of a rank's share: Mt-KaHyPar counts in integers
-_TOKENS = 0.3  # what a share of tokens weighs beside one of compute
+_TOLERANCE = 0.03  # that the partitioner is given; the local search removes it
 _MAX_TILES = 6_000  # more are made only where tokens need them
 _TOO_MANY = 50_000  # compute blocks that would take a quarter of a minute
 
@@ -33,11 +33,9 @@ def hypergraph(
     *,
     block_size: int | None = None,
     seed: int = 0,
-    tolerance: float = TOLERANCE,
+    goal: Goal = DEFAULT,
 ) -> Placement:
     """Partition the batch's hypergraph, then refine; ``block_size`` None chooses one.
-
-    ``tolerance``: compute that the busiest rank may have beyond the mean.
 
     Raises :class:`StrategyError` where the hypergraph is too large for a partitioner, or there is
     no partitioner.
@@ -49,15 +47,13 @@ def hypergraph(
             f"hypergraph: {blocks.num_compute_blocks} compute blocks are too many to partition in "
             f"seconds (at most {_TOO_MANY}): give a larger block_size or use bisection"
         )
-    state, seconds = empty_state(blocks, cluster)
+    state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
     if cluster.num_ranks == 1 or not blocks.num_blocks:
         return to_placement(state, blocks)
-    _partition(state, cluster, seed, tolerance)
+    _partition(state, cluster, seed, goal.tolerance or _TOLERANCE)
     recount(state)
-    settle_owners(state)
-    recount(state)
-    improve(state, seconds, cluster, seed=seed, tolerance=tolerance)
-    return to_placement(state, blocks)
+    improve(state, seconds, cluster, seed=seed, goal=goal)
+    return finish(to_placement(state, blocks), cluster, seed=seed, goal=goal)
 
 
 @cache
@@ -94,7 +90,7 @@ def _cut(
     parts = len(sizes)
     if parts == 1 or len(vertices) <= 1:
         return np.zeros(len(vertices), dtype=np.int64)
-    share = np.concatenate([state.work, _TOKENS * state.tokens])[vertices]
+    share = np.concatenate([state.work, state.price[LINEAR] * state.tokens])[vertices]
     # every vertex weighs something: the library mistreats weightless ones
     weight = np.maximum(np.rint(share * _SCALE), 1).astype(np.int64)
     nets, net_weight = _nets(state, vertices)

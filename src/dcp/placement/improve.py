@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable, build_blocks, cut_evenly
 from dcp.cluster import Cluster
 from dcp.cost import KERNEL_TILE
-from dcp.placement import refine
+from dcp.placement import Goal, Placement, refine
 from dcp.placement.balance import balance_load, balance_tokens
-from dcp.placement.refine import INTER, INTRA, State, anneal
-from dcp.placement.state import recount
+from dcp.placement.level import level
+from dcp.placement.refine import LINEAR, State, anneal
+from dcp.placement.state import empty_state, recount, to_placement
+from dcp.ragged import expand, split
 
-TOKEN_LIMIT = 1.10  # tokens of the fullest rank over the mean's
-TOLERANCE = 0.03  # compute that a finished placement may leave the busiest rank beyond the mean
+_BLOCK = 1.10  # m blocks a rank have at most this share of its tokens, over m
+_UNEVEN = 0.002  # load of the busiest rank beyond the mean that nothing is paid for
+_HIDDEN = 0.5  # of a rank's attention, under which its transfers hide
+DEFAULT = Goal()
+_HEAVY = 2.0
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
+_MULTIPLE = 64  # tokens by which edges move: odd lengths cost kernel tiles
+_COMPUTE = {**dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0), "one": 10.0}
 _EVERYTHING = {
-    **dict.fromkeys(("row", "column"), 2.0),
+    **dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0),
     **dict.fromkeys(("owner", "owner_swap", "block", "block_swap"), 0.5),
     "one": 10.0,
 }
+# by variant: what uneven tokens and attention weigh beside their uneven sum; what a rank whose
+# links are busy for twice the mean pays for a second more
+_WEIGHTS = ((0.3, 4.0), (0.1, 4.0), (1.0, 4.0), (0.3, 15.0), (1.0, 1.0))
 # moves, share of the steps, heat (in scales, see improve), steepness of the charges
 _STAGES = (
-    (_OWNERS, 0.05, 0.0, 30.0),
-    (_EVERYTHING, 0.3, 3e-3, 30.0),
-    (_EVERYTHING, 0.3, 1e-3, 60.0),
-    (_EVERYTHING, 0.35, 0.0, 200.0),
+    (_OWNERS, 0.05, 0.0, 100.0),
+    (_EVERYTHING, 0.3, 1e-3, 100.0),
+    (_EVERYTHING, 0.3, 3e-4, 200.0),
+    (_EVERYTHING, 0.35, 0.0, 600.0),
 )
-# a receiver at twice the mean pays this for a byte, in times what the busiest one would wait
-_RECV_FACTOR = 3.0
 
 
 def choose_blocks(
@@ -45,7 +52,7 @@ def choose_blocks(
 ) -> BlockTable:
     """Cut the batch so that tokens and compute can be balanced with few blocks.
 
-    With ``m`` blocks a rank of at most ``TOKEN_LIMIT * mean / m`` tokens, and no more than ``m``
+    With ``m`` blocks a rank of at most ``1.1 * mean / m`` tokens, and no more than ``m``
     large blocks per rank in all, dealing the blocks out evenly balances the tokens. The smallest
     such ``m`` is taken whose compute blocks are fine enough, too.
     """
@@ -55,7 +62,7 @@ def choose_blocks(
     mean = batch.num_tokens / num_ranks
     blocks = None
     for per_rank in range(1, _MOST_BLOCKS + 1):
-        size = max(int(TOKEN_LIMIT * mean / per_rank), 1)
+        size = max(int(_BLOCK * mean / per_rank), 1)
         multiple = KERNEL_TILE if size >= 2 * KERNEL_TILE else 1
         size -= size % multiple
         large = np.ceil(batch.seqlens / size)[batch.seqlens > size / 2].sum()
@@ -69,7 +76,27 @@ def choose_blocks(
         if size == 1 or _fine_enough(blocks, num_ranks):
             break
     assert blocks is not None
-    return blocks
+    return _cut_heavy_rows(blocks, num_ranks)
+
+
+def _cut_heavy_rows(blocks: BlockTable, num_ranks: int) -> BlockTable:
+    """Cut data blocks whose queries have more compute than two ranks' shares (few queries that see
+    every key), down to a kernel's tile, so that several ranks and cards can serve them."""
+    weights = blocks.batch.weights
+    row = np.zeros(blocks.num_blocks)
+    for name, tiles in blocks.masks.items():
+        row += weights[name] * np.bincount(tiles.q, tiles.area, minlength=blocks.num_blocks)
+    share = row * num_ranks / max(row.sum(), 1.0)
+    parts = np.where(share > _HEAVY, np.minimum(share, blocks.length // KERNEL_TILE), 1)
+    if (parts <= 1).all():
+        return blocks
+    of, index = expand(np.maximum(parts, 1).astype(np.int64))
+    size = -(-blocks.length // (KERNEL_TILE * np.maximum(parts, 1).astype(np.int64))) * KERNEL_TILE
+    start, end = (np.minimum(at * size[of], blocks.length[of]) for at in (index, index + 1))
+    keep = end > start
+    counts = np.bincount(blocks.sequence[of][keep], minlength=len(blocks.batch.seqlens))
+    lengths = split((end - start)[keep], counts)
+    return build_blocks(blocks.batch, blocks.spec, block_lengths=lengths)
 
 
 def _num_tiles(blocks: BlockTable) -> int:
@@ -84,120 +111,91 @@ def _fine_enough(blocks: BlockTable, num_ranks: int) -> bool:
     return bool(largest * num_ranks <= _FINE * total)
 
 
-def settle_owners(state: State) -> None:
-    """Give each data block to the rank that saves most by it, within ``TOKEN_LIMIT``; uncounted."""
-    into, out = state.in_bytes[:, None], state.out_bytes[:, None]
-    saving = (state.count > 0) * ((into + out) * state.price[INTRA])
-    there = (state.present > 0) * into + state.present * out
-    saving += (there * state.price[INTER])[:, state.node]
-    state.owner[:] = _deal(saving[state.block_pieces].sum(axis=1), state.tokens, TOKEN_LIMIT)
-
-
-@njit(cache=True)
-def _deal(saving: np.ndarray, tokens: np.ndarray, limit: float) -> np.ndarray:
-    """Blocks to ranks, those first that would lose most by their second choice."""
-    num_blocks, num_ranks = saving.shape
-    regret = np.zeros(num_blocks)
-    for b in range(num_blocks):
-        best = second = -1.0
-        for r in range(num_ranks):
-            if saving[b, r] > best:
-                best, second = saving[b, r], best
-            elif saving[b, r] > second:
-                second = saving[b, r]
-        regret[b] = second - best
-    held = np.zeros(num_ranks)
-    owner = np.zeros(num_blocks, dtype=np.int64)
-    for b in np.argsort(regret, kind="mergesort"):
-        choice, emptiest = -1, 0
-        for r in range(num_ranks):
-            if held[r] + tokens[b] <= limit and (choice < 0 or saving[b, r] > saving[b, choice]):
-                choice = r
-            if held[r] < held[emptiest]:
-                emptiest = r
-        owner[b] = choice if choice >= 0 else emptiest
-        held[owner[b]] += tokens[b]
-    return owner
-
-
 def improve(
-    state: State,
-    seconds: float,
-    cluster: Cluster,
-    *,
-    seed: int = 0,
-    tolerance: float = TOLERANCE,
-    token_limit: float = TOKEN_LIMIT,
-    token_price: float = 1.0,
+    state: State, seconds: float, cluster: Cluster, *, seed: int = 0, goal: Goal = DEFAULT
 ) -> None:
     """Refine a counted state: owners first, then compute and owners together, cooling to greedy.
 
     Args:
-        seconds: the mean rank's compute.
-        tolerance: compute of the busiest rank beyond the mean that is not charged for in the end.
-        token_limit: tokens of the fullest rank over the mean's, likewise.
-        token_price: what a share of tokens beyond that costs, over one of compute.
+        seconds: the mean rank's load.
     """
-    members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
-    steps = int(np.clip(60 * len(state.rank), 60_000, min(500_000, 4e7 / members)))
-    scale = max(seconds, _busiest_receiver(state, cluster) / 2)
+    steps = _steps(state)
     random_state = _random_state(seed)
-    limits = (1 + tolerance, token_limit)
-    best = Best(state, seconds, cluster, strictness=30.0, limits=limits, token_price=token_price)
+    best = Best(state, seconds, goal=goal)
     best.look()
     for moves, share, heat, steep in _STAGES:
-        # a soft charge is overstepped a little: compute is charged from half the tolerance on
-        caps = (1 + tolerance / 2, token_limit)
-        _charge(state, scale * steep, cluster, caps, token_price)
-        hot = heat * scale
+        _charge(state, seconds * steep, goal)
+        hot = heat * seconds
         anneal(state, int(steps * share), hot, 0.3 * hot, _mix(moves), random_state)
         best.look()
     best.restore()
-    balance_tokens(state, token_limit, 4 * len(state.held))
+    balance_tokens(state, goal.token_limit, 4 * len(state.held))
     best.look()
-    balance_load(state, 1 + tolerance, 20 * len(state.load))
+    balance_load(state, 1 + _free(goal), 20 * len(state.load))
     best.look()
     best.restore()
 
 
-def improve_owners(state: State, seconds: float, cluster: Cluster, *, seed: int = 0) -> None:
+def finish(
+    placement: Placement, cluster: Cluster, *, seed: int = 0, goal: Goal = DEFAULT
+) -> Placement:
+    """Move the blocks' edges until tokens are level, then settle compute anew."""
+    levelled = level(placement, cluster.num_ranks, multiple=_MULTIPLE)
+    if levelled is placement:
+        return placement
+    blocks = levelled.blocks
+    state, seconds = empty_state(blocks, cluster, model_width=goal.model_width)
+    state.owner[:], state.rank[:] = levelled.owner, np.concatenate(list(levelled.rank.values()))
+    recount(state)
+    best = Best(state, seconds, goal=goal)
+    best.look()
+    steps, random_state = _steps(state) // 4, _random_state(seed)
+    for steep in (200.0, 600.0):
+        _charge(state, seconds * steep, goal)
+        anneal(state, steps // 2, 0.0, 0.0, _mix(_COMPUTE), random_state)
+        best.look()
+    balance_load(state, 1 + _free(goal), 20 * len(state.load))
+    best.look()
+    best.restore()
+    return to_placement(state, blocks, **placement.notes)
+
+
+def _steps(state: State) -> int:
+    members = max(len(state.rank) / max(len(state.piece_block), 1), 1.0)  # what a row's move takes
+    return int(np.clip(30 * len(state.rank), 30_000, min(250_000, 2e7 / members)))
+
+
+def improve_owners(state: State, seconds: float, *, seed: int = 0, goal: Goal = DEFAULT) -> None:
     """Refine the owners alone, quickly."""
-    scale = max(seconds, _busiest_receiver(state, cluster) / 2)
-    _charge(state, 30.0 * scale, cluster, (1 + TOLERANCE / 2, TOKEN_LIMIT))
+    _charge(state, 100.0 * seconds, goal)
     steps = min(4000 + 20 * len(state.owner), 200_000)
     anneal(state, steps, 0.0, 0.0, _mix(_OWNERS), _random_state(seed))
+
+
+def _free(goal: Goal) -> float:
+    return _UNEVEN if goal.tolerance is None else goal.tolerance
 
 
 class Best:
     """The best of the placements that one state goes through.
 
     Args:
-        seconds: the mean rank's compute.
-        strictness: what compute and tokens beyond the limits weigh.
-        limits: the busiest rank's compute and the fullest rank's tokens, over the mean's.
-        token_price: what tokens beyond the limit weigh, over compute.
+        seconds: the mean rank's load.
+        lenient: towards imbalance, which later search removes.
 
-    ``score`` is that of the best: seconds of a forward pass, and a charge for imbalance.
+    ``score`` is that of the best: about the seconds of a layer.
     """
 
     def __init__(
-        self,
-        state: State,
-        seconds: float,
-        cluster: Cluster,
-        *,
-        strictness: float,
-        limits: tuple[float, float] = (1 + TOLERANCE, TOKEN_LIMIT),
-        token_price: float = 1.0,
+        self, state: State, seconds: float, *, goal: Goal = DEFAULT, lenient: bool = False
     ) -> None:
-        self.state, self.seconds, self.cluster = state, seconds, cluster
-        self.strictness, self.limits, self.token_price = strictness, limits, token_price
+        self.state, self.seconds, self.goal, self.lenient = state, seconds, goal, lenient
         self.score = np.inf
         self.rank, self.owner = state.rank.copy(), state.owner.copy()
 
     def look(self) -> None:
         """Keep the state as it is now if it is the best so far."""
-        score = self._score()
+        score = estimate(self.state, self.seconds, self.goal, lenient=self.lenient)
         if score < self.score:
             self.score = score
             self.rank, self.owner = self.state.rank.copy(), self.state.owner.copy()
@@ -207,40 +205,36 @@ class Best:
         self.state.rank[:], self.state.owner[:] = self.rank, self.owner
         recount(self.state)
 
-    def _score(self) -> float:
-        """Seconds: the bound, all bytes over all device links, and a charge for imbalance."""
-        state, bandwidth = self.state, self.cluster.intra_node_bandwidth
-        pieces = np.arange(len(state.piece_block))
-        home = state.node[state.owner[state.piece_block]]
-        foreign = (state.present > 0).sum(axis=1) - (state.present[pieces, home] > 0)
-        outward = state.present.sum(axis=1) - state.present[pieces, home]
-        crossing = (foreign * state.in_bytes + outward * state.out_bytes).sum()
-        moving = crossing * state.price[INTER]
-        moving += (state.recv.max() + state.recv.mean()) / bandwidth
-        bound = self.seconds * state.load.max() + moving
-        most_load, most_tokens = self.limits
-        over = max(state.load.max() - most_load, 0.0)
-        over += self.token_price * max(state.held.max() - most_tokens, 0.0)
-        return float(bound + self.strictness * over * max(self.seconds, bound / 2))
+
+def estimate(state: State, seconds: float, goal: Goal, *, lenient: bool = False) -> float:
+    """About the seconds of a layer: of the busiest rank with what its links do not hide, a little
+    for all bytes, and a charge for tokens that do not fit and load beyond what is asked for."""
+    attention = state.load - state.held * state.price[LINEAR]
+    exposed = np.maximum(state.link - _HIDDEN * seconds * attention, 0.0)
+    if lenient:
+        bound = seconds * (0.75 + 0.25 * state.load.max()) + exposed.mean()
+    else:
+        bound = float((seconds * state.load + exposed).max())
+    over = max(state.held.max() - goal.token_limit, 0.0)
+    if goal.tolerance is not None:
+        over += max(state.load.max() - 1 - goal.tolerance, 0.0)
+    return float(bound + state.link.mean() / 2 + 30 * over * seconds)
 
 
-def _busiest_receiver(state: State, cluster: Cluster) -> float:
-    return float(state.recv.max(initial=0.0)) / cluster.intra_node_bandwidth
+def _charge(state: State, steep: float, goal: Goal) -> None:
+    """Set what ranks cost beyond their share of load, of tokens and of attention, each in seconds,
+    and for links that are busier than the mean's.
 
-
-def _charge(
-    state: State,
-    steep: float,
-    cluster: Cluster,
-    caps: tuple[float, float],
-    token_price: float = 1.0,
-) -> None:
-    """Set what ranks cost beyond ``caps`` of compute and tokens, over the mean's, and beyond the
-    mean of the received bytes as they are now."""
-    held = (state.in_bytes + state.out_bytes).sum() / len(state.load)
-    mean = max(float(state.recv.mean()), 0.1 * held, 1.0)
-    busy = _RECV_FACTOR / (cluster.intra_node_bandwidth * mean)
-    state.price[refine.LOAD_CAP :] = (caps[0], steep, caps[1], steep * token_price, mean, busy)
+    Load alone would do if ranks did not wait for each other: one with many tokens reaches its
+    attention late, and those that need its keys with it.
+    """
+    free, linear = _free(goal) / 2, state.price[LINEAR]  # a soft charge is overstepped a little
+    skew, links = _WEIGHTS[goal.variant % len(_WEIGHTS)]
+    mean = max(float(state.link.mean()), 1e-9)
+    state.price[refine.LOAD_CAP : refine.LINEAR] = (
+        1 + free, steep, 1 + free, steep * skew * linear**2, mean, links / mean,
+        (1 + free) * (1 - linear), steep * skew,
+    )  # fmt: skip
 
 
 def _random_state(seed: int) -> np.ndarray:

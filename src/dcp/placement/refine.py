@@ -6,9 +6,10 @@ need a piece on each rank and in each node at hand, the change that any single m
 in constant time. Everything larger (a row of compute blocks, a data block with its row, a swap) is
 a run of single moves, undone where the sum does not pay.
 
-The cost is in seconds of a forward pass: bytes between nodes over all node links, bytes received
-over all device links, and steep charges for ranks beyond their share of compute, tokens or
-received bytes. A piece needed by several ranks of a foreign node crosses the link once.
+The cost is in seconds of a layer, forward and backward: bytes between nodes over all node links,
+bytes received over all device links, and steep charges for ranks beyond their share of load, tokens
+or received bytes. A rank's load is its attention and its linear layers. A piece needed by several
+ranks of a foreign node crosses the link once, and so do their partial results, summed there.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import numpy as np
 from numba import njit
 
 # rows of State.price
-INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, RECV_CAP, RECV_WEIGHT = range(8)
+INTER, INTRA, LOAD_CAP, LOAD_WEIGHT, TOKEN_CAP, TOKEN_WEIGHT, LINK_CAP, LINK_WEIGHT = range(8)
+WORK_CAP, WORK_WEIGHT, LINEAR, NEAR, FAR = range(8, 13)
 # kinds of move, as indices of the annealer's mix
-ONE, ROW, COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(7)
-NUM_KINDS = 7
+ONE, ROW, COLUMN, HOME_ROW, HOME_COLUMN, OWNER, OWNER_SWAP, BLOCK, BLOCK_SWAP = range(9)
+NUM_KINDS = 9
 
 
 class State(NamedTuple):
@@ -33,7 +35,7 @@ class State(NamedTuple):
     """
 
     pins: np.ndarray  # [V, 2] query piece, key piece
-    work: np.ndarray  # [V] share of the mean rank's compute
+    work: np.ndarray  # [V] seconds, in mean ranks' loads
     members: np.ndarray  # compute blocks of each piece, one piece after another
     member_start: np.ndarray  # [P + 1]
     piece_block: np.ndarray  # [P]
@@ -47,10 +49,11 @@ class State(NamedTuple):
     owner: np.ndarray  # [B] changes
     count: np.ndarray  # type: ignore[assignment]  # [P, N] compute blocks on each rank that need the piece
     present: np.ndarray  # [P, nodes] ranks of each node that need the piece
-    load: np.ndarray  # [N] compute, in mean ranks
+    load: np.ndarray  # [N] attention and linear layers, in mean ranks' loads
     held: np.ndarray  # [N] tokens, in mean ranks
-    recv: np.ndarray  # [N] bytes received
-    price: np.ndarray  # [8] see the names above
+    link: np.ndarray  # [N] seconds that its bytes, in and out, take on its own links
+    price: np.ndarray  # [13] see the names above; LINEAR: load of a mean rank's tokens; NEAR, FAR:
+    # seconds of a byte on a rank's link inside its node and to others
 
 
 @njit(cache=True)
@@ -81,15 +84,61 @@ def _pin_cost(s: State, piece: int, r: int, sign: int, others: int) -> float:
     owner = s.owner[s.piece_block[piece]]
     if r == owner:
         return 0.0
-    into, out = s.in_bytes[piece], s.out_bytes[piece]
-    cost: float = sign * s.price[INTRA] * (into + out)
-    if s.node[r] != s.node[owner]:
-        cost += sign * s.price[INTER] * (out + (into if others == 0 else 0.0))
-    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
-    cost += _over(s.recv[r], sign * into, cap, weight)
-    if out:
-        cost += _over(s.recv[owner], sign * out, cap, weight)
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    cost: float = sign * s.price[INTRA] * size
+    if s.node[r] != s.node[owner] and others == 0:
+        cost += sign * s.price[INTER] * size
+    cap, weight = s.price[LINK_CAP], s.price[LINK_WEIGHT]
+    if weight > 0.0:
+        at_rank, at_owner, led, at_led = _link_changes(s, piece, r, owner)
+        cost += _over(s.link[r], sign * at_rank, cap, weight)
+        cost += _over(s.link[owner], sign * at_owner, cap, weight)
+        if led >= 0:
+            cost += _over(s.link[led], sign * at_led, cap, weight)
     return cost
+
+
+@njit(cache=True)
+def _leader(s: State, piece: int, n: int, skip: int) -> int:
+    """The rank of node ``n`` that fetches ``piece`` for all of it but ``skip``; -1: none needs it.
+
+    Its first one from another rank on for each piece, so that none does it all.
+    """
+    first, size = s.node_start[n], s.node_start[n + 1] - s.node_start[n]
+    for i in range(size):
+        r = first + (piece + i) % size
+        if r != skip and s.count[piece, r] > 0:
+            return int(r)
+    return -1
+
+
+@njit(cache=True)
+def _link_changes(s: State, piece: int, r: int, owner: int) -> tuple[float, float, int, float]:
+    """Seconds on the links of ``r``, of the owner and of a third rank if ``r`` needs ``piece``."""
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    near, far = s.price[NEAR] * size, s.price[FAR] * size
+    n = s.node[r]
+    if n == s.node[owner]:
+        return near, near, -1, 0.0
+    led = _leader(s, piece, n, r)
+    if led < 0:
+        return far, far, -1, 0.0
+    nodes = s.node_start[n + 1] - s.node_start[n]
+    start = s.node_start[n] + piece % nodes
+    if (r - start) % nodes < (led - start) % nodes:
+        return far, 0.0, led, near - far
+    return near, 0.0, -1, 0.0
+
+
+@njit(cache=True)
+def _carry(s: State, piece: int, r: int, owner: int, sign: int) -> None:
+    """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and rank ``r``."""
+    if r != owner:
+        at_rank, at_owner, led, at_led = _link_changes(s, piece, r, owner)
+        s.link[r] += sign * at_rank
+        s.link[owner] += sign * at_owner
+        if led >= 0:
+            s.link[led] += sign * at_led
 
 
 @njit(cache=True)
@@ -98,6 +147,9 @@ def move_cost(s: State, v: int, b: int) -> float:
     a = s.rank[v]
     cost = _over(s.load[a], -s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
     cost += _over(s.load[b], s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cap, weight = s.price[WORK_CAP], s.price[WORK_WEIGHT]
+    cost += _over(s.load[a] - s.price[LINEAR] * s.held[a], -s.work[v], cap, weight)
+    cost += _over(s.load[b] - s.price[LINEAR] * s.held[b], s.work[v], cap, weight)
     for pin in range(2):
         piece = s.pins[v, pin]
         leaves = s.count[piece, a] == 1
@@ -122,14 +174,10 @@ def move(s: State, v: int, b: int) -> None:
         s.count[piece, a] -= 1
         if s.count[piece, a] == 0:
             s.present[piece, s.node[a]] -= 1
-            if a != owner:
-                s.recv[a] -= s.in_bytes[piece]
-                s.recv[owner] -= s.out_bytes[piece]
+            _carry(s, piece, a, owner, -1)
         if s.count[piece, b] == 0:
             s.present[piece, s.node[b]] += 1
-            if b != owner:
-                s.recv[b] += s.in_bytes[piece]
-                s.recv[owner] += s.out_bytes[piece]
+            _carry(s, piece, b, owner, 1)
         s.count[piece, b] += 1
 
 
@@ -142,33 +190,64 @@ def shift_owner(s: State, block: int, b: int) -> float:
     size = s.tokens[block]
     cost: float = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
     cost += _over(s.held[b], size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    linear = size * s.price[LINEAR]
+    cost += _over(s.load[a], -linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cost += _over(s.load[b], linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
     s.held[a] -= size
     s.held[b] += size
+    s.load[a] -= linear
+    s.load[b] += linear
     s.owner[block] = b
     node_a, node_b = s.node[a], s.node[b]
-    recv_a = recv_b = 0.0
+    cap, weight = s.price[LINK_CAP], s.price[LINK_WEIGHT]
     for piece in s.block_pieces[block]:
         into, out = s.in_bytes[piece], s.out_bytes[piece]
-        if s.count[piece, a] > 0:
-            recv_a += into
-        if s.count[piece, b] > 0:
-            recv_b -= into
-        if out:
-            users = 0
-            for n in range(s.present.shape[1]):
-                users += s.present[piece, n]
-            recv_a -= out * (users - (s.count[piece, a] > 0))
-            recv_b += out * (users - (s.count[piece, b] > 0))
+        at_a, at_b = s.count[piece, a] > 0, s.count[piece, b] > 0
+        cost += s.price[INTRA] * (into + out) * (np.int64(at_a) - np.int64(at_b))
         if node_a != node_b:
             there, here = s.present[piece, node_a], s.present[piece, node_b]
-            crossing = into * (np.int64(there > 0) - np.int64(here > 0)) + out * (there - here)
+            crossing = (into + out) * (np.int64(there > 0) - np.int64(here > 0))
             cost += s.price[INTER] * crossing
-    cap, weight = s.price[RECV_CAP], s.price[RECV_WEIGHT]
-    cost += _over(s.recv[a], recv_a, cap, weight) + _over(s.recv[b], recv_b, cap, weight)
-    s.recv[a] += recv_a
-    s.recv[b] += recv_b
-    cost += s.price[INTRA] * (recv_a + recv_b)
+        if weight > 0.0:
+            cost -= _link_charge(s, piece, a, b, cap, weight)
+        _carry_all(s, piece, a, -1)
+        _carry_all(s, piece, b, 1)
+        if weight > 0.0:
+            cost += _link_charge(s, piece, a, b, cap, weight)
     return cost
+
+
+@njit(cache=True)
+def _link_charge(s: State, piece: int, a: int, b: int, cap: float, weight: float) -> float:
+    """What the links of ``a``, ``b`` and all ranks that need ``piece`` are charged now."""
+    total = 0.0
+    for n in range(s.present.shape[1]):
+        if s.present[piece, n] == 0 and n != s.node[a] and n != s.node[b]:
+            continue
+        for r in range(s.node_start[n], s.node_start[n + 1]):
+            if r in (a, b) or s.count[piece, r] > 0:
+                over = max(0.0, s.link[r] - cap)
+                total += weight * over * over
+    return total
+
+
+@njit(cache=True)
+def _carry_all(s: State, piece: int, owner: int, sign: int) -> None:
+    """``piece`` begins (+1) or ceases (-1) to travel between ``owner`` and all who need it."""
+    size = s.in_bytes[piece] + s.out_bytes[piece]
+    near, far = sign * s.price[NEAR] * size, sign * s.price[FAR] * size
+    for n in range(s.present.shape[1]):
+        if s.present[piece, n] == 0:
+            continue
+        led = -1
+        if n != s.node[owner]:
+            led = _leader(s, piece, n, -1)
+            s.link[owner] += far
+        for r in range(s.node_start[n], s.node_start[n + 1]):
+            if s.count[piece, r] > 0 and r != owner:
+                s.link[r] += far if r == led else near
+                if led < 0:
+                    s.link[owner] += near
 
 
 @njit(cache=True)
@@ -260,6 +339,29 @@ def _try_group(
 
 
 @njit(cache=True)
+def _try_home(
+    s: State, kind: int, v: int, heat: float, seed: np.ndarray, moved: np.ndarray, came: np.ndarray
+) -> float:
+    """Try to run all of a row whose keys the owner of ``v``'s keys has there, or all of a column
+    whose queries the owner of ``v``'s queries has."""
+    line = 0 if kind == HOME_ROW else 1
+    piece, b = s.pins[v, line], s.owner[s.piece_block[s.pins[v, 1 - line]]]
+    cost, num_moved = 0.0, 0
+    for i in range(s.member_start[piece], s.member_start[piece + 1]):
+        w = s.members[i]
+        if s.rank[w] != b and s.owner[s.piece_block[s.pins[w, 1 - line]]] == b:
+            cost += move_cost(s, w, b)
+            moved[num_moved], came[num_moved] = w, s.rank[w]
+            move(s, w, b)
+            num_moved += 1
+    if _accept(cost, heat, seed):
+        return cost
+    for i in range(num_moved - 1, -1, -1):
+        move(s, moved[i], came[i])
+    return 0.0
+
+
+@njit(cache=True)
 def _try_blocks(
     s: State, kind: int, block: int, b: int, heat: float, seed: np.ndarray, moved: np.ndarray
 ) -> float:
@@ -325,6 +427,7 @@ def anneal(
     if len(s.rank) == 0 or len(s.load) < 2:
         return 0.0
     moved = np.empty(len(s.rank), dtype=np.int64)
+    came = np.empty(len(s.rank), dtype=np.int64)
     total = 0.0
     heat, fall = hot, 1.0
     if hot > 0.0 and steps > 64:
@@ -341,6 +444,8 @@ def anneal(
         if kind == ONE:
             if b != s.rank[v]:
                 total += _try_one(s, v, b, heat, random_state)
+        elif kind in (HOME_ROW, HOME_COLUMN):
+            total += _try_home(s, kind, v, heat, random_state, moved, came)
         elif kind >= OWNER or b != s.rank[v]:
             total += _try_group(s, kind, v, b, heat, random_state, moved)
     return total
