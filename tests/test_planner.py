@@ -1,11 +1,13 @@
 """Choosing a plan: never worse than what it could have chosen, the same for the same batch."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan, planner
+from dcp.layer import layer_seconds
 from dcp.placement import StrategyError, strategies
 from dcp.planner import Planner
 from tests.batches import REFERENCE, SPEC, make_batch
@@ -153,3 +155,35 @@ def test_ranks_keep_to_their_share_of_tokens():
     assert planner.plan(batch).stats.token_balance <= 1.05
     with pytest.raises(ValueError, match="token_limit must be 1 or more"):
         Planner(SPEC, cluster, token_limit=0.9)
+
+
+@pytest.mark.parametrize("mask", ["causal", "streaming"])
+@pytest.mark.parametrize("strategy", ["auto", "hypergraph"])
+def test_a_slow_rank_is_given_less(mask, strategy):
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")
+    even = Cluster.preset("h100", num_nodes=2, devices_per_node=4)
+    slow = replace(even, rank_speeds=(1, 1, 1, 1, 1, 1 / 1.5, 1, 1))
+    batch = SequenceBatch([30000, 14000, 9000, 6000, 3000, 2000, 1000, 500], mask)
+    plans = {
+        name: plan(batch, spec, cluster, strategy=strategy)
+        for name, cluster in (("even", even), ("slow", slow))
+    }
+    seconds = {name: made.stats.layer_seconds for name, made in plans.items()}
+    unaware = layer_seconds(replace(plans["even"], cluster=slow), slow)
+    # 8 ranks of which one is 1.5 times slower are 7.67: 1.043 is what nothing can beat
+    assert seconds["slow"] < 1.12 * seconds["even"]
+    assert unaware > 1.25 * seconds["even"]
+    tokens, areas = (plans["slow"].rank_tokens, plans["slow"].rank_areas("default"))
+    assert tokens[5] < 0.85 * tokens.mean()
+    assert areas[5] < 0.95 * areas.mean()
+
+
+def test_ranks_of_one_speed_get_the_plan_of_ranks_without():
+    spec = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=128, dtype="bfloat16")
+    cluster = Cluster.preset("h100", num_nodes=2, devices_per_node=2)
+    batch = SequenceBatch([9000, 4000, 900, 100], "causal")
+    plain, same = (
+        plan(batch, spec, each)
+        for each in (cluster, replace(cluster, rank_speeds=(1.0, 1.0, 1.0, 1.0)))
+    )
+    assert plain.fingerprint == same.fingerprint

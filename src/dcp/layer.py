@@ -37,7 +37,7 @@ class LayerTimes:
 
     Attributes:
         seconds: what one more layer takes.
-        limit: the mean rank's attention and linear layers, at full rate: what no plan can beat.
+        limit: attention and linear layers dealt out evenly, at full rate: what no plan can beat.
         imbalance: what the busiest rank has to do beyond that, at full rate.
         kernels: what launches and partly filled kernel tiles add to the busiest rank.
         intra_node: what waiting adds where only links inside nodes take time.
@@ -75,11 +75,11 @@ def layer_seconds(
 def layer_times(plan: Whole, cluster: Cluster, *, model_width: int | None = None) -> LayerTimes:
     """The seconds of :func:`layer_seconds` in parts."""
     linear = _linear(plan, cluster, model_width)
-    ideal = linear * sum(plan.weights.values())
+    ideal, speed = linear * sum(plan.weights.values()), cluster.speed_of_rank
     for name, weight in plan.weights.items():
         for backward in (False, True):
             ideal = ideal + weight * attention_seconds(
-                plan.rank_areas(name), plan.spec, cluster, backward=backward
+                plan.rank_areas(name) / speed, plan.spec, cluster, backward=backward
             )
     near = replace(
         cluster,
@@ -87,12 +87,13 @@ def layer_times(plan: Whole, cluster: Cluster, *, model_width: int | None = None
         device_network_bandwidth=_ENDLESS,
         inter_node_latency=0.0,
     )
+    limit = float((ideal * speed).sum() / speed.sum())  # all of it, by all of them together
     seconds, busy = _passes(plan, cluster, model_width)
     total, inside = sum(seconds), sum(_passes(plan, near, model_width)[0])
     return LayerTimes(
         seconds=total,
-        limit=float(ideal.mean()),
-        imbalance=float(ideal.max() - ideal.mean()),
+        limit=limit,
+        imbalance=float(ideal.max()) - limit,
         kernels=float(busy.max() - ideal.max()),
         intra_node=float(inside - busy.max()),
         inter_node=float(total - inside),
@@ -105,7 +106,8 @@ _ENDLESS = 1e18  # bytes per second
 def _linear(plan: Whole, cluster: Cluster, model_width: int | None) -> np.ndarray:
     """Forward + backward seconds of each rank's linear layers."""
     per_token = linear_seconds(1.0, plan.spec, cluster, model_width=model_width)
-    return plan.rank_tokens * per_token
+    seconds: np.ndarray = plan.rank_tokens * per_token / cluster.speed_of_rank
+    return seconds
 
 
 def _passes(

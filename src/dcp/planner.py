@@ -191,11 +191,13 @@ class Planner:
 
     def _floor(self, strategy: Strategy, batch: SequenceBatch) -> float:
         """Seconds of a layer that the strategy cannot beat, if it deals tokens out evenly."""
+        fastest = max(float(self.cluster.speed_of_rank.max()), 1.0)
         attention = strategy.floor_seconds(batch, self.spec, self.cluster)
         if not strategy.even:  # a rank of much attention may have few tokens
-            return attention
+            return attention / fastest
         tokens = batch.num_tokens / self.cluster.num_ranks
-        return attention + sum(batch.weights.values()) * self._linear_seconds(tokens)
+        linear = sum(batch.weights.values()) * self._linear_seconds(tokens)
+        return (attention + linear) / fastest
 
     def _linear_seconds(self, tokens: float) -> float:
         return linear_seconds(tokens, self.spec, self.cluster, model_width=self.model_width)
@@ -211,7 +213,7 @@ class Planner:
             for backward in (False, True):
                 seconds = attention_seconds(work, self.spec, self.cluster, backward=backward)
                 load = load + weight * seconds / blocks.num_head_groups
-        return float(load.max())
+        return float((load / self.cluster.speed_of_rank).max())
 
     @staticmethod
     def _need_chance(floor: float, best: Plan) -> None:

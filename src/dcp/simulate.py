@@ -216,4 +216,5 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
         num_head_groups=plan.num_head_groups,
         backward=backward,
     )
-    return seconds.reshape(tables.num_steps, ranks)
+    by_rank: np.ndarray = seconds.reshape(tables.num_steps, ranks) / cluster.speed_of_rank
+    return by_rank

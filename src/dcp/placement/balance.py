@@ -53,8 +53,9 @@ def _cheapest_rank(s: State, v: int, a: int, spare: np.ndarray, limit: float) ->
     """The best rank for ``v`` to go to, and its cost for the excess that it takes away."""
     best, choice = np.inf, -1
     first, last = s.node_start[s.node[a]], s.node_start[s.node[a] + 1]
-    taken = min(s.work[v], s.load[a] - limit)
-    full = max(limit, s.load[a] - 0.25 * s.work[v])  # so that the busiest gets less busy
+    here = s.work[v] * s.slow[a]
+    taken = min(here, s.load[a] - limit)
+    full = max(limit, s.load[a] - 0.25 * here)  # so that the busiest gets less busy
     for i in range(last - first + len(spare) + 2):
         if i < last - first:
             b = first + i
@@ -62,7 +63,7 @@ def _cheapest_rank(s: State, v: int, a: int, spare: np.ndarray, limit: float) ->
             b = s.owner[s.piece_block[s.pins[v, i - (last - first)]]]
         else:
             b = spare[i - (last - first) - 2]
-        if b != a and s.load[b] + s.work[v] <= full:
+        if b != a and s.load[b] + s.work[v] * s.slow[b] <= full:
             cost = move_cost(s, v, b) / taken
             if cost < best:
                 best, choice = cost, b
@@ -97,10 +98,10 @@ def _cheapest_block(s: State, a: int, limit: float) -> tuple[int, int]:
     best, best_block, best_b = np.inf, -1, -1
     for each in np.flatnonzero(s.owner == a):
         block = int(each)
-        size = s.tokens[block]
+        size = s.tokens[block] * s.slow[a]
         full = max(limit, s.held[a] - 0.25 * size)
         for b in range(len(s.held)):
-            if b != a and s.held[b] + size <= full:
+            if b != a and s.held[b] + s.tokens[block] * s.slow[b] <= full:
                 cost = shift_owner(s, block, b) / min(size, s.held[a] + size - limit)
                 shift_owner(s, block, a)
                 if cost < best:

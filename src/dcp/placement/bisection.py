@@ -97,7 +97,8 @@ def in_a_row(state: State) -> None:
     a mask has a short reach; unless it costs less that they visit the owners of their keys.
     """
     middle = np.cumsum(state.tokens) - state.tokens / 2
-    state.owner[:] = np.minimum(middle.astype(np.int64), len(state.load) - 1)
+    ends = np.cumsum(1 / state.slow)[:-1]
+    state.owner[:] = np.searchsorted(ends, middle, side="right")
     state.rank[:] = state.owner[state.piece_block[state.pins[:, 0]]]
     _visit(state)
 

@@ -59,7 +59,8 @@ def construct(
             state.owner[blocks] = low
             continue
         middle = _middle(state.node, low, high)
-        share = (middle - low) / (high - low)
+        speed = 1 / state.slow[low:high]
+        share = float(speed[: middle - low].sum() / speed.sum())
         prices = _prices(state, low, middle, high, seconds, free)
         room = np.array([share, 1 - share]) * (slack * state.tokens[blocks].sum())
         halves = _bisect(state, items, blocks, share, room, prices, rng)

@@ -140,7 +140,7 @@ def finish(
     placement: Placement, cluster: Cluster, *, seed: int = 0, goal: Goal = DEFAULT
 ) -> Placement:
     """Move the blocks' edges until tokens are level, then settle compute anew."""
-    levelled = level(placement, cluster.num_ranks, multiple=_MULTIPLE)
+    levelled = level(placement, cluster, multiple=_MULTIPLE)
     if levelled is placement:
         return placement
     blocks = levelled.blocks

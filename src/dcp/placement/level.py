@@ -1,4 +1,4 @@
-"""Cuts where they help: the edges between neighbouring blocks move until all ranks hold as much.
+"""Cuts where they help: edges between neighbouring blocks move until all ranks hold their share.
 
 Where two neighbouring data blocks of a sequence belong to two ranks, the edge between them can
 carry tokens from one rank to the other. So surplus flows over such edges, through other ranks if
@@ -11,13 +11,14 @@ import numpy as np
 from numba import njit
 
 from dcp.blocks import BlockTable, build_blocks
+from dcp.cluster import Cluster
 from dcp.placement import Placement
 from dcp.ragged import split
 
 MULTIPLE = 64  # tokens by which edges move: odd lengths cost kernel tiles
 
 
-def level(placement: Placement, num_ranks: int, *, multiple: int = MULTIPLE) -> Placement:
+def level(placement: Placement, cluster: Cluster, *, multiple: int = MULTIPLE) -> Placement:
     """The same owners and ranks over blocks whose edges have moved; the same placement where
     nothing can or need move."""
     blocks, owner = placement.blocks, placement.owner
@@ -25,8 +26,10 @@ def level(placement: Placement, num_ranks: int, *, multiple: int = MULTIPLE) -> 
     same = blocks.sequence[1:] == blocks.sequence[:-1]
     edges = np.flatnonzero(same & (owner[1:] != owner[:-1]))
     least = np.minimum(length, np.maximum(length // 2, multiple))
-    held = np.bincount(owner, weights=length, minlength=num_ranks).astype(np.int64)
-    if not len(edges) or not _flow(length, least, owner, edges, held, multiple):
+    held = np.bincount(owner, weights=length, minlength=cluster.num_ranks).astype(np.int64)
+    speed = cluster.speed_of_rank
+    wanted = length.sum() * (speed / speed.sum())
+    if not len(edges) or not _flow(length, least, owner, edges, held, wanted, multiple):
         return placement
     counts = np.bincount(blocks.sequence, minlength=len(blocks.batch.seqlens))
     cut = build_blocks(
@@ -58,6 +61,7 @@ def _flow(
     owner: np.ndarray,
     edges: np.ndarray,
     held: np.ndarray,
+    wanted: np.ndarray,
     multiple: int,
 ) -> int:
     """Move ``edges`` (block ``e`` against ``e + 1``); returns how many flows that took.
@@ -65,7 +69,6 @@ def _flow(
     Each goes from the fullest rank by the fewest edges to one that lacks tokens.
     """
     num_ranks = len(held)
-    mean = held.sum() / num_ranks
     stuck = np.zeros(num_ranks, dtype=np.bool_)
     came_by = np.empty(num_ranks, dtype=np.int64)
     queue = np.empty(num_ranks, dtype=np.int64)
@@ -75,17 +78,19 @@ def _flow(
         for r in range(num_ranks):
             if (
                 not stuck[r]
-                and held[r] - mean > multiple / 2
-                and (source < 0 or held[r] > held[source])
+                and held[r] - wanted[r] > multiple / 2
+                and (source < 0 or held[r] - wanted[r] > held[source] - wanted[source])
             ):
                 source = r
         if source < 0:
             break
-        target = _search(length, least, owner, edges, held, mean, multiple, source, came_by, queue)
+        target = _search(
+            length, least, owner, edges, held, wanted, multiple, source, came_by, queue
+        )
         if target < 0:
             stuck[source] = True
             continue
-        amount = min(held[source] - mean, mean - held[target])
+        amount = min(held[source] - wanted[source], wanted[target] - held[target])
         at = target
         while at != source:
             e, away = _edge(edges, came_by[at])
@@ -119,7 +124,7 @@ def _search(
     owner: np.ndarray,
     edges: np.ndarray,
     held: np.ndarray,
-    mean: float,
+    wanted: np.ndarray,
     multiple: int,
     source: int,
     came_by: np.ndarray,
@@ -143,7 +148,7 @@ def _search(
                 if length[giving] - least[giving] < multiple:
                     continue
                 came_by[to] = 2 * i + away
-                if mean - held[to] > multiple / 2:
+                if wanted[to] - held[to] > multiple / 2:
                     return int(to)
                 queue[last] = to
                 last += 1

@@ -49,8 +49,9 @@ class State(NamedTuple):
     owner: np.ndarray  # [B] changes
     count: np.ndarray  # type: ignore[assignment]  # [P, N] compute blocks on each rank that need the piece
     present: np.ndarray  # [P, nodes] ranks of each node that need the piece
-    load: np.ndarray  # [N] attention and linear layers, in mean ranks' loads
-    held: np.ndarray  # [N] tokens, in mean ranks
+    slow: np.ndarray  # [N] the mean rank's speed over the rank's
+    load: np.ndarray  # [N] time of attention and linear layers, in mean ranks' loads
+    held: np.ndarray  # [N] tokens, in mean ranks; a slow rank's count for more
     link: np.ndarray  # [N] seconds that its bytes, in and out, take on its own links
     price: np.ndarray  # [13] see the names above; LINEAR: load of a mean rank's tokens; NEAR, FAR:
     # seconds of a byte on a rank's link inside its node and to others
@@ -145,11 +146,12 @@ def _carry(s: State, piece: int, r: int, owner: int, sign: int) -> None:
 def move_cost(s: State, v: int, b: int) -> float:
     """Cost of running compute block ``v`` on rank ``b`` instead of where it runs."""
     a = s.rank[v]
-    cost = _over(s.load[a], -s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
-    cost += _over(s.load[b], s.work[v], s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    less, more = -s.work[v] * s.slow[a], s.work[v] * s.slow[b]
+    cost = _over(s.load[a], less, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cost += _over(s.load[b], more, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
     cap, weight = s.price[WORK_CAP], s.price[WORK_WEIGHT]
-    cost += _over(s.load[a] - s.price[LINEAR] * s.held[a], -s.work[v], cap, weight)
-    cost += _over(s.load[b] - s.price[LINEAR] * s.held[b], s.work[v], cap, weight)
+    cost += _over(s.load[a] - s.price[LINEAR] * s.held[a], less, cap, weight)
+    cost += _over(s.load[b] - s.price[LINEAR] * s.held[b], more, cap, weight)
     for pin in range(2):
         piece = s.pins[v, pin]
         leaves = s.count[piece, a] == 1
@@ -166,8 +168,8 @@ def move(s: State, v: int, b: int) -> None:
     """Run compute block ``v`` on rank ``b``."""
     a = s.rank[v]
     s.rank[v] = b
-    s.load[a] -= s.work[v]
-    s.load[b] += s.work[v]
+    s.load[a] -= s.work[v] * s.slow[a]
+    s.load[b] += s.work[v] * s.slow[b]
     for pin in range(2):
         piece = s.pins[v, pin]
         owner = s.owner[s.piece_block[piece]]
@@ -187,16 +189,16 @@ def shift_owner(s: State, block: int, b: int) -> float:
     a = s.owner[block]
     if a == b:
         return 0.0
-    size = s.tokens[block]
-    cost: float = _over(s.held[a], -size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
-    cost += _over(s.held[b], size, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
-    linear = size * s.price[LINEAR]
-    cost += _over(s.load[a], -linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
-    cost += _over(s.load[b], linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
-    s.held[a] -= size
-    s.held[b] += size
-    s.load[a] -= linear
-    s.load[b] += linear
+    less, more = s.tokens[block] * s.slow[a], s.tokens[block] * s.slow[b]
+    cost: float = _over(s.held[a], -less, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    cost += _over(s.held[b], more, s.price[TOKEN_CAP], s.price[TOKEN_WEIGHT])
+    linear = s.price[LINEAR]
+    cost += _over(s.load[a], -less * linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    cost += _over(s.load[b], more * linear, s.price[LOAD_CAP], s.price[LOAD_WEIGHT])
+    s.held[a] -= less
+    s.held[b] += more
+    s.load[a] -= less * linear
+    s.load[b] += more * linear
     s.owner[block] = b
     node_a, node_b = s.node[a], s.node[b]
     cap, weight = s.price[LINK_CAP], s.price[LINK_WEIGHT]

@@ -30,6 +30,8 @@ def empty_state(
     linear = linear_seconds(float(tokens), blocks.spec, cluster, model_width=model_width)
     linear *= sum(blocks.batch.weights.values())
     seconds = max(work.sum() / num_ranks + linear, 1e-12)
+    speed = cluster.speed_of_rank
+    slow = speed.mean() / speed
     piece_block, in_bytes, out_bytes = _pieces(blocks)
     num_pieces = len(piece_block)
     by_piece = np.argsort(pins.ravel(), kind="stable")
@@ -57,6 +59,7 @@ def empty_state(
         owner=np.zeros(count, dtype=np.int64),
         count=np.zeros((num_pieces, num_ranks), dtype=np.int32),
         present=np.zeros((num_pieces, cluster.num_nodes), dtype=np.int32),
+        slow=slow,
         load=np.zeros(num_ranks),
         held=np.zeros(num_ranks),
         link=np.zeros(num_ranks),
@@ -110,6 +113,8 @@ def recount(state: State) -> None:
     state.load[:] = np.bincount(state.rank, weights=state.work, minlength=num_ranks)
     state.held[:] = np.bincount(state.owner, weights=state.tokens, minlength=num_ranks)
     state.load[:] += state.held * state.price[LINEAR]
+    state.load[:] *= state.slow
+    state.held[:] *= state.slow
     home = state.owner[state.piece_block]
     away = used.copy()
     away[np.arange(len(home)), home] = False
