@@ -187,3 +187,16 @@ def test_ranks_of_one_speed_get_the_plan_of_ranks_without():
         for each in (cluster, replace(cluster, rank_speeds=(1.0, 1.0, 1.0, 1.0)))
     )
     assert plain.fingerprint == same.fingerprint
+
+
+def test_the_second_best_is_tried_only_where_it_is_near():
+    batch = SequenceBatch([9000, 4000, 900, 100], "causal")
+    best = plan(batch, SPEC, CLUSTER)
+    seconds = sorted(t for t in best.stats.notes["candidates"].values() if not isinstance(t, str))
+    behind = seconds[1] / seconds[0] - 1
+    far, near = (plan(batch, SPEC, CLUSTER, second_within=x) for x in (behind / 2, behind * 1.01))
+    assert far.fingerprint == best.fingerprint
+    assert near.stats.layer_seconds == pytest.approx(seconds[1])
+    assert near.stats.notes["tried_as_second"]
+    with pytest.raises(ValueError, match="second_within"):
+        plan(batch, SPEC, CLUSTER, second_within=-1)

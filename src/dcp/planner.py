@@ -66,6 +66,8 @@ class Planner:
             held against an estimate, not a clock, so that equal budgets give equal plans on any
             machine. More of it is spent on searches that go other ways.
         token_limit: tokens of the fullest rank over the mean's that searches keep to: memory.
+        second_within: take the second best of ``"auto"``'s candidates if it is predicted no further
+            behind the best than that, 0.03 being 3%, so that its prediction can be tried; 0: never.
         model_width: hidden size of the model, for the cost of its linear layers; None: that of an
             8 B model, or the heads' own if they are wider; 0: attention alone decides.
         cache_size: plans remembered, the least recently used are forgotten first.
@@ -85,6 +87,7 @@ class Planner:
         seed: int = 0,
         time_budget: float = 0.25,
         token_limit: float = 1.25,
+        second_within: float = 0.0,
         model_width: int | None = None,
         cache_size: int = 64,
     ) -> None:
@@ -98,6 +101,7 @@ class Planner:
         self.spec, self.cluster = spec, cluster
         self.strategy, self.seed = strategy, whole("seed", seed, most=MOST_SEED)
         self.time_budget = number("time_budget", time_budget)
+        self.second_within = number("second_within", second_within)
         tolerance = None if tolerance is None else positive("tolerance", tolerance)
         token_limit = number("token_limit", token_limit)
         if token_limit < 1:
@@ -148,6 +152,7 @@ class Planner:
             return self._timed(min(self._candidates(strategy, placement), key=_by_layer))
         tried: dict[str, float | str] = {}
         best: Plan | None = None
+        second: Plan | None = None
         spent = 0.0
         many = len(batch.seqlens) > MANY_SEQUENCES
         for strategy, variant in _in_turn(many):
@@ -175,11 +180,21 @@ class Planner:
             candidate = min(self._candidates(strategy, placement), key=_by_layer)
             tried[name] = candidate.stats.layer_seconds
             if best is None or candidate.stats.layer_seconds < best.stats.layer_seconds:
-                best = candidate
+                best, second = candidate, best
+            elif second is None or candidate.stats.layer_seconds < second.stats.layer_seconds:
+                second = candidate
         if best is None:
             raise StrategyError("; ".join(dict.fromkeys(map(str, tried.values()))))
+        if second is not None and self._is_near(second, best):
+            best = second
+            best.stats.notes["tried_as_second"] = True
         best.stats.notes["candidates"] = tried
         return self._timed(best)
+
+    def _is_near(self, second: Plan, best: Plan) -> bool:
+        """Whether the second best is to be tried, and differs."""
+        behind = second.stats.layer_seconds / best.stats.layer_seconds - 1
+        return behind < self.second_within and second.fingerprint != best.fingerprint
 
     def _timed(self, plan: Plan) -> Plan:
         """The chosen plan, with all its predicted times."""
@@ -282,6 +297,7 @@ def plan(
     tolerance: float | None = None,
     seed: int = 0,
     time_budget: float = 0.25,
+    second_within: float = 0.0,
     model_width: int | None = None,
 ) -> Plan:
     """Plan one batch: see :class:`Planner`, which also remembers plans."""
@@ -294,6 +310,7 @@ def plan(
         tolerance=tolerance,
         seed=seed,
         time_budget=time_budget,
+        second_within=second_within,
         model_width=model_width,
     )
     return planner.plan(batch)

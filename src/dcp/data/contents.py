@@ -114,8 +114,9 @@ class Preparation:
         batch = self.sequence_batch(pieces)
         return sequence_seconds(batch, self.spec, self.cluster, model_width=width)
 
-    def prepare(self, place: PlacedBatch, cluster: Cluster) -> tuple[Share, bytes]:
-        """A batch's share, without plan, and the request for its plan on ``cluster``."""
+    def prepare(self, place: PlacedBatch, cluster: Cluster, **options: Any) -> tuple[Share, bytes]:
+        """A batch's share, without plan, and the request for its plan on ``cluster``, with more
+        ``options`` of :func:`dcp.plan`."""
         if place.error is not None:
             raise place.error
         pieces = place.pieces
@@ -131,5 +132,5 @@ class Preparation:
             segments=known.segments,
             fields=known.fields,
         )
-        request = request_to_bytes(batch, self.spec, cluster, dict(self.plan_options))
+        request = request_to_bytes(batch, self.spec, cluster, {**self.plan_options, **options})
         return share, request

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from dcp.runtime.timing import PassTimes, figures_of_passes
 KEPT_PASSES = 4096  # that a rank holds before it hands them in
 OPEN_BATCHES = 16  # whose figures a planning rank still waits for
 FIRST, EVERY = 16, 8  # batches that are handed in: the first ones, and then every so many
+TRY_EVERY = 50  # batches, of which one runs by the second best plan if it may be the best
+MOST_BEHIND = 0.05  # that such a plan may be predicted to be
 PROBE_BYTES = (1 << 10, 1 << 20)  # of messages that measure a link as learning begins
 _KIND = "pass-times"
 
@@ -70,7 +73,8 @@ class Learning:
         self._open: OrderedDict[int, _Batch] = OrderedDict()
         self._num_sent: dict[int, int] = {}
         self._num_heard = [0] * exchange.num_ranks
-        self._num_taken, self._num_layers = 0, num_layers
+        self._num_taken = self._num_planned = 0
+        self._num_layers = num_layers
         self.predicted_over_measured: float | None = None
         self.fit = RateFit(cluster, model_width=model_width)
         if executor.group is not None:
@@ -81,10 +85,19 @@ class Learning:
         """As it is found to be."""
         return self.fit.cluster
 
+    def options(self) -> dict[str, Any]:
+        """More options of the next plan: now and then the second best is tried, where the two are
+        predicted within the fit's error."""
+        self._num_planned += 1
+        if self._num_planned % TRY_EVERY or not self.fit.num_batches:
+            return {}
+        return {"second_within": min(self.fit.error, MOST_BEHIND)}
+
     def take(self, plan: RankPlan, planner: int, plans: Sequence[bytes] | None) -> None:
         """A batch begins; ``plans`` are those of all ranks, on the rank that planned it."""
         self._num_taken += 1
-        if self._num_taken > FIRST and self._num_taken % EVERY:
+        is_due = self._num_taken <= FIRST or self._num_taken % EVERY == 0
+        if not (is_due or "tried_as_second" in plan.stats.notes):
             return
         self._given[plan.fingerprint] = planner, plan.stats.simulated
         if plans is not None:

@@ -233,8 +233,9 @@ class DCPDataLoader:
         return None if self._learning is None else self._learning.predicted_over_measured
 
     def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
-        cluster = self.cluster if self._learning is None else self._learning.cluster
-        return self._preparation.prepare(place, cluster)
+        if self._learning is None:
+            return self._preparation.prepare(place, self.cluster)
+        return self._preparation.prepare(place, self._learning.cluster, **self._learning.options())
 
     def _places(self, epoch: int, position: int) -> BatchesFrom:
         """The batches of a dataset with an index, from a place on; on planning ranks."""
