@@ -42,7 +42,7 @@ PLANNING = (
         "events",
         "simulate",
     ),
-    *("rates", "plans", "planner"),
+    *("layer", "rates", "plans", "planner"),
 )
 RUNNING = (
     *("runtime", "launch", "data", "integrations", "report", "train", "datacentric", "inference"),

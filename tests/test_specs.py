@@ -229,7 +229,9 @@ def test_clusters_of_every_kind(tmp_path):
 @pytest.mark.parametrize(
     ("option", "values"),
     [
-        ("tolerance", NOT_POSITIVE),
+        ("tolerance", tuple(each for each in NOT_POSITIVE if each is not None)),
+        ("token_limit", ("1.2", None, NAN, INF, 0, 0.99, True)),
+        ("second_within", ("1", None, NAN, INF, -0.1, True)),
         ("time_budget", ("1", None, NAN, INF, -1, True)),
         ("seed", (*NOT_WHOLE, -1, MOST_SEED + 1, 2**70)),
         ("num_divisions", ("4", 2.5, True, NAN, 0, -1, MOST_DIVISIONS + 1, 10**9)),

@@ -115,7 +115,7 @@ def _device() -> str:
 
 def _partitioner() -> str:
     made = plan(
-        SequenceBatch([4000, 900, 70]), SPEC, CLUSTER, strategy="hypergraph", block_size=256
+        SequenceBatch([4000, 900, 70]), SPEC, CLUSTER, strategy="hypergraph", model_width=0
     )
     balance = made.stats.compute_balance
     if balance > 1.2:
