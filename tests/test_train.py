@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from dcp import cli
+from dcp.cluster import Cluster
 from tests.trainer_work import launched
 
 TINY = {
@@ -341,3 +342,14 @@ def test_every_rank_names_the_one_that_was_killed(tmp_path, texts, world, victim
 def rank_pids(parent):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True)
     return [int(pid) for pid in found.stdout.split()]
+
+
+def test_rates_are_learnt_and_left_as_a_cluster_file(gloo_pool, tmp_path, texts):
+    values = TINY | {"data": str(texts), "max_steps": 8, "calibrate": True}
+    gloo_pool(2).run(train, values | {"output_dir": str(tmp_path)})
+    learnt = Cluster.load(tmp_path / "cluster.json")
+    preset = Cluster.preset("laptop", devices_per_node=2)
+    assert learnt.num_ranks == 2
+    assert learnt.intra_node_bandwidth != preset.intra_node_bandwidth  # measured as it began
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["predicted_over_measured"] > 0 for line in lines[2:])

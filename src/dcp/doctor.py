@@ -114,9 +114,7 @@ def _device() -> str:
 
 
 def _partitioner() -> str:
-    made = plan(
-        SequenceBatch([4000, 900, 70]), SPEC, CLUSTER, strategy="hypergraph", model_width=0
-    )
+    made = plan(SequenceBatch([4000, 900, 70]), SPEC, CLUSTER, strategy="hypergraph", model_width=0)
     balance = made.stats.compute_balance
     if balance > 1.2:
         raise AssertionError(f"compute balance {balance:.3f} of an easy batch")
