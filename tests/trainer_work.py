@@ -42,13 +42,21 @@ def launched():
         rank, size = dist.get_rank(), dist.get_world_size()
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         names |= {"GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none"}
+    forget_accelerate()
     os.environ.update({name: str(value) for name, value in names.items()})
     try:
         yield
     finally:
-        AcceleratorState._reset_state(True)
+        forget_accelerate()
         for name in names:
             del os.environ[name]
+
+
+def forget_accelerate():
+    """What accelerate and TrainingArguments leave in a process: for the next job, all of it."""
+    AcceleratorState._reset_state(True)
+    for name in [each for each in os.environ if each.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
 
 
 @contextmanager
@@ -70,7 +78,6 @@ def sharding_on_the_cpu():
         yield
     finally:
         AcceleratorState.__init__, ParallelismConfig._validate_accelerator = unpatched, check
-        os.environ.pop("ACCELERATE_USE_FSDP", None)  # which accelerate leaves behind
 
 
 def sharded(**others):
