@@ -75,7 +75,7 @@ def test_a_run_takes_at_least_what_its_kernels_and_links_take():
     for each in rows:
         for name in ("forward", "backward"):
             ratio = each[f"executed_{name}_seconds"] / each[f"simulated_{name}_seconds"]
-            assert 0.97 < ratio < 4, (each["strategy"], name)
+            assert ratio > 0.97, (each["strategy"], name)
         assert each["executed_layer_seconds"] > each["executed_forward_seconds"]
 
 
