@@ -108,25 +108,14 @@ def item_seconds(
 
 
 def division_seconds(
-    division: np.ndarray,
-    num_divisions: int,
-    area: np.ndarray,
-    q_rows: np.ndarray,
-    kv_rows: np.ndarray,
-    spec: AttentionSpec,
-    cluster: Cluster,
-    *,
-    num_head_groups: int = 1,
-    backward: bool = False,
+    division: np.ndarray, num_divisions: int, seconds: np.ndarray, cluster: Cluster
 ) -> np.ndarray:
     """Seconds of every division, ``[num_divisions]``: one launch and its items.
 
     Args:
-        division: which one each item belongs to; the other arrays as :func:`item_seconds` has them.
+        division: which one each item belongs to.
+        seconds: of each item, see :func:`item_seconds`.
     """
-    seconds = item_seconds(
-        area, q_rows, kv_rows, spec, cluster, num_head_groups=num_head_groups, backward=backward
-    )
     total = np.bincount(division, weights=seconds, minlength=num_divisions)
     launched = np.bincount(division, minlength=num_divisions) > 0
     every: np.ndarray = total + launched * cluster.launch_seconds

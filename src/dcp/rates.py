@@ -17,7 +17,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
-from dcp.cost import division_seconds, linear_seconds
+from dcp.cost import division_seconds, item_seconds, linear_seconds
 from dcp.program import MaskProgram, RankPlan, row_bytes
 from dcp.ragged import expand, runs
 from dcp.slices import slice_area
@@ -71,9 +71,7 @@ def program_seconds(
     count = items[:, Item.END_SLICE] - items[:, Item.FIRST_SLICE]
     which, _ = expand(count)
     areas = slice_area(program.slices[runs(items[:, Item.FIRST_SLICE], count)])
-    return division_seconds(
-        items[:, Item.STEP],
-        program.num_steps,
+    seconds = item_seconds(
         np.bincount(which, weights=areas, minlength=len(items)),
         items[:, Item.Q_ROWS],
         items[:, Item.KV_ROWS],
@@ -82,6 +80,7 @@ def program_seconds(
         num_head_groups=num_head_groups,
         backward=backward,
     )
+    return division_seconds(items[:, Item.STEP], program.num_steps, seconds, cluster)
 
 
 class Multipliers:

@@ -15,7 +15,7 @@ import numpy as np
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.compile import MaskTables
-from dcp.cost import division_seconds
+from dcp.cost import division_seconds, item_seconds
 from dcp.events import play
 from dcp.tables import Item, Move
 
@@ -205,9 +205,7 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
     """Seconds of every division: one launch and its items, ``[steps, ranks]``."""
     tables, ranks = plan.masks[mask], plan.num_ranks
     items = tables.items
-    seconds = division_seconds(
-        items[:, Item.STEP] * ranks + items[:, Item.RANK],
-        tables.num_steps * ranks,
+    seconds = item_seconds(
         tables.tile_area[items[:, Item.TILE]],
         items[:, Item.Q_ROWS],
         items[:, Item.KV_ROWS],
@@ -216,5 +214,7 @@ def _compute_seconds(plan: Timed, mask: str, cluster: Cluster, *, backward: bool
         num_head_groups=plan.num_head_groups,
         backward=backward,
     )
-    by_rank: np.ndarray = seconds.reshape(tables.num_steps, ranks) / cluster.speed_of_rank
+    division = items[:, Item.STEP] * ranks + items[:, Item.RANK]
+    every = division_seconds(division, tables.num_steps * ranks, seconds, cluster)
+    by_rank: np.ndarray = every.reshape(tables.num_steps, ranks) / cluster.speed_of_rank
     return by_rank
