@@ -65,6 +65,11 @@ class LocalBatch:
         """Tokens of the whole batch."""
         return int(self.seqlens.sum())
 
+    def rows_to_fill(self, multiple: int) -> int:
+        """Rows to add behind the local tokens for a multiple of ``multiple``, and at least one."""
+        local = len(self.tokens)
+        return max(-(-local // multiple), 1) * multiple - local
+
     def mean_loss(self, summed_loss: torch.Tensor) -> torch.Tensor:
         """This rank's part of the mean over all ranks' labels, from the sum over its own.
 

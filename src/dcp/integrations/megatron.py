@@ -176,7 +176,7 @@ def planned_batches(
 
 def _micro_batch(batch: LocalBatch, bound: BoundPlan, multiple: int) -> MicroBatch:
     local = len(batch.tokens)
-    fill = max(-(-local // multiple), 1) * multiple - local
+    fill = batch.rows_to_fill(multiple)
     tokens, positions = (pad(rows, (0, fill)) for rows in (batch.tokens, batch.positions))
     labels = pad(batch.labels, (0, fill), value=_NO_LABEL)
     params = PlannedSeqParams(bound=bound, positions=positions)

@@ -103,8 +103,7 @@ class PlannedDataLoader(BaseDataLoader):  # type: ignore[misc]  # of torchtitan,
     def __iter__(self) -> Iterator[_Batch]:
         while True:
             for batch, plan in self.loader:
-                local = len(batch.tokens)
-                fill = max(-(-local // self.rows_multiple), 1) * self.rows_multiple - local
+                fill = batch.rows_to_fill(self.rows_multiple)
                 masks = masks_of(plan, self.asked)
                 inputs = {
                     "input": pad(batch.tokens, (0, fill))[None],
