@@ -24,8 +24,11 @@ RATES = (
     "memory_bandwidth",
 )  # fmt: skip
 TIMES = ("inter_node_latency", "intra_node_latency", "launch_seconds")
-BURST_BYTES = 128 << 10  # whole segments of the kernel pass; small beside messages of slow links
+SEGMENTS = 40  # packets that the kernel hands on at once, for the cores' sake: 60 kB
+BURST_BYTES = 64 << 10  # so that they pass; small beside messages of slow links
 BURST_SECONDS = 2e-3
+PACKET = 1448  # bytes of payload
+WINDOW = 4 << 20  # bytes on their way between two ranks
 WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
 
 
@@ -107,18 +110,31 @@ class _Network:
             f"link set {near} master {self.tag}i{node} up",
         ])  # fmt: skip
         others = [p for p in range(self.cluster.num_ranks) if p != rank]
-        near_by = {p for p in others if self.node[p] == node}
-        cards = {p: DEVICE if p in near_by else CARD for p in others}
+        cards = {p: DEVICE if self.node[p] == node else CARD for p in others}
         _batch("ip", [
             f"link set {CARD} address {_hardware(CARD, rank)}",
             f"link set {DEVICE} address {_hardware(DEVICE, rank)}",
             "link set lo up", f"addr add {own}/24 dev {CARD}",
             f"link set {CARD} up", f"link set {DEVICE} up",
-            *(f"route add {self.address(p)}/32 dev {DEVICE} src {own}" for p in sorted(near_by)),
+            # whole windows from the first message on: cards of GPUs do not start slowly
+            *(f"route add {self.address(p)}/32 dev {card} src {own} "
+              f"initcwnd {WINDOW // PACKET} initrwnd {WINDOW // PACKET}"
+              for p, card in cards.items()),
             # said, not asked: a kernel keeps about a thousand answers, of all namespaces
             *(f"neigh add {self.address(p)} lladdr {_hardware(card, p)} dev {card} nud permanent"
               for p, card in cards.items()),
         ], space=space)  # fmt: skip
+        _run(
+            "ip",
+            "netns",
+            "exec",
+            space,
+            "sh",
+            "-c",
+            f"cd /proc/sys/net/ipv4; echo {SEGMENTS} > tcp_min_tso_segs; "
+            "echo 0 > tcp_slow_start_after_idle; "
+            f"for name in tcp_rmem tcp_wmem; do echo 4096 {WINDOW} {2 * WINDOW} > $name; done",
+        )
         card = self._shape(self.cluster.device_network_bandwidth)
         device = self._shape(self.cluster.intra_node_bandwidth)
         _batch("tc", [f"qdisc add dev {far} root {card}", f"qdisc add dev {near} root {device}"])
@@ -139,9 +155,11 @@ def _hardware(card: str, rank: int) -> str:
 
 def _batch(tool: str, lines: list[str], *, space: str | None = None) -> None:
     where = ["-n", space] if space else []
-    done = subprocess.run(
-        [tool, *where, "-batch", "-"], input="\n".join(lines), capture_output=True, text=True
-    )
+    _run(tool, *where, "-batch", "-", told="\n".join(lines))
+
+
+def _run(tool: str, *words: str, told: str = "") -> None:
+    done = subprocess.run([tool, *words], input=told, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"no testbed: {tool} failed: {done.stderr.strip()}")
 

@@ -6,10 +6,12 @@ sleep the seconds that are predicted on it, links are as slow, a message waits o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from time import perf_counter, sleep
 from typing import Any
 
@@ -27,6 +29,9 @@ from dcp.rates import program_seconds
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.communicator import GroupCommunicator, Messages
 from dcp.runtime.kernels import Kernel, Options, QSide
+
+MALLOC = ((-1, 1 << 30), (-4, 0), (-8, 1))  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of glibc
+KEPT = 128 << 20  # bytes of it
 
 
 class SleepingKernel(Kernel):
@@ -134,15 +139,19 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
 
     Returns ``links`` (:func:`measure_links`), and by plan and round: ``passes``, seconds of
     (forward, backward) from a barrier on; ``layers``, of as many layers in a row as the job says;
-    ``busy``, the share of this machine's cores that was used.
+    ``busy``, the share of this machine's cores that was used. Where links are not what they should
+    be, no plan is run.
     """
     torch.set_num_threads(1)
+    keep_memory()
     spec, cluster = AttentionSpec(**job["spec"]), cluster_of(job["cluster"])
     with joined_group(torch.device("cpu")) as group:
         executor = AttentionExecutor(group, kernel=SleepingKernel(spec, cluster))
         executor.communicator = SlowCommunicator(group, cluster)
         here = Emulated(executor, spec, cluster)
         links = measure_links(cluster)
+        if not _links_are_right(links, cluster, most=job["link_error"]):
+            return {"links": links, "passes": []}
         folder, rank = Path(job["folder"]), executor.rank
         plans = [
             RankPlan.from_bytes((folder / f"{plan}-{rank}.plan").read_bytes())
@@ -150,9 +159,12 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
         ]
         found: dict[str, Any] = {"links": links}
         found |= {name: [[] for _ in plans] for name in ("passes", "layers", "busy")}
+        executor.prepare(plans[0])
+        time_passes(here)  # to warm up: what is imported, pages, windows of connections
         for _ in range(job["rounds"]):
             for index, plan in enumerate(plans):
                 executor.prepare(plan)
+                dist.barrier()  # what ranks do to prepare is not the pass's
                 began = cpu_ticks()
                 found["passes"][index].append(time_passes(here))
                 if job["layers"]:
@@ -160,6 +172,14 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
                 found["busy"][index].append(busy_since(began))
         dist.barrier()
         return found
+
+
+def keep_memory() -> None:
+    """Let freed memory be used again: fresh pages cost several times what a message does."""
+    libc = ctypes.CDLL(None)
+    for parameter, value in MALLOC:
+        libc.mallopt(parameter, value)
+    torch.ones(KEPT, dtype=torch.uint8)
 
 
 def cluster_of(fields: dict[str, Any]) -> Cluster:
@@ -228,6 +248,27 @@ def _tensors(here: Emulated) -> tuple[Tensor, Tensor]:
 # --------------------------------------------------------------------------- links and cores
 
 
+def link_ratios(found: Sequence[dict[str, float]], cluster: Cluster) -> dict[str, float]:
+    """What the links gave (:func:`measure_links`), in the median of the ranks, over what they
+    should have given."""
+    size = float(cluster.node_sizes[0])
+    card, network = cluster.device_network_bandwidth, cluster.inter_node_bandwidth
+    should = {
+        "intra_node_bandwidth": cluster.intra_node_bandwidth,
+        "inter_node_bandwidth": min(network, card * size),
+        "device_network_bandwidth": min(card, network),
+    }
+    seen = {name: [links[name] for links in found if name in links] for name in should}
+    return {name: median(each) / should[name] for name, each in seen.items() if each}
+
+
+def _links_are_right(links: dict[str, float], cluster: Cluster, *, most: float) -> bool:
+    """Whether no link is further than ``most`` from what it should be; collective."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, links)
+    return all(abs(ratio - 1) <= most for ratio in link_ratios(found, cluster).values())
+
+
 def measure_links(cluster: Cluster) -> dict[str, float]:
     """Bytes per second that this rank's links give.
 
@@ -246,22 +287,24 @@ def measure_links(cluster: Cluster) -> dict[str, float]:
         near, far = ((mine + way) % cluster.num_nodes for way in (1, -1))
         to, source = int(starts[near] + place), int(starts[far] + place)
         share = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth / sizes[mine])
-        rate = _exchange_rate(to, source, int(0.5 * share))
+        rate = _exchange_rate(to, source, int(2 * share))
         found["inter_node_bandwidth"] = rate * float(sizes[mine])
         alone = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        size = int(0.5 * alone)
-        rate = _exchange_rate(to, source, size) if place == 0 else 0.0
-        dist.barrier()
+        size = int(2 * alone)
+        rate = _exchange_rate(to, source, size, takes_part=place == 0)
         if place == 0:
             found["device_network_bandwidth"] = rate
     return found
 
 
-def _exchange_rate(to: int, source: int, num_bytes: int) -> float:
-    """Bytes per second of a large message, after a small one that opens the link."""
+def _exchange_rate(to: int, source: int, num_bytes: int, *, takes_part: bool = True) -> float:
+    """Bytes per second of a large message, after a small one that opens the link. Collective."""
     for size in (1 << 10, num_bytes):
-        sent, received = torch.zeros((2, max(size, 1)), dtype=torch.uint8)
+        sent, received = torch.ones((2, max(size, 1)), dtype=torch.uint8)
+        dist.barrier()
         began = perf_counter()
+        if not takes_part:
+            continue
         works = dist.batch_isend_irecv(
             [dist.P2POp(dist.irecv, received, source), dist.P2POp(dist.isend, sent, to)]
         )

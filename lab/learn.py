@@ -21,8 +21,8 @@ from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.placement import strategy_names
-from lab.emulate import link_ratios
 from lab.emulated_network import dilated, open_network
+from lab.emulated_rank import link_ratios
 from lab.fleet import measured_cluster, run_plans
 from lab.results import merge
 from lab.testbed import Testbed, open_testbed
@@ -145,7 +145,7 @@ def summarise(
         "true": asdict(true),
         "given": asdict(wrong(true, args)),
         "learnt": learnt,
-        "links": {} if args.real else link_ratios(found, true),
+        "links": {} if args.real else link_ratios([rank["links"] for rank in found], true),
         "error": found[0]["error"],
         "steps": steps.tolist(),
         "predicted": found[0]["predicted"],

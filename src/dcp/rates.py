@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,7 @@ class RateFit:
         self.packing: deque[tuple[float, float]] = deque(maxlen=KEPT * ranks)  # bytes, seconds
         self.num_batches = 0
         self.cluster = cluster
+        self._lock = Lock()
 
     # ------------------------------------------------------------------ measurements
 
@@ -164,20 +166,25 @@ class RateFit:
     ) -> None:
         """Learn from one batch: every rank's plan, and what ranks have measured.
 
-        Figures of other plans than these are ignored.
+        Figures of other plans than these are ignored. May run in a thread of its own.
         """
-        for rank, of_rank in figures.items():
-            plan = plans[rank]
-            for each in of_rank:
-                if each.fingerprint == plan.fingerprint and each.mask in plan.masks:
-                    self._compute(plan, each)
-                    self._transfers(plans, plan, each)
-                    self._pack(plan, each)
-                    self._between(plan, each)
-        self.num_batches += 1
-        for each_fit in (self.compute, self.far, self.near, self.linear):
-            each_fit.fit()
-        self.cluster = self._fitted()
+        links: dict[tuple[str, bool], tuple[np.ndarray, np.ndarray]] = {}
+        with self._lock:
+            for rank, of_rank in figures.items():
+                plan = plans[rank]
+                for each in of_rank:
+                    if each.fingerprint == plan.fingerprint and each.mask in plan.masks:
+                        kind = each.mask, each.backward
+                        if kind not in links:
+                            links[kind] = self._link_seconds(plans, each)
+                        self._compute(plan, each)
+                        self._transfers(links[kind], plan, each)
+                        self._pack(plan, each)
+                        self._between(plan, each)
+            self.num_batches += 1
+            for each_fit in (self.compute, self.far, self.near, self.linear):
+                each_fit.fit()
+            self.cluster = self._fitted()
 
     def probe(self, *, far: Sequence[tuple[int, float]], near: Sequence[tuple[int, float]]) -> None:
         """Begin with links as they are: (bytes, seconds) of messages between two ranks alone, of
@@ -208,11 +215,11 @@ class RateFit:
         terms = [0.0, arithmetic, launches] if figures.backward else [arithmetic, 0.0, launches]
         self.compute.add(plan.rank, terms, figures.attention_seconds)
 
-    def _transfers(self, plans: Sequence[RankPlan], plan: RankPlan, figures: PassFigures) -> None:
+    def _transfers(
+        self, links: tuple[np.ndarray, np.ndarray], plan: RankPlan, figures: PassFigures
+    ) -> None:
         """Of every communication: the links that it was on, whichever was the slowest."""
-        if not figures.transfers:
-            return
-        far, near = self._link_seconds(plans, figures)
+        far, near = links
         for step, seconds, waited in figures.transfers:
             index = int(step) - 1
             terms = {
@@ -318,19 +325,26 @@ class RateFit:
     # ------------------------------------------------------------------ in checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What was learnt, JSON-able."""
-        fits = {name: getattr(self, name) for name in _FITS}
-        return {
-            "num_batches": self.num_batches,
-            "num_ranks": self.given.num_ranks,
-            **{name: list(fit.rows) for name, fit in fits.items()},
-            "packing": [list(each) for each in self.packing],
-        }
+        """What was learnt, and the rates that it was measured against; JSON-able."""
+        with self._lock:
+            return {
+                "num_batches": self.num_batches,
+                "given": asdict(self.given),
+                **{name: list(getattr(self, name).rows) for name in _FITS},
+                "packing": [list(each) for each in self.packing],
+            }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; of other ranks, their speeds are forgotten."""
         self.num_batches = int(state["num_batches"])
-        same = state["num_ranks"] == self.given.num_ranks
+        given, here = Cluster(**state["given"]), self.given
+        same = given.num_ranks == here.num_ranks
+        self.given = replace(
+            given,
+            num_nodes=here.num_nodes,
+            devices_per_node=here.devices_per_node,
+            rank_speeds=given.rank_speeds if same else (),
+        )
         for name in _FITS:
             fit: Multipliers = getattr(self, name)
             fit.rows.clear()

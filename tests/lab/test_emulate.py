@@ -8,7 +8,14 @@ import pytest
 import dcp
 from dcp.cost import linear_seconds
 from lab.__main__ import main
-from lab.emulate import chosen_strategies, execute, make_cases, summarise
+from lab.emulate import (
+    chosen_strategies,
+    execute,
+    make_cases,
+    predicted_seconds,
+    summarise,
+    worth_running,
+)
 from lab.emulated_network import dilated
 from lab.testbed import why_not
 
@@ -61,11 +68,23 @@ def test_a_summary_counts_pairs_in_order_and_compares_auto_with_the_best():
     assert found["executed_over_simulated"]["most"] == pytest.approx(1.5)
 
 
+def test_slow_rules_are_left_out_but_for_the_fastest_static_one():
+    batch = {"name": "small", "seqlens": [9000, 400, 600]}
+    cluster = dcp.Cluster.preset("a100", num_nodes=2, devices_per_node=2)
+    cases = list(make_cases(batch, "causal", chosen_strategies(["all"]), cluster, layers=0))
+    seconds = {labels["strategy"]: predicted_seconds(made) for labels, made in cases}
+    kept = {labels["strategy"] for labels, _ in worth_running(cases, within=1.2)}
+    static = min(set(chosen_strategies(["static"])[1:]) & set(seconds), key=seconds.__getitem__)
+    fast = {name for name, each in seconds.items() if each <= 1.2 * min(seconds.values())}
+    assert kept == fast | {static}
+    assert len(kept) < len(cases)
+
+
 @needs_namespaces
 def test_a_run_takes_at_least_what_its_kernels_and_links_take():
     cluster = dcp.Cluster.preset("a100", num_nodes=2, devices_per_node=2)
     batch = {"name": "small", "seqlens": [9000, 4000, 600]}
-    cases = list(make_cases(batch, ["causal"], ["zigzag", "data_parallel"], cluster, layers=0))
+    cases = list(make_cases(batch, "causal", ["zigzag", "data_parallel"], cluster, layers=0))
     options = Namespace(dilation=None, rounds=1, layers=1)
     try:
         rows = execute(cases, cluster, options, most_busy=1.0, link_error=1.0)

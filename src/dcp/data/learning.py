@@ -2,13 +2,15 @@
 
 Every rank hands the times of a batch's passes to the rank that planned it, through the loader's
 store, when the next batches are asked for; that rank fits the cluster's rates to them
-(:class:`dcp.rates.RateFit`) and plans what follows with the fit. Nobody waits for anybody.
+(:class:`dcp.rates.RateFit`), in a thread of its own, and plans what follows with the fit. Nobody
+waits for anybody.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -28,7 +30,7 @@ from dcp.runtime.timing import PassTimes, figures_of_passes
 
 KEPT_PASSES = 4096  # that a rank holds before it hands them in
 OPEN_BATCHES = 16  # whose figures a planning rank still waits for
-FIRST, EVERY = 16, 8  # batches that are handed in: the first ones, and then every so many
+FIRST, EVERY = 16, 16  # batches that are handed in: the first ones, and then every so many
 TRY_EVERY = 50  # batches, of which one runs by the second best plan if it may be the best
 MOST_BEHIND = 0.05  # that such a plan may be predicted to be
 PROBE_BYTES = (1 << 10, 1 << 20)  # of messages that measure a link as learning begins
@@ -75,6 +77,8 @@ class Learning:
         self._num_heard = [0] * exchange.num_ranks
         self._num_taken = self._num_planned = 0
         self._num_layers = num_layers
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-rates")
+        self._fitting: deque[Future[None]] = deque()
         self.predicted_over_measured: float | None = None
         self.fit = RateFit(cluster, model_width=model_width)
         if executor.group is not None:
@@ -158,9 +162,13 @@ class Learning:
         for fingerprint in [
             key for key, batch in self._open.items() if set(batch.figures) == ranks
         ]:
-            batch = self._open.pop(fingerprint)
-            plans = [RankPlan.from_bytes(plan) for plan in batch.plans]
-            self.fit.observe(plans, batch.figures)
+            self._fitting.append(self._thread.submit(self._learn, self._open.pop(fingerprint)))
+        while self._fitting and self._fitting[0].done():
+            self._fitting.popleft().result()
+
+    def _learn(self, batch: _Batch) -> None:
+        plans = [RankPlan.from_bytes(plan) for plan in batch.plans]
+        self.fit.observe(plans, batch.figures)
 
     def _hear(self, plan_rank: int, figures: list[PassFigures]) -> None:
         for each in figures:
