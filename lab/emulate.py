@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -27,17 +29,21 @@ from dcp.cluster import PRESETS, Cluster
 from dcp.placement import StrategyError, strategy_names
 from dcp.planner import layer_seconds, plan
 from dcp.plans import Plan
+from dcp.program import row_bytes
 from dcp.simulate import simulate
 from lab.attention import OURS, STATIC, choose_batches
 from lab.emulated_network import dilated, open_network
 from lab.emulated_rank import link_ratios
 from lab.planner import MASKS, SPEC, make_batch
 
+KEYS = ("batch", "mask", "strategy")  # what a row is of
 MOST_BUSY = 0.7  # of the cores' time; beyond it, messages wait for cores and not for links
 LINK_ERROR = 0.1  # between what a link should give and what it gave
 CORE_SECONDS_PER_BYTE = 4e-9  # that a message takes, from one rank's buffer to the other's
 MOST_BYTES_PER_SECOND = 1.3e9  # that two cores pass on between namespaces, in large messages
-CAREFUL = 0.35  # busy share that the dilation is chosen for
+RANK_BYTES = 250 << 20  # of memory, without messages
+COPIES = 3  # of all rows that a rank holds: as they are, packed, and on their way
+CAREFUL = 0.45  # busy share that the dilation is chosen for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,19 +78,21 @@ def run(args: argparse.Namespace) -> int:
     )
     names = chosen_strategies(args.strategies)
     result = read_result(args.out, args, cluster)
-    done = {(row["batch"], row["mask"]) for row in result["rows"]}
+    done = {tuple(row[key] for key in KEYS) for row in result["rows"]}
     cases = []
     for batch in choose_batches(args.batches):
         for mask in args.masks:
-            if (batch["name"], mask) not in done:
-                of_mask = list(make_cases(batch, mask, names, cluster, layers=args.layers))
-                cases += worth_running(of_mask, within=args.within) if args.within else of_mask
-    if cases:
-        result["rows"] += execute(cases, cluster, args)
-    result["summary"] = summarise(result["rows"])
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            of_mask = list(make_cases(batch, mask, names, cluster, layers=args.layers))
+            of_mask = [case for case in of_mask if fits_in_memory(*case)]
+            if args.within:
+                of_mask = worth_running(of_mask, within=args.within)
+            cases += [case for case in of_mask if tuple(map(case[0].get, KEYS)) not in done]
+    for rows in execute(cases, cluster, args):
+        result["rows"] += rows
+        result["summary"] = summarise(result["rows"])
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if args.json else as_text(result))
     return 0
 
@@ -129,6 +137,21 @@ def make_cases(
             made = plan(make_batch(batch["seqlens"], mask), SPEC, cluster, strategy=name,
                         model_width=width)  # fmt: skip
             yield labels, made
+
+
+def fits_in_memory(labels: dict[str, str], made: Plan) -> bool:
+    """Whether all ranks' messages do, which have their true sizes; says so where they do not."""
+    needed = made.num_ranks * RANK_BYTES
+    for work in made.masks.values():
+        size = row_bytes(
+            made.spec, made.num_head_groups, gradients_hop=work.gradients_hop, backward=True
+        )
+        needed += COPIES * int((work.buffer_rows * size).sum())
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > available:
+        print(f"left out: {' '.join(labels.values())} needs {needed / 1e9:.0f} GB of memory, "
+              f"{available / 1e9:.0f} are free", file=sys.stderr)  # fmt: skip
+    return needed <= available
 
 
 def worth_running(
@@ -182,11 +205,10 @@ def execute(
     *,
     most_busy: float = MOST_BUSY,
     link_error: float = LINK_ERROR,
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Rows of all cases; plans that kept the cores too busy run again at a larger dilation."""
     plans = list({made.fingerprint: made for _, made in cases}.values())
     dilation = args.dilation or chosen_dilation(plans, cluster)
-    rows: dict[int, dict[str, Any]] = {}
     while plans:
         found = run_ranks(plans, cluster, args, dilation=dilation, link_error=link_error)
         links = link_ratios([rank["links"] for rank in found], dilated(cluster, dilation))
@@ -198,6 +220,7 @@ def execute(
                 )
             dilation = float(np.ceil(dilation * 1.3 / 100) * 100)
             continue
+        rows: dict[int, dict[str, Any]] = {}
         busy = [float(max(np.median(rank["busy"][i]) for rank in found)) for i in range(len(plans))]
         for index, made in enumerate(plans):
             if busy[index] <= most_busy:
@@ -205,6 +228,7 @@ def execute(
                     made, found, index, dilation=dilation, layers=args.layers
                 ) | {"dilation": dilation, "busy": busy[index], "links": links}
         plans = [made for made in plans if made.fingerprint not in rows]
+        yield [labels | rows[m.fingerprint] for labels, m in cases if m.fingerprint in rows]
         slower = float(np.ceil(dilation * max(busy) / CAREFUL / 100) * 100)
         if plans and args.dilation:
             raise ValueError(
@@ -212,7 +236,6 @@ def execute(
                 f"more than {most_busy:.0%}: give {slower:g}, or none"
             )
         dilation = slower
-    return [labels | rows[made.fingerprint] for labels, made in cases]
 
 
 def _ratios(links: dict[str, float]) -> str:
@@ -236,6 +259,7 @@ def run_ranks(
         job = {
             "spec": asdict(SPEC), "cluster": asdict(slow),
             "folder": folder, "num_plans": len(plans), "rounds": args.rounds,
+            "shortest": int(np.argmin([predicted_seconds(made) for made in plans])),
             "layers": args.layers, "link_error": link_error,
         }  # fmt: skip
         return bed.run(

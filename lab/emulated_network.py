@@ -28,7 +28,7 @@ SEGMENTS = 40  # packets that the kernel hands on at once, for the cores' sake: 
 BURST_BYTES = 64 << 10  # so that they pass; small beside messages of slow links
 BURST_SECONDS = 2e-3
 PACKET = 1448  # bytes of payload
-WINDOW = 4 << 20  # bytes on their way between two ranks
+WINDOW = 1 << 20  # bytes on their way between two ranks
 WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
 
 

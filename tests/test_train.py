@@ -280,7 +280,8 @@ def test_a_killed_job_that_goes_on_ends_as_the_undisturbed_one(gloo_pool, tmp_pa
     from safetensors.numpy import load_file
 
     values = TINY | {"data": str(texts), "max_steps": 24, "save_strategy": "steps", "save_steps": 3,
-                     "save_total_limit": 2, "resume_from_checkpoint": "auto"}  # fmt: skip
+                     "save_total_limit": 2, "resume_from_checkpoint": "auto",
+                     "calibrate": False}  # fmt: skip
     whole, killed = ({**values, "output_dir": str(tmp_path / name)} for name in ("whole", "killed"))
     gloo_pool(2).run(train, whole)
     (tmp_path / "job.json").write_text(json.dumps(killed))
@@ -345,7 +346,7 @@ def rank_pids(parent):
 
 
 def test_rates_are_learnt_and_left_as_a_cluster_file(gloo_pool, tmp_path, texts):
-    values = TINY | {"data": str(texts), "max_steps": 8, "calibrate": True}
+    values = TINY | {"data": str(texts), "max_steps": 8}
     gloo_pool(2).run(train, values | {"output_dir": str(tmp_path)})
     learnt = Cluster.load(tmp_path / "cluster.json")
     preset = Cluster.preset("laptop", devices_per_node=2)

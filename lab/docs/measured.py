@@ -6,25 +6,29 @@ Text outside the page's ``<!-- begin NAME -->`` … ``<!-- end NAME -->`` marks 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from lab import CHECKOUT
+from lab.docs.emulated import draw_emulated, emulated_tables, learning_table
+from lab.docs.tables import COLORS, made_by, met
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
-COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#718096", "#b7791f")
 
 
 def draw(docs: Path) -> None:
     path = docs / "measured.md"
     page = path.read_text()
-    for name, table, picture in (
-        ("attention", attention_tables, draw_attention),
-        ("train", train_table, draw_losses),
-        ("trainer", trainer_table, None),
-        ("dynamic", dynamic_table, None),
+    for name, tables, picture in (
+        ("attention", each(attention_tables), draw_attention),
+        ("emulated", each(emulated_tables), draw_emulated),
+        ("learn", learning_table, None),
+        ("train", each(train_table), draw_losses),
+        ("trainer", each(trainer_table), None),
+        ("dynamic", each(dynamic_table), None),
     ):
         results = RESULTS / f"{name}.json"
         if not results.exists():
@@ -32,7 +36,7 @@ def draw(docs: Path) -> None:
             continue
         runs = json.loads(results.read_text())
         runs = runs if "conditions" not in runs else {name: runs}
-        text = "\n\n".join(table(run_name, run) for run_name, run in runs.items())
+        text = tables(runs)
         if picture is not None:
             text += f"\n\n![{name}](images/measured_{name}.png)"
             picture(runs, docs / "images" / f"measured_{name}.png")
@@ -40,6 +44,11 @@ def draw(docs: Path) -> None:
         before, rest = page.split(begin)
         page = before + begin + text + "\n" + end + rest.split(end)[1]
     path.write_text(page)
+
+
+def each(table: Callable[[str, dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """One table after the other, for every run."""
+    return lambda runs: "\n\n".join(table(name, run) for name, run in runs.items())
 
 
 def attention_tables(name: str, run: dict[str, Any]) -> str:
@@ -153,19 +162,6 @@ def dynamic_table(_: str, run: dict[str, Any]) -> str:
         figures = " | ".join(f"{row['slower'][name]:.2f}" for name in systems)
         lines.append(f"| {row['data']} | {row['mask']} | {figures} |")
     return "\n".join(lines)
-
-
-def made_by(run: dict[str, Any]) -> str:
-    where = run["conditions"]
-    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
-    return (
-        f"`{where['command']}`, {where['date']}: {where['num_cores']} cores of {where['processor']}"
-        f", Python {where['python']}, {versions}."
-    )
-
-
-def met(holds: bool) -> str:
-    return "met" if holds else "**not met**"
 
 
 def draw_attention(runs: dict[str, Any], path: Path) -> None:

@@ -7,7 +7,7 @@ from lab.__main__ import main
 
 def test_tables_are_written_between_their_marks(tmp_path, capsys):
     page = tmp_path / "measured.md"
-    names = ("attention", "train", "trainer", "dynamic")
+    names = ("attention", "emulated", "learn", "train", "trainer", "dynamic")
     marks = "".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n" for n in names)
     page.write_text(f"before\n{marks}after\n")
     assert main(["draw", "--only", "measured", "idea", "--docs", str(tmp_path)]) == 0

@@ -33,8 +33,9 @@ class PlanningArguments:
         num_workers: planning processes of a planning rank.
         calibrate: let ``"auto"`` learn the cluster's rates from what the ranks measure, see
             :meth:`dcp.DCPDataLoader.learn_from`. Plans then differ from run to run, and with them
-            the order of sums: a job that goes on from a checkpoint is not equal in every bit. False
-            keeps the rates of ``cluster``, as ``full_determinism`` of Trainer's arguments does.
+            the order of sums: a job that goes on from a checkpoint is not equal in every bit. It is
+            with False, which keeps the rates of ``cluster``; so does ``full_determinism`` of
+            Trainer's arguments.
         loader_options: further keywords of :class:`dcp.DCPDataLoader`, such as ``fields`` or
             ``max_seqlen``.
         plan_options: further keywords of :func:`dcp.plan`.
@@ -48,7 +49,7 @@ class PlanningArguments:
     look_ahead: int = 4
     num_workers: int = 1
     cluster: Cluster | None = None
-    calibrate: bool = False
+    calibrate: bool = True
     loader_options: dict[str, Any] = field(default_factory=dict)
     plan_options: dict[str, Any] = field(default_factory=dict)
 

@@ -148,7 +148,7 @@ class BatchArguments:
     block_size: int = option(0, "most tokens of a data block; 0 lets the planner choose")
     cluster: str = option("auto", "preset or file with the machine's rates")
     calibrate: bool = option(
-        False, "learn the machine's rates from what ranks measure: plans differ from run to run"
+        True, "learn the machine's rates from what ranks measure: plans differ from run to run"
     )
     look_ahead: int = option(4, "batches that each planning rank plans ahead")
     planning_workers: int = option(1, "planning processes of each planning rank")
