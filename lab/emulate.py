@@ -218,6 +218,8 @@ def execute(
                     f"--dilation {dilation:g}: the emulated links give {_ratios(links)} times what "
                     "they should: other work on this machine, or give more, or none"
                 )
+            print(f"the links give {_ratios(links)} times what they should at a dilation of "
+                  f"{dilation:g}: again, slower", file=sys.stderr)  # fmt: skip
             dilation = float(np.ceil(dilation * 1.3 / 100) * 100)
             continue
         rows: dict[int, dict[str, Any]] = {}

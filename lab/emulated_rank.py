@@ -287,10 +287,10 @@ def measure_links(cluster: Cluster) -> dict[str, float]:
         near, far = ((mine + way) % cluster.num_nodes for way in (1, -1))
         to, source = int(starts[near] + place), int(starts[far] + place)
         share = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth / sizes[mine])
-        rate = _exchange_rate(to, source, int(2 * share))
+        rate = _exchange_rate(to, source, int(4 * share))
         found["inter_node_bandwidth"] = rate * float(sizes[mine])
         alone = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        size = int(2 * alone)
+        size = int(4 * alone)
         rate = _exchange_rate(to, source, size, takes_part=place == 0)
         if place == 0:
             found["device_network_bandwidth"] = rate

@@ -170,7 +170,7 @@ def same_order(cell: dict[str, Any]) -> float:
 def as_text(
     causal: list[dict[str, Any]], sparse: list[dict[str, Any]], static: list[dict[str, Any]]
 ) -> str:
-    """Markdown tables, as docs/simulator.md shows them."""
+    """Markdown tables of every cell."""
     names = list(SYSTEMS)
     lines = ["| data, scale | " + " | ".join(names) + " | pairs in order |"]
     lines.append("|---" * (len(names) + 2) + "|")

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import dcp
+from dcp.data.learning import Learning
 from dcp.rates import PassFigures, RateFit
 from dcp.simulate import simulate
 
@@ -157,6 +159,29 @@ def test_two_messages_tell_a_links_latency_from_its_bandwidth():
     assert fit.cluster.inter_node_bandwidth == pytest.approx(15e8)
     assert fit.cluster.inter_node_latency == pytest.approx(1e-4, rel=0.03)
     assert fit.cluster.intra_node_bandwidth == TRUE.intra_node_bandwidth
+
+
+# --------------------------------------------------------------------------- time to plan
+
+
+@pytest.mark.parametrize(
+    ("step", "workers", "budget"),
+    [(0.3, 1, None), (1.1, 1, 0.5), (1.1, 2, 1.0), (60.0, 4, 2.0), (60.0, 0, None)],
+)
+def test_plans_take_half_of_the_time_that_steps_leave(monkeypatch, step, workers, budget):
+    cluster = dcp.Cluster.preset("h100")
+    executor = SimpleNamespace(group=None)
+    exchange = SimpleNamespace(num_ranks=1)
+    learning = Learning(executor, exchange, cluster, model_width=None, spare_workers=workers)
+    clock = iter([0.0, 500.0, *(500.0 + step * n for n in range(1, 9))])
+    monkeypatch.setattr("dcp.data.learning.perf_counter", lambda: next(clock))
+    monkeypatch.setattr(learning, "_hand_in", lambda: None)
+    monkeypatch.setattr(learning, "_collect", lambda: None)
+    assert learning.options() == {}
+    for _ in range(10):
+        learning.turn()
+    assert learning.time_budget == budget
+    assert learning.options() == ({} if budget is None else {"time_budget": budget})
 
 
 # --------------------------------------------------------------------------- real ranks

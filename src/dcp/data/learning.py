@@ -17,6 +17,7 @@ from itertools import groupby
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -33,6 +34,9 @@ OPEN_BATCHES = 16  # whose figures a planning rank still waits for
 FIRST, EVERY = 16, 16  # batches that are handed in: the first ones, and then every so many
 TRY_EVERY = 50  # batches, of which one runs by the second best plan if it may be the best
 MOST_BEHIND = 0.05  # that such a plan may be predicted to be
+STEPS = 8  # whose median is the time of a step
+SPENT = 0.5  # of the time until a batch's plan is needed
+BUDGETS = (0.5, 1.0, 2.0)  # seconds on one core: few, so that equal batches get equal plans
 PROBE_BYTES = (1 << 10, 1 << 20)  # of messages that measure a link as learning begins
 _KIND = "pass-times"
 
@@ -53,10 +57,14 @@ class Learning:
         exchange: the ranks of the loader.
         cluster, model_width: see :class:`dcp.rates.RateFit`.
         num_layers: that a plan's predicted seconds are of: the sum of its masks' weights.
+        spare_workers: planning processes, of all ranks, whose cores training leaves idle; 0: plans
+            keep to their own ``time_budget``.
 
     Attributes:
         predicted_over_measured: seconds of attention in the last batch that was handed in, as its
             plan predicted them over what this rank measured.
+        time_budget: seconds of one core that a batch's plan may take while training computes; None
+            where that is left to the plan's options.
     """
 
     def __init__(
@@ -67,6 +75,7 @@ class Learning:
         *,
         model_width: int | None,
         num_layers: float = 1.0,
+        spare_workers: int = 0,
     ) -> None:
         self._exchange = exchange
         self._times: deque[PassTimes] = deque(maxlen=KEPT_PASSES)
@@ -76,7 +85,8 @@ class Learning:
         self._num_sent: dict[int, int] = {}
         self._num_heard = [0] * exchange.num_ranks
         self._num_taken = self._num_planned = 0
-        self._num_layers = num_layers
+        self._num_layers, self._spare_workers = num_layers, spare_workers
+        self._asked: deque[float] = deque(maxlen=STEPS + 1)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-rates")
         self._fitting: deque[Future[None]] = deque()
         self.predicted_over_measured: float | None = None
@@ -89,13 +99,25 @@ class Learning:
         """As it is found to be."""
         return self.fit.cluster
 
+    @property
+    def time_budget(self) -> float | None:
+        steps = np.diff(list(self._asked)[1:])  # the first batch is waited for
+        if not self._spare_workers or len(steps) == 0:
+            return None
+        spare = SPENT * float(np.median(steps)) * self._spare_workers
+        budgets = [budget for budget in BUDGETS if budget <= spare]
+        return budgets[-1] if budgets else None
+
     def options(self) -> dict[str, Any]:
-        """More options of the next plan: now and then the second best is tried, where the two are
-        predicted within the fit's error."""
+        """More options of the next plan: the time there is, and now and then the second best to
+        try, where the two are predicted within the fit's error."""
         self._num_planned += 1
-        if self._num_planned % TRY_EVERY or not self.fit.num_batches:
-            return {}
-        return {"second_within": min(self.fit.error, MOST_BEHIND)}
+        options: dict[str, Any] = {}
+        if (budget := self.time_budget) is not None:
+            options["time_budget"] = budget
+        if self._num_planned % TRY_EVERY == 0 and self.fit.num_batches:
+            options["second_within"] = min(self.fit.error, MOST_BEHIND)
+        return options
 
     def take(self, plan: RankPlan, planner: int, plans: Sequence[bytes] | None) -> None:
         """A batch begins; ``plans`` are those of all ranks, on the rank that planned it."""
@@ -112,6 +134,7 @@ class Learning:
 
     def turn(self) -> None:
         """The next batch is asked for: hand in what is over, and learn from what has come."""
+        self._asked.append(perf_counter())
         with suppress(RuntimeError):  # the store is gone: whoever takes the next batch will hear
             self._hand_in()
             self._collect()

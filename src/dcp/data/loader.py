@@ -130,6 +130,7 @@ class DCPDataLoader:
         if prefetch < 0:
             raise ValueError(f"prefetch must be 0 or more, got {prefetch}")
         self.spec, self.device, self._prefetch = spec, device, prefetch
+        self._num_workers = num_workers
         ignore = (*getattr(mask_fn, "sample_keys", ()), *as_names(ignore))
         form = SampleFormat(fields, ignore, vocab_size)
         self._order: dict[str, Any] = {
@@ -211,14 +212,18 @@ class DCPDataLoader:
         The executor's passes are timed, and the planning ranks fit the rates of ``cluster`` to what
         all ranks measured. Plans then depend on the machine and the moment; what they compute does
         not, but for the order of sums. Ranks begin by measuring their links with a few messages.
+        Where training runs on GPUs, planning processes also spend half of the time that a step
+        leaves them, up to 2 s a plan, unless ``plan_options`` have a ``time_budget``.
         """
-        weights = self._preparation.mask_weights
+        weights, options = self._preparation.mask_weights, self._preparation.plan_options
+        spares = torch.device(self.device).type == "cuda" and "time_budget" not in options
         self._learning = Learning(
             executor,
             self._exchange,
             self.cluster,
-            model_width=self._preparation.plan_options.get("model_width"),
+            model_width=options.get("model_width"),
             num_layers=sum(weights.values()) if weights else 1.0,
+            spare_workers=self._num_workers * len(self.planning_ranks) if spares else 0,
         )
 
     @property
@@ -231,6 +236,12 @@ class DCPDataLoader:
         """Of the attention of a late batch, after :meth:`learn_from`: its plan's seconds over those
         that this rank measured."""
         return None if self._learning is None else self._learning.predicted_over_measured
+
+    @property
+    def time_budget(self) -> float | None:
+        """Seconds that a plan may take now, after :meth:`learn_from`, by what steps leave; None
+        where that is the plan options' own."""
+        return None if self._learning is None else self._learning.time_budget
 
     def _prepare(self, place: PlacedBatch) -> tuple[Share, bytes]:
         if self._learning is None:

@@ -240,6 +240,8 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
             self._strategy = self._seen[-1][1].stats.strategy
             if (ratio := getattr(self.data, "predicted_over_measured", None)) is not None:
                 logs["predicted_over_measured"] = ratio
+            if (budget := getattr(self.data, "time_budget", None)) is not None:
+                logs["plan_time_budget"] = budget
             self._seen.clear()
         super().log(logs, *args, **options)
 

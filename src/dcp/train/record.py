@@ -103,6 +103,8 @@ def describe(logs: dict[str, Any]) -> str:
         words.append(f"{logs['plan_wait_seconds'] / logs['seconds']:.1%} waiting for plans")
     if "predicted_over_measured" in logs:
         words.append(f"attention predicted at {logs['predicted_over_measured']:.0%} of its time")
+    if "plan_time_budget" in logs:
+        words.append(f"{logs['plan_time_budget']:g} s for a plan")
     if "num_groups" in logs:
         words.append(f"{logs['num_groups']} groups")
     if "measured_imbalance" in logs:
