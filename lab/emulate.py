@@ -313,15 +313,19 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     same = pairs = 0
     for (_, mask), by_name in cases.items():
         for one, other in combinations(by_name.values(), 2):
-            before, after = (_both(one, way) / _both(other, way) for way in WAYS)
+            before, after = (both_passes(one, way) / both_passes(other, way) for way in WAYS)
             if abs(np.log(before)) > np.log(1.05):
                 pairs, same = pairs + 1, same + ((before > 1) == (after > 1))
         ours = by_name.get(OURS)
         if ours is None:
             continue
-        own = _both(ours, "executed")
-        static = [_both(row, "executed") / own for name, row in by_name.items() if name in STATIC]
-        others = [_both(row, "executed") / own for name, row in by_name.items() if name != OURS]
+        own = both_passes(ours, "executed")
+        static = [
+            both_passes(row, "executed") / own for name, row in by_name.items() if name in STATIC
+        ]
+        others = [
+            both_passes(row, "executed") / own for name, row in by_name.items() if name != OURS
+        ]
         if static:
             gains["static, causal" if mask == "causal" else "static, sparse"].append(min(static))
         if others:
@@ -343,7 +347,8 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 WAYS = ("simulated", "executed")
 
 
-def _both(row: dict[str, Any], way: str) -> float:
+def both_passes(row: dict[str, Any], way: str) -> float:
+    """Seconds of forward and backward together, ``simulated`` or ``executed``."""
     return float(row[f"{way}_forward_seconds"] + row[f"{way}_backward_seconds"])
 
 
@@ -354,7 +359,7 @@ def as_text(result: dict[str, Any]) -> str:
         f"{'backward ms':>11} {'simulated':>9} {'ratio':>6} {'busy':>5}"
     ]
     for row in result["rows"]:
-        ratio = _both(row, "executed") / _both(row, "simulated")
+        ratio = both_passes(row, "executed") / both_passes(row, "simulated")
         numbers = [row[f"{way}_{name}_seconds"] * 1e3 for name in ("forward", "backward")
                    for way in reversed(WAYS)]  # fmt: skip
         lines.append(

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from lab.attention import OURS, STATIC
 from lab.docs.tables import COLORS, made_by, met
+from lab.emulate import both_passes
 
 PASSES = ("forward", "backward")
 
@@ -59,12 +60,12 @@ def gains_table(rows: Sequence[dict[str, Any]]) -> str:
     for batch, mask in dict.fromkeys((row["batch"], row["mask"]) for row in rows):
         here = {r["strategy"]: r for r in rows if (r["batch"], r["mask"]) == (batch, mask)}
         ours = here.pop(OURS)
-        executed, simulated = (_both(ours, way) for way in ("executed", "simulated"))
+        executed, simulated = (both_passes(ours, way) for way in ("executed", "simulated"))
         cells = [
-            f"{best['strategy']}: {_both(best, 'executed') / executed:.2f} "
-            f"({_both(best, 'simulated') / simulated:.2f})"
+            f"{best['strategy']}: {both_passes(best, 'executed') / executed:.2f} "
+            f"({both_passes(best, 'simulated') / simulated:.2f})"
             for group in ([r for name, r in here.items() if name in STATIC], [*here.values()])
-            if (best := min(group, key=lambda row: _both(row, "executed"), default=None))
+            if (best := min(group, key=lambda row: both_passes(row, "executed"), default=None))
         ]
         lines.append(
             f"| {batch} | {mask} | {1e3 * executed:.2f} ({1e3 * simulated:.2f}) "
@@ -143,7 +144,3 @@ def draw_emulated(runs: dict[str, Any], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="simulated ms", ylabel="emulated ms")
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-
-
-def _both(row: dict[str, Any], way: str) -> float:
-    return float(row[f"{way}_forward_seconds"] + row[f"{way}_backward_seconds"])

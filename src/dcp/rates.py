@@ -336,23 +336,26 @@ class RateFit:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict``; of other ranks, their speeds are forgotten."""
-        self.num_batches = int(state["num_batches"])
-        given, here = Cluster(**state["given"]), self.given
-        same = given.num_ranks == here.num_ranks
-        self.given = replace(
-            given,
-            num_nodes=here.num_nodes,
-            devices_per_node=here.devices_per_node,
-            rank_speeds=given.rank_speeds if same else (),
-        )
-        for name in _FITS:
-            fit: Multipliers = getattr(self, name)
-            fit.rows.clear()
-            for rank, seconds, *terms in state[name]:
-                fit.add(int(rank) if same else 0, terms, seconds)
-            fit.fit()
-        self.packing.extend((float(volume), float(seconds)) for volume, seconds in state["packing"])
-        self.cluster = self._fitted()
+        with self._lock:
+            self.num_batches = int(state["num_batches"])
+            given, here = Cluster(**state["given"]), self.given
+            same = given.num_ranks == here.num_ranks
+            self.given = replace(
+                given,
+                num_nodes=here.num_nodes,
+                devices_per_node=here.devices_per_node,
+                rank_speeds=given.rank_speeds if same else (),
+            )
+            for name in _FITS:
+                fit: Multipliers = getattr(self, name)
+                fit.rows.clear()
+                for rank, seconds, *terms in state[name]:
+                    fit.add(int(rank) if same else 0, terms, seconds)
+                fit.fit()
+            self.packing.extend(
+                (float(volume), float(seconds)) for volume, seconds in state["packing"]
+            )
+            self.cluster = self._fitted()
 
 
 def _latency_and_bandwidth(seen: Sequence[tuple[int, float]]) -> tuple[float, float]:
