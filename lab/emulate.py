@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -26,24 +24,29 @@ import numpy as np
 
 from dcp.bench.conditions import conditions
 from dcp.cluster import PRESETS, Cluster
-from dcp.placement import StrategyError, strategy_names
-from dcp.planner import layer_seconds, plan
+from dcp.planner import layer_seconds
 from dcp.plans import Plan
-from dcp.program import row_bytes
 from dcp.simulate import simulate
 from lab.attention import OURS, STATIC, choose_batches
 from lab.emulated_network import dilated, open_network
+from lab.emulated_plans import (
+    CAREFUL,
+    chosen_strategies,
+    fits_in_memory,
+    make_cases,
+    own_share,
+    predicted_seconds,
+    wanted_dilation,
+    worth_running,
+)
 from lab.emulated_rank import link_ratios
-from lab.planner import MASKS, SPEC, make_batch
+from lab.planner import MASKS, SPEC
 
 KEYS = ("batch", "mask", "strategy")  # what a row is of
 MOST_BUSY = 0.7  # of the cores' time; beyond it, messages wait for cores and not for links
 LINK_ERROR = 0.1  # between what a link should give and what it gave
-CORE_SECONDS_PER_BYTE = 4e-9  # that a message takes, from one rank's buffer to the other's
-MOST_BYTES_PER_SECOND = 1.3e9  # that two cores pass on between namespaces, in large messages
-RANK_BYTES = 250 << 20  # of memory, without messages
-COPIES = 3  # of all rows that a rank holds: as they are, packed, and on their way
-CAREFUL = 0.45  # busy share that the dilation is chosen for
+MOST_OWN_SHARE = 0.2  # beyond which a pass is too short to say anything of its simulation
+MOST_TRIES = 3  # of links that are not what they should be: other work holds them up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,17 +100,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_strategies(given: Sequence[str]) -> list[str]:
-    """Names, with ``static`` and ``all`` as what they stand for."""
-    known = {"static": [OURS, *STATIC], "all": [OURS, *strategy_names()]}
-    names = [name for word in given for name in known.get(word, [word])]
-    for name in names:
-        if name != OURS and name not in strategy_names():
-            raise ValueError(f"--strategies: {name!r} is not auto, static, all, or one of "
-                             f"{', '.join(strategy_names())}")  # fmt: skip
-    return list(dict.fromkeys(names))
-
-
 def read_result(path: Path | None, args: argparse.Namespace, cluster: Cluster) -> dict[str, Any]:
     """What the file has already, if it is of the same cluster and layers; else a new result."""
     new: dict[str, Any] = json.loads(json.dumps({
@@ -123,78 +115,6 @@ def read_result(path: Path | None, args: argparse.Namespace, cluster: Cluster) -
     return held
 
 
-# --------------------------------------------------------------------------- plans
-
-
-def make_cases(
-    batch: dict[str, Any], mask: str, names: Sequence[str], cluster: Cluster, *, layers: int
-) -> Iterator[tuple[dict[str, str], Plan]]:
-    """Every strategy of a batch and mask that has a plan; one plan may be made by several."""
-    width = None if layers else 0
-    for name in names:
-        labels = {"strategy": name, "batch": batch["name"], "mask": mask}
-        with suppress(StrategyError):
-            made = plan(make_batch(batch["seqlens"], mask), SPEC, cluster, strategy=name,
-                        model_width=width)  # fmt: skip
-            yield labels, made
-
-
-def fits_in_memory(labels: dict[str, str], made: Plan) -> bool:
-    """Whether all ranks' messages do, which have their true sizes; says so where they do not."""
-    needed = made.num_ranks * RANK_BYTES
-    for work in made.masks.values():
-        size = row_bytes(
-            made.spec, made.num_head_groups, gradients_hop=work.gradients_hop, backward=True
-        )
-        needed += COPIES * int((work.buffer_rows * size).sum())
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > available:
-        print(f"left out: {' '.join(labels.values())} needs {needed / 1e9:.0f} GB of memory, "
-              f"{available / 1e9:.0f} are free", file=sys.stderr)  # fmt: skip
-    return needed <= available
-
-
-def worth_running(
-    cases: Sequence[tuple[dict[str, str], Plan]], *, within: float
-) -> list[tuple[dict[str, str], Plan]]:
-    """Those predicted within a factor of the fastest of one batch and mask, and the fastest static
-    rule."""
-    limit = within * min(predicted_seconds(made) for _, made in cases)
-    static = min(predicted_seconds(made) for labels, made in cases if is_static(labels))
-    return [
-        (labels, made)
-        for labels, made in cases
-        if predicted_seconds(made) <= limit
-        or (is_static(labels) and predicted_seconds(made) == static)
-    ]
-
-
-def is_static(labels: dict[str, str]) -> bool:
-    return labels["strategy"] in STATIC
-
-
-def predicted_seconds(made: Plan) -> float:
-    """Of attention, forward and backward."""
-    simulated = made.stats.simulated
-    return float(simulated["forward_seconds"] + simulated["backward_seconds"])
-
-
-def chosen_dilation(plans: Sequence[Plan], cluster: Cluster) -> float:
-    """So slow that the cores have time for half of the plans' messages, and to fill all links."""
-    needed = [200.0]
-    for made in plans:
-        moved = sum(
-            int(made.moved_bytes(mask, backward=backward).sum())
-            for mask in made.masks
-            for backward in (False, True)
-        )
-        needed.append(moved * CORE_SECONDS_PER_BYTE / (2 * CAREFUL * predicted_seconds(made)))
-    links = 0.0
-    if cluster.node_sizes.max() > 1:
-        links = cluster.num_ranks * cluster.intra_node_bandwidth / MOST_BYTES_PER_SECOND
-    return float(np.ceil(max(links, median(needed)) / 100) * 100)
-
-
 # --------------------------------------------------------------------------- execution
 
 
@@ -207,37 +127,39 @@ def execute(
     link_error: float = LINK_ERROR,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows of all cases; plans that kept the cores too busy run again at a larger dilation."""
-    plans = list({made.fingerprint: made for _, made in cases}.values())
-    dilation = args.dilation or chosen_dilation(plans, cluster)
+    plans = {made.fingerprint: made for _, made in cases}
+    dilations = {each: args.dilation or wanted_dilation(made, cluster)
+                 for each, made in plans.items()}  # fmt: skip
+    tries = 0
     while plans:
-        found = run_ranks(plans, cluster, args, dilation=dilation, link_error=link_error)
+        dilation = max(dilations[each] for each in plans)
+        some = [made for each, made in plans.items() if dilations[each] == dilation]
+        found = run_ranks(some, cluster, args, dilation=dilation, link_error=link_error)
         links = link_ratios([rank["links"] for rank in found], dilated(cluster, dilation))
-        if not found[0]["passes"]:
-            if args.dilation:
-                raise ValueError(
-                    f"--dilation {dilation:g}: the emulated links give {_ratios(links)} times what "
-                    "they should: other work on this machine, or give more, or none"
-                )
-            print(f"the links give {_ratios(links)} times what they should at a dilation of "
-                  f"{dilation:g}: again, slower", file=sys.stderr)  # fmt: skip
-            dilation = float(np.ceil(dilation * 1.3 / 100) * 100)
-            continue
         rows: dict[int, dict[str, Any]] = {}
-        busy = [float(max(np.median(rank["busy"][i]) for rank in found)) for i in range(len(plans))]
-        for index, made in enumerate(plans):
-            if busy[index] <= most_busy:
-                rows[made.fingerprint] = compare(
-                    made, found, index, dilation=dilation, layers=args.layers
-                ) | {"dilation": dilation, "busy": busy[index], "links": links}
-        plans = [made for made in plans if made.fingerprint not in rows]
-        yield [labels | rows[m.fingerprint] for labels, m in cases if m.fingerprint in rows]
-        slower = float(np.ceil(dilation * max(busy) / CAREFUL / 100) * 100)
-        if plans and args.dilation:
-            raise ValueError(
-                f"--dilation {dilation:g}: the cores were busy for {max(busy):.0%} of the time, "
-                f"more than {most_busy:.0%}: give {slower:g}, or none"
-            )
-        dilation = slower
+        if not found[0]["passes"]:
+            tries += 1
+            problem, factor = f"the links give {_ratios(links)} times what they should", 1.0
+        else:
+            busy = [max(np.median(rank["busy"][i]) for rank in found) for i in range(len(some))]
+            for index, made in enumerate(some):
+                if busy[index] <= most_busy:
+                    rows[made.fingerprint] = compare(
+                        made, found, index, dilation=dilation, layers=args.layers
+                    ) | {
+                        "dilation": dilation, "busy": float(busy[index]), "links": links,
+                        "own_share": own_share(made, dilation),
+                    }  # fmt: skip
+            yield [labels | rows[m.fingerprint] for labels, m in cases if m.fingerprint in rows]
+            problem, factor = f"the cores were busy for {max(busy):.0%}", max(busy) / CAREFUL
+        slower = float(np.ceil(dilation * factor / 100) * 100)
+        plans = {each: made for each, made in plans.items() if each not in rows}
+        if left := [made.fingerprint for made in some if made.fingerprint not in rows]:
+            problem = f"at a dilation of {dilation:g}, {problem}"
+            if args.dilation or tries == MOST_TRIES:
+                raise ValueError(f"{problem}: end other work, give --dilation {slower:g}, or none")
+            print(f"{problem}: {len(left)} plans again at {slower:g}", file=sys.stderr)
+            dilations |= dict.fromkeys(left, slower)
 
 
 def _ratios(links: dict[str, float]) -> str:
@@ -303,7 +225,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Executed ÷ simulated, ``auto`` against the others, and pairs in the simulated order."""
     ratios = [
         row[f"executed_{name}_seconds"] / row[f"simulated_{name}_seconds"]
-        for row in rows
+        for row in long_enough(rows)
         for name in ("forward", "backward")
     ]
     cases: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
@@ -345,6 +267,11 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 WAYS = ("simulated", "executed")
+
+
+def long_enough(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of which executed over simulated says something: see :func:`own_share`."""
+    return [row for row in rows if row.get("own_share", 0.0) <= MOST_OWN_SHARE]
 
 
 def both_passes(row: dict[str, Any], way: str) -> float:

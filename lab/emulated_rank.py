@@ -32,6 +32,7 @@ from dcp.runtime.kernels import Kernel, Options, QSide
 
 MALLOC = ((-1, 1 << 30), (-4, 0), (-8, 1))  # M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX of glibc
 KEPT = 128 << 20  # bytes that are touched beforehand
+CHECK_SECONDS = 4  # that a message takes which measures a link between nodes
 
 
 class SleepingKernel(Kernel):
@@ -287,10 +288,10 @@ def measure_links(cluster: Cluster) -> dict[str, float]:
         near, far = ((mine + way) % cluster.num_nodes for way in (1, -1))
         to, source = int(starts[near] + place), int(starts[far] + place)
         share = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth / sizes[mine])
-        rate = _exchange_rate(to, source, int(4 * share))
+        rate = _exchange_rate(to, source, int(CHECK_SECONDS * share))
         found["inter_node_bandwidth"] = rate * float(sizes[mine])
         alone = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        size = int(4 * alone)
+        size = int(CHECK_SECONDS * alone)
         rate = _exchange_rate(to, source, size, takes_part=place == 0)
         if place == 0:
             found["device_network_bandwidth"] = rate

@@ -7,6 +7,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -44,22 +45,23 @@ def time_plans(plans: Sequence[Plan], spec: AttentionSpec, *, repeat: int) -> di
     """Rounds over all plans, so that slow drifts hit all alike; the first round warms up.
 
     Returns by plan: ``runs``, seconds of (forward, backward) in each round, and ``wire``, bytes
-    that this rank's node sent and received in both passes of the first.
+    that this rank's node sent and received in both passes: the least of all rounds, because TCP
+    sends again what a busy machine was late to acknowledge.
     """
     executor = AttentionExecutor()
     like = torch.empty(0, dtype=getattr(torch, spec.dtype))
     prepared = [executor.ready(plan, like) for plan in plans]
     runs: list[list[tuple[float, float]]] = [[] for _ in plans]
-    wire = []
-    for turn in range(repeat + 1):
-        for times, ready in zip(runs, prepared, strict=True):
+    wire: list[list[tuple[int, ...]]] = [[] for _ in plans]
+    for _ in range(repeat + 1):
+        for times, counts, ready in zip(runs, wire, prepared, strict=True):
             executor.prepare(ready)
             before = sent_and_received()
             times.append(time_ranks(executor))
-            if turn == 0:
-                dist.barrier()  # all that was sent has arrived
-                wire.append([b - a for a, b in zip(before, sent_and_received(), strict=True)])
-    return {"runs": runs, "wire": wire}
+            dist.barrier()  # all that was sent has arrived
+            after = sent_and_received()
+            counts.append(tuple(b - a for a, b in zip(before, after, strict=True)))
+    return {"runs": runs, "wire": [np.min(counts, axis=0).tolist() for counts in wire]}
 
 
 def measure_rates(spec: AttentionSpec, local_size: int) -> dict[str, Any]:

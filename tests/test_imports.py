@@ -42,7 +42,7 @@ PLANNING = (
         "events",
         "simulate",
     ),
-    *("layer", "rates", "plans", "planner"),
+    *("layer", "rates", "plans", "candidates", "planner"),
 )
 RUNNING = (
     *("runtime", "launch", "data", "integrations", "report", "train", "datacentric", "inference"),

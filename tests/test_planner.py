@@ -157,6 +157,21 @@ def test_ranks_keep_to_their_share_of_tokens():
         Planner(SPEC, cluster, token_limit=0.9)
 
 
+@pytest.mark.parametrize("spare", [1.0, 1.1])
+def test_no_rank_gets_more_tokens_than_it_has_memory_for(spare):
+    cluster = Cluster(num_nodes=2, devices_per_node=4)
+    batch = make_batch(REFERENCE["longalign-131k-1"], "causal")
+    most = int(batch.num_tokens / 8 * spare) + 1
+    made = plan(batch, SPEC, cluster, max_rank_tokens=most)
+    assert made.rank_tokens.max() <= most
+    refused = made.stats.notes["candidates"]["data_parallel"]
+    assert f"more than max_rank_tokens = {most:,}" in refused
+    with pytest.raises(StrategyError, match=rf"of 131,072 tokens, more than .* = {most:,}"):
+        plan(batch, SPEC, cluster, strategy="data_parallel", max_rank_tokens=most)
+    with pytest.raises(StrategyError, match="= 16,383 cannot hold 131,072 tokens"):
+        plan(batch, SPEC, cluster, max_rank_tokens=16_383)
+
+
 @pytest.mark.parametrize("mask", ["causal", "streaming"])
 @pytest.mark.parametrize("strategy", ["auto", "hypergraph"])
 def test_a_slow_rank_is_given_less(mask, strategy):

@@ -231,6 +231,7 @@ def test_clusters_of_every_kind(tmp_path):
     [
         ("tolerance", tuple(each for each in NOT_POSITIVE if each is not None)),
         ("token_limit", ("1.2", None, NAN, INF, 0, 0.99, True)),
+        ("max_rank_tokens", tuple(each for each in (*NOT_WHOLE, 0, -1) if each is not None)),
         ("second_within", ("1", None, NAN, INF, -0.1, True)),
         ("time_budget", ("1", None, NAN, INF, -1, True)),
         ("seed", (*NOT_WHOLE, -1, MOST_SEED + 1, 2**70)),

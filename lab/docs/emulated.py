@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from lab.attention import OURS, STATIC
 from lab.docs.tables import COLORS, made_by, met
-from lab.emulate import both_passes
+from lab.emulate import MOST_OWN_SHARE, both_passes, long_enough
 
 PASSES = ("forward", "backward")
 
@@ -20,13 +20,18 @@ def emulated_tables(_: str, run: dict[str, Any]) -> str:
     cluster = run["cluster"]
     dilations = sorted({row["dilation"] for row in run["rows"]})
     busy = [row["busy"] for row in run["rows"]]
+    short = len(run["rows"]) - len(long_enough(run["rows"]))
+    left_out = (
+        f" Executed ÷ simulated leaves out {short} plans of passes so short that the cores' own "
+        f"work is more than {MOST_OWN_SHARE:.0%} of them."
+    )
     return "\n\n".join(
         (
             f"{made_by(run)} {cluster['num_nodes']} × {cluster['devices_per_node']} devices with "
             f"the rates of `{cluster['name']}`, time stretched {dilations[0]:,.0f} to "
             f"{dilations[-1]:,.0f} times, {run['rounds']} round; cores busy for {median(busy):.0%} "
-            f"of the time in the median, {max(busy):.0%} at most.",
-            strategies_table(run["rows"]),
+            f"of the time in the median, {max(busy):.0%} at most.{left_out * (short > 0)}",
+            strategies_table(long_enough(run["rows"])),
             gains_table(run["rows"]),
             figures_table(run["summary"]),
         )
@@ -133,7 +138,7 @@ def draw_emulated(runs: dict[str, Any], path: Path) -> None:
                         1e3 * row[f"simulated_{which}_seconds"],
                         1e3 * row[f"executed_{which}_seconds"],
                     )
-                    for row in run["rows"]
+                    for row in long_enough(run["rows"])
                     if (row["strategy"] == OURS) is ours
                 ]
                 if points:

@@ -20,7 +20,7 @@ from dcp.simulate import Timed, Work, pass_work
 
 NUM_LAYERS = 3  # played; what one layer adds hardly changes after the first
 MANY_RANKS = 128  # beyond which one layer is played alone, a little slower than the period
-_BACKWARD = 2 / 3  # of the linear layers' time: two products a weight, where forward has one
+BACKWARD_SHARE = 2 / 3  # of the linear layers' time: two products a weight, where forward has one
 
 
 class Whole(Timed, Protocol):
@@ -74,7 +74,7 @@ def layer_seconds(
 
 def layer_times(plan: Whole, cluster: Cluster, *, model_width: int | None = None) -> LayerTimes:
     """The seconds of :func:`layer_seconds` in parts."""
-    linear = _linear(plan, cluster, model_width)
+    linear = rank_linear_seconds(plan, cluster, model_width)
     ideal, speed = linear * sum(plan.weights.values()), cluster.speed_of_rank
     for name, weight in plan.weights.items():
         for backward in (False, True):
@@ -103,7 +103,7 @@ def layer_times(plan: Whole, cluster: Cluster, *, model_width: int | None = None
 _ENDLESS = 1e18  # bytes per second
 
 
-def _linear(plan: Whole, cluster: Cluster, model_width: int | None) -> np.ndarray:
+def rank_linear_seconds(plan: Whole, cluster: Cluster, model_width: int | None) -> np.ndarray:
     """Forward + backward seconds of each rank's linear layers."""
     per_token = linear_seconds(1.0, plan.spec, cluster, model_width=model_width)
     seconds: np.ndarray = plan.rank_tokens * per_token / cluster.speed_of_rank
@@ -114,24 +114,24 @@ def _passes(
     plan: Whole, cluster: Cluster, model_width: int | None, gathers: bool = False
 ) -> tuple[list[float], np.ndarray]:
     """The period of every weighted pass, and the seconds that each rank is busy in all of them."""
-    linear = _linear(plan, cluster, model_width)
+    linear = rank_linear_seconds(plan, cluster, model_width)
     busy, seconds = np.zeros(plan.num_ranks), []
     for name, weight in plan.weights.items():
         for backward in (False, True):
-            part = linear * (_BACKWARD if backward else 1 - _BACKWARD)
+            part = linear * (BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE)
             work = pass_work(plan, name, cluster, backward=backward)
             busy += weight * (part + work.compute.sum(axis=0))
             layers = 1 if gathers or plan.num_ranks > MANY_RANKS else NUM_LAYERS
-            seconds.append(weight * _period(work, part, layers))
+            seconds.append(weight * period(work, part, layers))
     return seconds, busy
 
 
-def _period(work: Work, linear: np.ndarray, num_layers: int) -> float:
+def period(work: Work, linear: np.ndarray, num_layers: int) -> float:
     """Seconds that one layer adds: of the linear layers, a step each, and the pass after them."""
     if not len(work.source):  # nobody waits
         return float((linear + work.compute.sum(axis=0)).max(initial=0.0))
     steps, flows = len(work.compute) + 1, len(work.source)
-    again = {name: np.tile(getattr(work, name), num_layers) for name in _OF_FLOWS}
+    again = {name: np.tile(getattr(work, name), num_layers) for name in OF_FLOWS}
     shift = np.repeat(np.arange(num_layers) * steps + 1, flows)
     many = Work(
         compute=np.tile(np.vstack([linear, work.compute]), (num_layers, 1)),
@@ -145,4 +145,4 @@ def _period(work: Work, linear: np.ndarray, num_layers: int) -> float:
     return float((ends[-1] - ends[0]) / (num_layers - 1) if num_layers > 1 else ends[0])
 
 
-_OF_FLOWS = ("source", "target", "volume", "latency")
+OF_FLOWS = ("source", "target", "volume", "latency")

@@ -153,7 +153,7 @@ def pass_work(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> Wo
     node = cluster.node_of_rank
     crosses = node[source] != node[target]
     latency = np.where(crosses, cluster.inter_node_latency, cluster.intra_node_latency)
-    links, capacity = _links(source, target, crosses, cluster)
+    links, capacity = flow_links(source, target, crosses, cluster)
     compute = _compute_seconds(plan, mask, cluster, backward=backward)
     if cluster.pack_bandwidth:  # the rank's own stream packs and unpacks, before and after a flow
         packing = volume / cluster.pack_bandwidth
@@ -179,7 +179,7 @@ def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
     return flows // ranks % ranks, flows % ranks, flows // (ranks * ranks), total
 
 
-def _links(
+def flow_links(
     source: np.ndarray, target: np.ndarray, crosses: np.ndarray, cluster: Cluster
 ) -> tuple[np.ndarray, np.ndarray]:
     """The four links that each flow takes, ``[flows, 4]``, and every link's bytes per second.

@@ -3,20 +3,21 @@
 import json
 from argparse import Namespace
 
+import numpy as np
 import pytest
 
 import dcp
 from dcp.cost import linear_seconds
 from lab.__main__ import main
-from lab.emulate import (
+from lab.emulate import execute, summarise
+from lab.emulated_network import dilated
+from lab.emulated_plans import (
     chosen_strategies,
-    execute,
     make_cases,
     predicted_seconds,
-    summarise,
+    wanted_dilation,
     worth_running,
 )
-from lab.emulated_network import dilated
 from lab.testbed import why_not
 
 CLUSTER = dcp.Cluster.preset("a100", num_nodes=2, devices_per_node=2)
@@ -80,12 +81,22 @@ def test_slow_rules_are_left_out_but_for_the_fastest_static_one():
     assert len(kept) < len(cases)
 
 
+def test_short_passes_and_many_messages_are_stretched_more():
+    few, many = (
+        next(make_cases({"name": "", "seqlens": lengths}, "causal", [rule], CLUSTER, layers=0))[1]
+        for lengths, rule in (([400] * 8, "data_parallel"), ([200000, 60000], "zigzag"))
+    )
+    assert wanted_dilation(few, CLUSTER) > 8 * wanted_dilation(many, CLUSTER)
+    doubled = wanted_dilation(few, CLUSTER) / wanted_dilation(many, CLUSTER)
+    assert np.log2(doubled) == round(np.log2(doubled))  # plans of like lengths share a network
+
+
 @needs_namespaces
 def test_a_run_takes_at_least_what_its_kernels_and_links_take():
     cluster = dcp.Cluster.preset("a100", num_nodes=2, devices_per_node=2)
     batch = {"name": "small", "seqlens": [9000, 4000, 600]}
     cases = list(make_cases(batch, "causal", ["zigzag", "data_parallel"], cluster, layers=0))
-    options = Namespace(dilation=None, rounds=1, layers=1)
+    options = Namespace(dilation=1000, rounds=1, layers=1)
     try:
         [rows] = execute(cases, cluster, options, most_busy=1.0, link_error=1.0)
     except ValueError as error:

@@ -83,7 +83,7 @@ class Goal:
         model_width: of the linear layers, as in :func:`dcp.cost.linear_seconds`.
         tolerance: load that the busiest rank may have beyond the mean, uncharged: more of it buys
             less volume; None: as much as it pays.
-        token_limit: tokens of the fullest rank over the mean's: memory.
+        token_limit: tokens of the fullest rank over the mean's.
         variant: which of its ways a search goes: each weighs what is uncertain otherwise.
     """
 
