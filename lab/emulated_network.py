@@ -15,7 +15,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from dcp.cluster import Cluster
-from lab.testbed import CARD, HEADER_BYTES, QUEUE_BYTES, Testbed, require_testbed
+from lab.testbed import (
+    CARD,
+    HEADER_BYTES,
+    PATIENCE,
+    QUEUE_BYTES,
+    Testbed,
+    require_testbed,
+)
 
 DEVICE = "dev0"  # the name of a rank's card inside its node
 MOST_RANKS = 250  # addresses of one subnet
@@ -24,7 +31,9 @@ RATES = (
     "memory_bandwidth",
 )  # fmt: skip
 TIMES = ("inter_node_latency", "intra_node_latency", "launch_seconds")
-SEGMENTS = 40  # packets that the kernel hands on at once, for the cores' sake: 60 kB
+SEGMENTS = 40  # packets that the kernel hands on at once, for the cores' sake: 60 kB at most,
+LEAST_BYTES = 16 << 10  # these at least,
+PACKET_SECONDS = 1.5e-3  # and between them what a link takes in this time
 BURST_BYTES = 64 << 10  # so that they pass; small beside messages of slow links
 BURST_SECONDS = 2e-3
 PACKET = 1448  # bytes of payload
@@ -115,10 +124,14 @@ class _Network:
             f"link set {CARD} address {_hardware(CARD, rank)}",
             f"link set {DEVICE} address {_hardware(DEVICE, rank)}",
             "link set lo up", f"addr add {own}/24 dev {CARD}",
+            *(f"link set {each} gso_max_size {_packet(bandwidth)}" for each, bandwidth in (
+                (CARD, self.cluster.device_network_bandwidth),
+                (DEVICE, self.cluster.intra_node_bandwidth),
+            )),
             f"link set {CARD} up", f"link set {DEVICE} up",
             # whole windows from the first message on: cards of GPUs do not start slowly
             *(f"route add {self.address(p)}/32 dev {card} src {own} "
-              f"initcwnd {WINDOW // PACKET} initrwnd {WINDOW // PACKET}"
+              f"initcwnd {WINDOW // PACKET} initrwnd {WINDOW // PACKET} rto_min {PATIENCE}"
               for p, card in cards.items()),
             # said, not asked: a kernel keeps about a thousand answers, of all namespaces
             *(f"neigh add {self.address(p)} lladdr {_hardware(card, p)} dev {card} nud permanent"
@@ -132,7 +145,7 @@ class _Network:
             "sh",
             "-c",
             f"cd /proc/sys/net/ipv4; echo {SEGMENTS} > tcp_min_tso_segs; "
-            "echo 0 > tcp_slow_start_after_idle; "
+            "echo 0 > tcp_slow_start_after_idle; echo 0 > tcp_early_retrans; "
             f"for name in tcp_rmem tcp_wmem; do echo 4096 {WINDOW} {2 * WINDOW} > $name; done",
         )
         card = self._shape(self.cluster.device_network_bandwidth)
@@ -146,6 +159,12 @@ class _Network:
         rate = bandwidth * WIRE_BYTES
         burst = max(BURST_BYTES, round(rate * BURST_SECONDS))
         return f"tbf rate {round(rate * 8)}bit burst {burst} limit {QUEUE_BYTES}"
+
+
+def _packet(bandwidth: float) -> int:
+    """Bytes that the kernel hands on at once: so few that a late timer finds a burst not yet full,
+    which would lose time of the link."""
+    return int(min(max(bandwidth * PACKET_SECONDS, LEAST_BYTES), SEGMENTS * PACKET))
 
 
 def _hardware(card: str, rank: int) -> str:

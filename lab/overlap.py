@@ -152,7 +152,7 @@ def _in_a_row(
     cluster: Cluster,
 ) -> Work:  # fmt: skip
     """Several layers of the same steps and flows, one after the other."""
-    parts = [
+    parts: list[tuple[Any, ...]] = [
         (at + layer * len(steps), *flow)
         for layer in range(LAYERS)
         for at, *flow in flows

@@ -24,6 +24,7 @@ CARD = "eth0"  # the name of a node's network card inside its namespace
 BURST_BYTES = 16 << 10
 HEADER_BYTES = 14 + 20 + 32  # of a frame: Ethernet, IPv4, TCP with timestamps
 QUEUE_BYTES = 32 << 20  # so long that nothing is dropped: the link is slow, not lossy
+PATIENCE = "10s"  # before TCP sends again: what waits in such a queue is not lost
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ def open_testbed(num_nodes: int, *, bandwidth: float) -> Iterator[Testbed]:
             _ip(f"-n {name} link set lo up")
             _ip(f"-n {name} addr add {address}/24 dev {CARD}")
             _ip(f"-n {name} link set {CARD} up")
+            _ip(f"-n {name} route change {subnet}.0/24 dev {CARD} src {address} rto_min {PATIENCE}")
             if shape:
                 _run(f"tc qdisc add dev {port} root {shape}")  # the way in
                 _run(f"tc -n {name} qdisc add dev {CARD} root {shape}")  # the way out

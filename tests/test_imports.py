@@ -42,7 +42,7 @@ PLANNING = (
         "events",
         "simulate",
     ),
-    *("layer", "rates", "plans", "candidates", "planner"),
+    *("layer", "rates", "plans", "candidates", "planner", "halves"),
 )
 RUNNING = (
     *("runtime", "launch", "data", "integrations", "report", "train", "datacentric", "inference"),

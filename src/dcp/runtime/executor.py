@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, Unpack, cast
 
 import torch
@@ -184,6 +185,7 @@ class BoundPlan:
         self.executor, self.prepared = executor, prepared
         self.handle = executor.handle
         self.ticket: Tensor | None = torch.tensor([prepared.number])  # names it in compiled code
+        self.communicator = copy(executor.communicator)  # of calls that others may interrupt
 
     @property
     def plan(self) -> RankPlan:

@@ -6,7 +6,7 @@ communicator's business. Buffers are ``[rows, …]``, a row being one token of o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from time import perf_counter
 from typing import Any
@@ -68,13 +68,19 @@ class AttentionPass:
         self.spans: list[Span] | None = None  # set to record what takes how long
         self.times: PassTimes | None = None  # set to note when, on the device's own clock
 
-    def run(self, communicator: Communicator) -> Iterator[None]:
-        """Run the program; yields while a wait needs other ranks of this process to go on."""
+    def turning_points(self) -> tuple[int, int]:
+        """The instructions after which the first inputs, and the last results, are on their way."""
+        launches = [i for i, each in enumerate(self.instructions) if isinstance(each, Exchange)]
+        return (launches[0], launches[-1]) if launches else (0, len(self.instructions) - 1)
+
+    def run(self, communicator: Communicator, *, pauses: Sequence[int] = ()) -> Iterator[None]:
+        """Run the program; yields while a wait needs other ranks of this process to go on, and
+        after the instructions that are ``pauses``."""
         communicator.open(self.device, self.prepared, self._facts())
         in_flight: dict[int, tuple[float, Moment, Iterator[None]]] = {}  # since when
         if self.times is not None:
             self.times.began = self._now()
-        for instruction in self.instructions:
+        for index, instruction in enumerate(self.instructions):
             began, come = perf_counter(), self._now()
             match instruction:
                 case Exchange(step):
@@ -92,6 +98,8 @@ class AttentionPass:
                     self._record(COMPUTE, instruction, began)
                     if isinstance(instruction, Attention):
                         self._note("attention", come)
+            for _ in range(pauses.count(index)):
+                yield
         if self.times is not None:
             self.times.ended = self._now()
 

@@ -92,7 +92,7 @@ class Session:
         self, q: Tensor, kv: Tensor, sink: Tensor | None, *, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
         """``out [tokens, heads, value_dim]`` and the natural log-sum-exp ``[tokens, heads]``."""
-        self._check(q, kv, sink)
+        self.check(q, kv, sink)
         shards = self.split(q), self.split(kv, keys=True)
         out, lse = self.forward_shards(*shards, sink, needs_grad=needs_grad)
         return self.join(out), self.join(lse)
@@ -116,9 +116,10 @@ class Session:
         grad_q, grad_kv = [p.result_q for p in passes], [p.result_kv for p in passes]
         return self.join(grad_q), self.join(grad_kv, keys=True)
 
-    def _run(
+    def passes(
         self, kind: type[AttentionPass], like: Tensor, inputs: list[dict], *, needs_grad: bool
     ) -> list[Any]:
+        """A pass for every rank that this process hosts, not begun."""
         options = self.call.options(self.plans[0].plan.spec, needs_grad=needs_grad)
         kernel = get_kernel(self.kernel, like.device, like.dtype, options)
         passes = [
@@ -130,11 +131,18 @@ class Session:
             if self.times is not None:
                 each.times = each.new_times()
                 self.times.append(each.times)
+        return passes
+
+    def _run(
+        self, kind: type[AttentionPass], like: Tensor, inputs: list[dict], *, needs_grad: bool
+    ) -> list[Any]:
+        passes = self.passes(kind, like, inputs, needs_grad=needs_grad)
         with torch.no_grad():
             self.drive([p.run(c) for p, c in zip(passes, self.communicators, strict=True)])
         return passes
 
-    def _check(self, q: Tensor, kv: Tensor, sink: Tensor | None) -> None:
+    def check(self, q: Tensor, kv: Tensor, sink: Tensor | None) -> None:
+        """Raise ``ValueError`` for tensors that the plan is not for."""
         plans = [prepared.plan for prepared in self.plans]
         spec = plans[0].spec
         tokens = sum(plan.num_local_tokens for plan in plans)
