@@ -34,8 +34,7 @@ TIMES = ("inter_node_latency", "intra_node_latency", "launch_seconds")
 SEGMENTS = 40  # packets that the kernel hands on at once, for the cores' sake: 60 kB at most,
 LEAST_BYTES = 16 << 10  # these at least,
 PACKET_SECONDS = 1.5e-3  # and between them what a link takes in this time
-BURST_BYTES = 64 << 10  # so that they pass; small beside messages of slow links
-BURST_SECONDS = 2e-3
+LATE_SECONDS = 4e-3  # that a timer may be: what a link may send at once makes up for it
 PACKET = 1448  # bytes of payload
 WINDOW = 1 << 20  # bytes on their way between two ranks
 WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
@@ -157,13 +156,14 @@ class _Network:
     def _shape(self, bandwidth: float) -> str:
         """Bytes of payload per second."""
         rate = bandwidth * WIRE_BYTES
-        burst = max(BURST_BYTES, round(rate * BURST_SECONDS))
+        spare = min(max(rate * LATE_SECONDS, LEAST_BYTES / 2), LEAST_BYTES * 2)
+        burst = round(_packet(bandwidth) + spare)
         return f"tbf rate {round(rate * 8)}bit burst {burst} limit {QUEUE_BYTES}"
 
 
 def _packet(bandwidth: float) -> int:
-    """Bytes that the kernel hands on at once: so few that a late timer finds a burst not yet full,
-    which would lose time of the link."""
+    """Bytes that the kernel hands on at once: few beside what a link may send at once, so that a
+    late timer loses no time of the link."""
     return int(min(max(bandwidth * PACKET_SECONDS, LEAST_BYTES), SEGMENTS * PACKET))
 
 

@@ -16,7 +16,7 @@ from dcp.planner import plan
 from dcp.plans import Plan
 from dcp.program import row_bytes
 from lab.attention import OURS, STATIC
-from lab.emulated_network import BURST_BYTES
+from lab.emulated_network import LEAST_BYTES
 from lab.emulated_rank import CHECK_SECONDS
 from lab.planner import SPEC, make_batch
 
@@ -116,7 +116,7 @@ def wanted_dilation(made: Plan, cluster: Cluster) -> float:
         least = max(least, np.ceil(links / 100) * 100)
     if cluster.num_nodes > 1:
         card = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        most = CHECK_SECONDS * card / (MOST_BURSTS * BURST_BYTES)
+        most = CHECK_SECONDS * card / (MOST_BURSTS * 4 * LEAST_BYTES)
     steps = np.log2(max(needed, least) / least), np.log2(max(most, least) / least)
     return float(least * 2 ** min(np.ceil(steps[0]), np.floor(steps[1])))
 

@@ -1,9 +1,10 @@
 """``python -m lab overlap``: what more overlap of messages and linear layers could be worth.
 
-Two ways that the library does not go, simulated beside the plans that it makes:
+Two ways on, simulated beside the plans that ``auto`` makes:
 
-- *early*: keys and values leave while queries are still projected, and their gradients go home
-  while the query projection's backward pass runs. An upper estimate: queries leave early, too.
+- *early*, not built: keys and values leave while queries are still projected, and their gradients
+  go home while the query projection's backward pass runs. An upper estimate: queries leave early,
+  too.
 - *halves*: two half-batches take turns, so that the messages of one travel under the linear layers
   and the attention of the other. An upper estimate: what is handed on inside a node leaves at once.
 """
@@ -23,7 +24,7 @@ import numpy as np
 from dcp.batch import SequenceBatch
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
-from dcp.cost import sequence_seconds
+from dcp.halves import plan_halves
 from dcp.layer import BACKWARD_SHARE, period, rank_linear_seconds
 from dcp.planner import plan
 from dcp.plans import Plan
@@ -66,7 +67,7 @@ def compare(name: str, mask: str, batch: SequenceBatch, cluster: Cluster) -> dic
     made = plan(batch, SPEC, cluster, time_budget=TIME_BUDGET)
     whole = made.stats.layer_seconds
     early = sum(early_seconds(made, cluster, backward=backward) for backward in (False, True))
-    two = [plan(half, SPEC, cluster, time_budget=TIME_BUDGET) for half in halves(batch, cluster)]
+    two = [half for _, half in plan_halves(batch, SPEC, cluster, time_budget=TIME_BUDGET)]
     turns = [turn_seconds(two, cluster, backward=backward) for backward in (False, True)]
     return {
         "batch": name,
@@ -93,24 +94,6 @@ def early_seconds(made: Plan, cluster: Cluster, *, backward: bool) -> float:
 # --------------------------------------------------------------------------- half-batches
 
 
-def halves(batch: SequenceBatch, cluster: Cluster) -> list[SequenceBatch]:
-    """Two batches of about equal seconds, the longest sequences dealt out first; one if the batch
-    has a single sequence."""
-    seconds = sequence_seconds(batch, SPEC, cluster)
-    parts: list[list[int]] = [[], []]
-    sums = [0.0, 0.0]
-    for index in np.argsort(-seconds).tolist():
-        side = int(sums[1] < sums[0])
-        parts[side].append(index)
-        sums[side] += float(seconds[index])
-    [masks] = batch.masks.values()
-    return [
-        SequenceBatch(batch.seqlens[part].tolist(), [masks[index] for index in part])
-        for part in parts
-        if part
-    ]
-
-
 def turn_seconds(two: Sequence[Plan], cluster: Cluster, *, backward: bool) -> float:
     """What a layer adds where two plans take turns: both linear parts, then both attentions.
 
@@ -122,10 +105,8 @@ def turn_seconds(two: Sequence[Plan], cluster: Cluster, *, backward: bool) -> fl
     for index, made in enumerate(two):
         [mask] = made.masks
         work = pass_work(made, mask, cluster, backward=backward)
-        launches = (work.compute > 0).sum(axis=0)
-        spared = cluster.launch_seconds * np.maximum(launches - 1, 0)
         compute.append(rank_linear_seconds(made, cluster, None) * share)
-        compute.append(work.compute.sum(axis=0) - spared)
+        compute.append(work.compute.sum(axis=0))
         for results in (False, True):
             at = 1 + index + 2 * results  # of the steps: linear, linear, attention, attention
             flows.append((at, *_flows(made, mask, backward=backward, results=results)))

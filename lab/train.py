@@ -28,7 +28,7 @@ from lab.testbed import Testbed, open_testbed
 
 STRATEGIES = ("auto", "zigzag", "a2a_p2p", "groups")
 LOSS_TARGET = 1e-4  # largest difference from the first strategy's loss, at any step
-WARM_UP = 2  # steps that are not timed
+WARM_UP = 2  # steps that are not timed, unless more are asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, metavar="NAME")
     parser.add_argument("--config", type=Path, help="YAML or JSON of dcp train (default: its own)")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of each run")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="STEPS",
+                        help="not timed; rates are learnt in 16 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, help="runs of each strategy, in turn")
     parser.add_argument("--out", type=Path, help="folder of train.json, to add this run to")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -47,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, print, write. Returns the exit status."""
-    if args.steps <= WARM_UP:
-        raise ValueError(f"--steps must be more than {WARM_UP}, which warm up, got {args.steps}")
+    if not 0 <= args.warm_up < args.steps:
+        raise ValueError(f"--warm-up must be 0 or more and less than --steps {args.steps}, "
+                         f"got {args.warm_up}")  # fmt: skip
     options = read_job(args.config) | {"max_steps": args.steps}
     spec = spec_of(options)
     with (
@@ -73,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
         "rounds": args.rounds,
         "config": {k: v for k, v in options.items() if k not in ("cluster", "output_dir")},
         "cluster": asdict(cluster),
-        "strategies": {strategy: figures(each) for strategy, each in runs.items()},
+        "strategies": {
+            strategy: figures(each, warm_up=args.warm_up) for strategy, each in runs.items()
+        },
+        "warm_up": args.warm_up,
     }
     result["loss_difference"] = loss_difference([each[0] for each in runs.values()])
     if args.out:
@@ -106,15 +112,15 @@ def train(bed: Testbed, options: Options, *, ranks_per_node: int) -> list[dict[s
     return [line for line in map(json.loads, lines) if "loss" in line]
 
 
-def figures(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+def figures(runs: Sequence[Sequence[dict[str, Any]]], *, warm_up: int = WARM_UP) -> dict[str, Any]:
     """One strategy's speed over the timed steps of all runs, and its losses."""
-    timed = [step for steps in runs for step in steps[WARM_UP:]]
+    timed = [step for steps in runs for step in steps[warm_up:]]
     speeds = sorted(step["tokens_per_second"] for step in timed)
     first = runs[0]
     return {
         "tokens_per_second": median(speeds),
         "spread": [speeds[0], speeds[-1]],
-        "by_round": [median(s["tokens_per_second"] for s in steps[WARM_UP:]) for steps in runs],
+        "by_round": [median(s["tokens_per_second"] for s in steps[warm_up:]) for steps in runs],
         "plan_wait_seconds": median(step["plan_wait_seconds"] for step in timed),
         "step_seconds": median(step["seconds"] for step in timed),
         "inter_node_bytes": median(step["inter_node_bytes"] for step in timed),

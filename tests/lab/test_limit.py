@@ -6,7 +6,8 @@ import pytest
 
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
-from lab import limit
+from dcp.planner import plan
+from lab import limit, overlap
 from lab.__main__ import main
 from lab.planner import make_batch
 
@@ -26,6 +27,19 @@ def test_parts_of_the_excess_add_up(model):
     mean = sum(attention_seconds(area, spec, CLUSTER, backward=b) for b in (False, True))
     mean += linear_seconds(batch.num_tokens / 4, spec, CLUSTER, model_width=width)
     assert row["limit_seconds"] == pytest.approx(mean)
+
+
+def test_half_batches_and_early_messages_are_played():
+    batch = make_batch([9000, 3000, 1100, 70], "causal")
+    row = overlap.compare("small", "causal", batch, CLUSTER)
+    floor = plan(batch, overlap.SPEC, CLUSTER).stats.limit_seconds
+    assert floor < row["early_seconds"] <= 1.01 * row["layer_seconds"]
+    assert floor < row["halves_seconds"]
+    alone = overlap.compare("one", "causal", make_batch([9000], "causal"), CLUSTER)
+    assert alone["halves_seconds"] is None
+    summary = overlap.summarise([row, alone])
+    assert summary["halves"]["median"] == row["halves_seconds"] / row["layer_seconds"]
+    assert "halves ÷ planned" in overlap.as_text({"rows": [row, alone], "summary": summary})
 
 
 def test_a_table_a_file_and_a_picture(monkeypatch, tmp_path, capsys):
