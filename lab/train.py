@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, help="YAML or JSON of dcp train (default: its own)")
     parser.add_argument("--steps", type=int, default=12, help="optimiser steps of each run")
     parser.add_argument("--warm-up", type=int, default=WARM_UP, metavar="STEPS",
-                        help="not timed; rates are learnt in 16 (default: %(default)s)")  # fmt: skip
+                        help="not timed: rates are learnt then (default: %(default)s)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=2, help="runs of each strategy, in turn")
     parser.add_argument("--out", type=Path, help="folder of train.json, to add this run to")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
