@@ -62,16 +62,17 @@ def gains_table(rows: Sequence[dict[str, Any]]) -> str:
         "| best other by name ÷ auto |",
         "|---|---|---|---|---|",
     ]
-    for batch, mask in dict.fromkeys((row["batch"], row["mask"]) for row in rows):
+    for batch, mask in sorted({(row["batch"], row["mask"]) for row in rows}):
         here = {r["strategy"]: r for r in rows if (r["batch"], r["mask"]) == (batch, mask)}
         ours = here.pop(OURS)
         executed, simulated = (both_passes(ours, way) for way in ("executed", "simulated"))
-        cells = [
-            f"{best['strategy']}: {both_passes(best, 'executed') / executed:.2f} "
-            f"({both_passes(best, 'simulated') / simulated:.2f})"
-            for group in ([r for name, r in here.items() if name in STATIC], [*here.values()])
-            if (best := min(group, key=lambda row: both_passes(row, "executed"), default=None))
-        ]
+        cells = []
+        for group in ([r for name, r in here.items() if name in STATIC], [*here.values()]):
+            best = min(group, key=lambda row: both_passes(row, "executed"), default=None)
+            cells.append("not run" if best is None else (
+                f"{best['strategy']}: {both_passes(best, 'executed') / executed:.2f} "
+                f"({both_passes(best, 'simulated') / simulated:.2f})"
+            ))  # fmt: skip
         lines.append(
             f"| {batch} | {mask} | {1e3 * executed:.2f} ({1e3 * simulated:.2f}) "
             f"| {' | '.join(cells)} |"
