@@ -68,13 +68,13 @@ def compare(name: str, mask: str, batch: SequenceBatch, cluster: Cluster) -> dic
     whole = made.stats.layer_seconds
     early = sum(early_seconds(made, cluster, backward=backward) for backward in (False, True))
     two = [half for _, half in plan_halves(batch, SPEC, cluster, time_budget=TIME_BUDGET)]
-    turns = [turn_seconds(two, cluster, backward=backward) for backward in (False, True)]
+    ways = (False, True) if len(two) == 2 else ()
     return {
         "batch": name,
         "mask": mask,
         "layer_seconds": whole,
         "early_seconds": early,
-        "halves_seconds": sum(turns) if len(two) == 2 else None,
+        "halves_seconds": sum(turn_seconds(two, cluster, backward=way) for way in ways) or None,
         "exposed": sum(made.stats.layer_excess[where] for where in ("intra_node", "inter_node")),
     }
 
