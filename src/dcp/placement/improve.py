@@ -22,7 +22,8 @@ DEFAULT = Goal()
 _HEAVY = 2.0
 _CHEAP = 0.05  # charge on uneven tokens below which their limit is charged, too
 _MEMORY = 0.2  # that charge,
-_NEAR = 0.7  # from this part of the way to the limit on
+_NEAR = 0.7  # from this part of the way to the limit on,
+_FEW = 3  # and from so many blocks a rank on
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
@@ -234,8 +235,10 @@ def _charge(state: State, steep: float, goal: Goal) -> None:
     free, linear = _free(goal) / 2, state.price[LINEAR]  # a soft charge is overstepped a little
     skew, links = _WEIGHTS[goal.variant % len(_WEIGHTS)]
     mean = max(float(state.link.mean()), 1e-9)
-    # where linear layers cost next to nothing, tokens are dear only near their limit
-    memory = max(1 - skew * linear**2 / _CHEAP, 0.0)
+    # where linear layers cost next to nothing, tokens are dear only near their limit; a few large
+    # blocks could not move under such a charge
+    coarse = len(state.owner) < _FEW * len(state.held)
+    memory = 0.0 if coarse else max(1 - skew * linear**2 / _CHEAP, 0.0)
     held = 1 + free + memory * _NEAR * (goal.token_limit - 1)
     state.price[refine.LOAD_CAP : refine.LINEAR] = (
         1 + free, steep, held, steep * max(skew * linear**2, _MEMORY * memory), mean, links / mean,
