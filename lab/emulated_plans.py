@@ -28,7 +28,7 @@ COPIES = 3  # of all rows that a rank holds: as they are, packed, and on their w
 OWN_SECONDS = 0.03  # of a core that a rank's pass takes, whatever its length
 OWN_SHARE = 0.08  # of a pass that this may be
 LEAST_DILATION = 200.0
-MOST_BURSTS = 20  # of a card in the time that its link is checked for: at fewer it looks faster
+LEAST_PACKETS = 80  # of a card in the time that its link is checked for: at fewer it looks faster
 CAREFUL = 0.45  # busy share that the dilation is chosen for
 
 
@@ -116,7 +116,7 @@ def wanted_dilation(made: Plan, cluster: Cluster) -> float:
         least = max(least, np.ceil(links / 100) * 100)
     if cluster.num_nodes > 1:
         card = min(cluster.device_network_bandwidth, cluster.inter_node_bandwidth)
-        most = CHECK_SECONDS * card / (MOST_BURSTS * 4 * LEAST_BYTES)
+        most = CHECK_SECONDS * card / (LEAST_PACKETS * LEAST_BYTES)
     steps = np.log2(max(needed, least) / least), np.log2(max(most, least) / least)
     return float(least * 2 ** min(np.ceil(steps[0]), np.floor(steps[1])))
 

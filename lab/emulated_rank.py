@@ -24,6 +24,7 @@ from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.cost import linear_seconds
 from dcp.launch.group import joined_group
+from dcp.layer import linear_share
 from dcp.program import MaskProgram, RankPlan
 from dcp.rates import program_seconds
 from dcp.runtime import AttentionExecutor
@@ -225,12 +226,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, seconds: float) -> Tensor:
         ctx.seconds = seconds
-        sleep(seconds / 3)
+        sleep(seconds * linear_share(backward=False))
         return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        sleep(ctx.seconds * 2 / 3)
+        sleep(ctx.seconds * linear_share(backward=True))
         return grad, None
 
 

@@ -25,11 +25,11 @@ from dcp.batch import SequenceBatch
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.halves import plan_halves
-from dcp.layer import BACKWARD_SHARE, period, rank_linear_seconds
+from dcp.layer import linear_share, period, rank_linear_seconds
 from dcp.planner import plan
 from dcp.plans import Plan
 from dcp.schedule import DKV, OUT
-from dcp.simulate import Work, flow_links, pass_work
+from dcp.simulate import Flows, Work, flow_work, pass_work, sum_flows
 from dcp.tables import Move
 from lab.planner import MASKS, SPEC, load, make_batch
 from lab.results import merge
@@ -83,8 +83,7 @@ def early_seconds(made: Plan, cluster: Cluster, *, backward: bool) -> float:
     """A pass's period where its first messages (or last ones, backward) have a query projection's
     time more to travel in."""
     [mask] = made.masks
-    share = BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE
-    linear = rank_linear_seconds(made, cluster, None) * share
+    linear = rank_linear_seconds(made, cluster, None) * linear_share(backward=backward)
     work = pass_work(made, mask, cluster, backward=backward)
     compute = work.compute.copy()
     compute[-1 if backward else 0] += linear * QUERY_PROJECTION
@@ -100,53 +99,32 @@ def turn_seconds(two: Sequence[Plan], cluster: Cluster, *, backward: bool) -> fl
     The inputs of the first travel under the second's linear part, its results under the second's
     attention; those of the second under the first's attention and next linear part.
     """
-    share = BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE
     compute, flows = [], []
     for index, made in enumerate(two):
         [mask] = made.masks
         work = pass_work(made, mask, cluster, backward=backward)
-        compute.append(rank_linear_seconds(made, cluster, None) * share)
+        compute.append(rank_linear_seconds(made, cluster, None) * linear_share(backward=backward))
         compute.append(work.compute.sum(axis=0))
-        for results in (False, True):
-            at = 1 + index + 2 * results  # of the steps: linear, linear, attention, attention
-            flows.append((at, *_flows(made, mask, backward=backward, results=results)))
+        sends = made.masks[mask].sends.copy()
+        results = np.isin(sends[:, Move.BUFFER], (OUT, DKV))
+        # launched in which of the steps linear, linear, attention, attention; counted from 1
+        sends[:, Move.STEP] = 2 + index + 2 * results
+        volume = made.moved_bytes(mask, backward=backward)
+        flows.append(sum_flows(sends, volume, made.num_ranks))
     steps = np.stack([compute[0], compute[2], compute[1], compute[3]])
     line = _in_a_row(steps, flows, cluster).play()
     ends = np.maximum(line.computed, line.arrived)[3::4].max(axis=1)
     return float((ends[-1] - ends[0]) / (LAYERS - 1))
 
 
-def _flows(
-    made: Plan, mask: str, *, backward: bool, results: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Source, target and bytes of all inputs, or of all results, of a pass."""
-    sends, ranks = made.masks[mask].sends, made.num_ranks
-    volume = made.moved_bytes(mask, backward=backward)
-    keep = (volume > 0) & (np.isin(sends[:, Move.BUFFER], (OUT, DKV)) == results)
-    pair = sends[keep, Move.RANK] * ranks + sends[keep, Move.PEER]
-    pairs, index = np.unique(pair, return_inverse=True)
-    return pairs // ranks, pairs % ranks, np.bincount(index, volume[keep], minlength=len(pairs))
-
-
-def _in_a_row(
-    steps: np.ndarray, flows: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]],
-    cluster: Cluster,
-) -> Work:  # fmt: skip
+def _in_a_row(steps: np.ndarray, flows: Sequence[Flows], cluster: Cluster) -> Work:
     """Several layers of the same steps and flows, one after the other."""
-    parts: list[tuple[Any, ...]] = [
-        (at + layer * len(steps), *flow)
-        for layer in range(LAYERS)
-        for at, *flow in flows
-        if at + layer * len(steps) < LAYERS * len(steps)
-    ]
-    step = np.concatenate([np.full(len(source), at) for at, source, *_ in parts])
-    source, target, volume = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
-    node = cluster.node_of_rank
-    crosses = node[source] != node[target]
-    links, capacity = flow_links(source, target, crosses, cluster)
-    latency = np.where(crosses, cluster.inter_node_latency, cluster.intra_node_latency)
-    compute = np.tile(steps, (LAYERS, 1))
-    return Work(compute, source, target, step, volume, latency, links, capacity)
+    source, target, step, volume = (np.concatenate(each) for each in zip(*flows, strict=True))
+    layer = np.repeat(np.arange(LAYERS), len(step))
+    at = np.tile(step, LAYERS) + layer * len(steps)
+    keep = at < LAYERS * len(steps)  # the last results travel under a layer that is not played
+    source, target, volume = (np.tile(each, LAYERS)[keep] for each in (source, target, volume))
+    return flow_work(np.tile(steps, (LAYERS, 1)), (source, target, at[keep], volume), cluster)
 
 
 # --------------------------------------------------------------------------- output

@@ -15,44 +15,41 @@ WIDTH = SPEC.num_heads * SPEC.head_dim
 
 
 def layers(rows, attend):
-    """Two layers whose linear parts are a product each; ``attend`` maps q, kv to out."""
+    """Two layers whose linear parts are a product each; ``attend`` yields at its turns, and returns
+    the attention of q and kv."""
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
         weight = torch.randn(WIDTH, 3 * WIDTH, dtype=rows.dtype, generator=generator) * 0.1
         q, k, v = (rows @ weight).chunk(3, dim=1)
         q = q.unflatten(1, (SPEC.num_heads, SPEC.head_dim))
         kv = torch.stack([x.unflatten(1, (4, 16))[:, :2] for x in (k, v)], dim=1)
-        rows = rows + attend(q, kv).flatten(1)
+        out = yield from attend(q, kv)
+        rows = rows + out.flatten(1)
     return rows
 
 
-def in_turns(turns):
-    """Drive generators of parts of the halves' layers alternately, as a training loop would."""
-    waiting = list(turns)
-    results = {}
-    while waiting:
-        for turn in list(waiting):
-            try:
-                next(turn)
-            except StopIteration as end:
-                results[id(turn)] = end.value
-                waiting.remove(turn)
-    return [results[id(turn)] for turn in turns]
-
-
-def half_layers(rows, bound, sink):
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(2):
-        weight = torch.randn(WIDTH, 3 * WIDTH, dtype=rows.dtype, generator=generator) * 0.1
-        q, k, v = (rows @ weight).chunk(3, dim=1)
-        q = q.unflatten(1, (SPEC.num_heads, SPEC.head_dim))
-        kv = torch.stack([x.unflatten(1, (4, 16))[:, :2] for x in (k, v)], dim=1)
+def by_turns(bound, sink):
+    def attend(q, kv):
         turn = Turn(bound, q, kv, sink=sink)
         yield
         turn.compute()
         yield
-        rows = rows + turn.result().flatten(1)
-    return rows
+        return turn.result()
+
+    return attend
+
+
+def in_turns(parts):
+    """Drive the halves' layers alternately, as a training loop would."""
+    waiting, results = list(parts), {}
+    while waiting:
+        for part in list(waiting):
+            try:
+                next(part)
+            except StopIteration as end:
+                results[id(part)] = end.value
+                waiting.remove(part)
+    return [results[id(part)] for part in parts]
 
 
 def run_rank(messages, inputs, with_sink):
@@ -68,7 +65,7 @@ def run_rank(messages, inputs, with_sink):
         for x, p in zip(inputs, plans, strict=True)
     ]
     outs = in_turns(
-        [half_layers(x, executor.bind(p), sink) for x, p in zip(mine, plans, strict=True)]
+        [layers(x, by_turns(executor.bind(p), sink)) for x, p in zip(mine, plans, strict=True)]
     )
     sum(out.square().sum() for out in outs).backward()
     grads = [x.grad.numpy() for x in mine]
@@ -95,11 +92,12 @@ def test_turns_equal_dense_attention(gloo_pool, world, mask, with_sink):
         def attend(q, kv, dense=dense):
             k, v = kv.unbind(1)
             out, lse = dense_attention(q, k, v, dense)
-            if sink is None:
-                return out
-            return out * torch.exp(lse - torch.logaddexp(lse, sink))[..., None]
+            if sink is not None:
+                out = out * torch.exp(lse - torch.logaddexp(lse, sink))[..., None]
+            yield
+            return out
 
-        want = layers(x, attend)
+        [want] = in_turns([layers(x, attend)])
         want.square().sum().backward()
         for index, wanted in ((0, want), (1, x.grad)):
             rows = made.unshard([torch.from_numpy(of[index][half]) for of in found])

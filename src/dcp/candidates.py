@@ -112,12 +112,14 @@ class Candidates:
         placement = strategy(
             batch, self.spec, self.cluster, block_size=self.block_size, seed=self.seed, **options
         )
-        most = int(_rank_tokens(placement, self.cluster).max(initial=0))
-        if self.max_rank_tokens is not None and most > self.max_rank_tokens:
-            raise StrategyError(
-                f"{strategy.name} gives a rank {most:,} of {batch.num_tokens:,} tokens, more than "
-                f"max_rank_tokens = {self.max_rank_tokens:,}: raise it, or plan for more ranks"
-            )
+        if self.max_rank_tokens is not None:
+            most = int(_rank_tokens(placement, self.cluster).max(initial=0))
+            if most > self.max_rank_tokens:
+                raise StrategyError(
+                    f"{strategy.name} gives a rank {most:,} of {batch.num_tokens:,} tokens, more "
+                    f"than max_rank_tokens = {self.max_rank_tokens:,}: raise it, or plan for more "
+                    "ranks"
+                )
         return placement
 
     def _goal(self, batch: SequenceBatch, variant: int) -> Goal:
@@ -170,8 +172,10 @@ class Candidates:
         hops = len(batch.seqlens) * self.cluster.num_ranks**2
         if not strategy.searching and hops > MOST_HOPS:
             raise _Skipped(f"{hops:.1e} transfers are too many to plan in time")
-        expected = _expected_seconds(strategy.name, best) if strategy.searching else 0.0
-        if spent + expected > self.time_budget and strategy.searching:
+        if not strategy.searching:
+            return 0.0
+        expected = _expected_seconds(strategy.name, best)
+        if spent + expected > self.time_budget:
             raise _Skipped("beyond the time budget")
         return expected
 

@@ -20,7 +20,6 @@ from dcp.simulate import Timed, Work, pass_work
 
 NUM_LAYERS = 3  # played; what one layer adds hardly changes after the first
 MANY_RANKS = 128  # beyond which one layer is played alone, a little slower than the period
-BACKWARD_SHARE = 2 / 3  # of the linear layers' time: two products a weight, where forward has one
 
 
 class Whole(Timed, Protocol):
@@ -110,6 +109,11 @@ def rank_linear_seconds(plan: Whole, cluster: Cluster, model_width: int | None) 
     return seconds
 
 
+def linear_share(*, backward: bool) -> float:
+    """Of the linear layers' time: two products a weight backward, where forward has one."""
+    return 2 / 3 if backward else 1 - 2 / 3
+
+
 def _passes(
     plan: Whole, cluster: Cluster, model_width: int | None, gathers: bool = False
 ) -> tuple[list[float], np.ndarray]:
@@ -118,7 +122,7 @@ def _passes(
     busy, seconds = np.zeros(plan.num_ranks), []
     for name, weight in plan.weights.items():
         for backward in (False, True):
-            part = linear * (BACKWARD_SHARE if backward else 1 - BACKWARD_SHARE)
+            part = linear * linear_share(backward=backward)
             work = pass_work(plan, name, cluster, backward=backward)
             busy += weight * (part + work.compute.sum(axis=0))
             layers = 1 if gathers or plan.num_ranks > MANY_RANKS else NUM_LAYERS
@@ -131,7 +135,7 @@ def period(work: Work, linear: np.ndarray, num_layers: int) -> float:
     if not len(work.source):  # nobody waits
         return float((linear + work.compute.sum(axis=0)).max(initial=0.0))
     steps, flows = len(work.compute) + 1, len(work.source)
-    again = {name: np.tile(getattr(work, name), num_layers) for name in OF_FLOWS}
+    again = {name: np.tile(getattr(work, name), num_layers) for name in _OF_FLOWS}
     shift = np.repeat(np.arange(num_layers) * steps + 1, flows)
     many = Work(
         compute=np.tile(np.vstack([linear, work.compute]), (num_layers, 1)),
@@ -145,4 +149,4 @@ def period(work: Work, linear: np.ndarray, num_layers: int) -> float:
     return float((ends[-1] - ends[0]) / (num_layers - 1) if num_layers > 1 else ends[0])
 
 
-OF_FLOWS = ("source", "target", "volume", "latency")
+_OF_FLOWS = ("source", "target", "volume", "latency")

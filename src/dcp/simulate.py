@@ -7,7 +7,7 @@ items (see :mod:`dcp.cost`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -147,19 +147,31 @@ class Work:
         )  # fmt: skip
 
 
+Flows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""Of each flow the source, target, step (from 0 on) and bytes."""
+
+
 def pass_work(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> Work:
     """The divisions and flows of one pass, at the rates of ``cluster``."""
-    source, target, step, volume = _flows(plan, mask, backward=backward)
+    volume = plan.moved_bytes(mask, backward=backward)
+    flows = sum_flows(plan.masks[mask].sends, volume, plan.num_ranks)
+    compute = _compute_seconds(plan, mask, cluster, backward=backward)
+    work = flow_work(compute, flows, cluster)
+    if cluster.pack_bandwidth:  # the rank's own stream packs and unpacks, before and after a flow
+        packing = work.volume / cluster.pack_bandwidth
+        for end in (work.source, work.target):
+            np.add.at(compute, (work.step, end), packing)
+        work = replace(work, latency=work.latency + 2 * packing)
+    return work
+
+
+def flow_work(compute: np.ndarray, flows: Flows, cluster: Cluster) -> Work:
+    """Divisions and flows with the latencies and links of ``cluster``."""
+    source, target, step, volume = flows
     node = cluster.node_of_rank
     crosses = node[source] != node[target]
     latency = np.where(crosses, cluster.inter_node_latency, cluster.intra_node_latency)
-    links, capacity = flow_links(source, target, crosses, cluster)
-    compute = _compute_seconds(plan, mask, cluster, backward=backward)
-    if cluster.pack_bandwidth:  # the rank's own stream packs and unpacks, before and after a flow
-        packing = volume / cluster.pack_bandwidth
-        latency = latency + 2 * packing
-        for end in (source, target):
-            np.add.at(compute, (step, end), packing)
+    links, capacity = _links(source, target, crosses, cluster)
     return Work(compute, source, target, step, volume, latency, links, capacity)
 
 
@@ -167,10 +179,12 @@ def _play_pass(plan: Timed, mask: str, cluster: Cluster, *, backward: bool) -> P
     return pass_work(plan, mask, cluster, backward=backward).play()
 
 
-def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
-    """One flow per (step, source, target): what that pass moves there, in bytes."""
-    sends, ranks = plan.masks[mask].sends, plan.num_ranks
-    volume = plan.moved_bytes(mask, backward=backward)
+def sum_flows(sends: np.ndarray, volume: np.ndarray, ranks: int) -> Flows:
+    """One flow per (step, source, target).
+
+    Args:
+        sends: lines of :class:`dcp.tables.Move`; volume: bytes of each.
+    """
     keep = volume > 0
     step, source, target = sends[keep][:, [Move.STEP, Move.RANK, Move.PEER]].T
     key = ((step - 1) * ranks + source) * ranks + target
@@ -179,7 +193,7 @@ def _flows(plan: Timed, mask: str, *, backward: bool) -> tuple[np.ndarray, ...]:
     return flows // ranks % ranks, flows % ranks, flows // (ranks * ranks), total
 
 
-def flow_links(
+def _links(
     source: np.ndarray, target: np.ndarray, crosses: np.ndarray, cluster: Cluster
 ) -> tuple[np.ndarray, np.ndarray]:
     """The four links that each flow takes, ``[flows, 4]``, and every link's bytes per second.

@@ -121,14 +121,16 @@ def _remember(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, grad_out: Tensor, *_: Any) -> tuple:
     q, kv, sink, out, lse, ticket = ctx.saved_tensors
     grad_q, grad_kv = _backward(grad_out.contiguous(), q, kv, out, lse, ticket, *ctx.call)
-    grad_sink = None if sink is None else sink_gradient(grad_out, sink, out, lse)
+    grad_sink = sink_gradient(grad_out, sink, out, lse)
     return grad_q, grad_kv, grad_sink, None, *(None for _ in ctx.call)
 
 
 _attention.register_autograd(_gradients, setup_context=_remember)
 
 
-def sink_gradient(grad_out: Tensor, sink: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+def sink_gradient(grad_out: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor) -> Tensor | None:
     """``[heads]``: the sink is a key that every query sees, whose value is zero."""
+    if sink is None:
+        return None
     delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
     return -(torch.exp(sink.to(lse.dtype) - finite(lse)) * delta).sum(dim=0).to(sink.dtype)

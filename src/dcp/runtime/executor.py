@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from copy import copy
+from functools import cached_property
 from typing import Any, Unpack, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dcp.plans import Plan
 from dcp.program import RankPlan
 from dcp.runtime import compiled
-from dcp.runtime.communicator import GroupCommunicator, LocalPost
+from dcp.runtime.communicator import Communicator, GroupCommunicator, LocalPost
 from dcp.runtime.compiled import sink_gradient
 from dcp.runtime.group import resolve_group
 from dcp.runtime.kernels import KV, Kernel, get_kernel, pack_kv
@@ -185,7 +186,11 @@ class BoundPlan:
         self.executor, self.prepared = executor, prepared
         self.handle = executor.handle
         self.ticket: Tensor | None = torch.tensor([prepared.number])  # names it in compiled code
-        self.communicator = copy(executor.communicator)  # of calls that others may interrupt
+
+    @cached_property
+    def communicator(self) -> Communicator:
+        """One of its own, for calls that others interrupt (:mod:`dcp.runtime.turns`)."""
+        return copy(self.executor.communicator)
 
     @property
     def plan(self) -> RankPlan:
@@ -265,6 +270,22 @@ class LocalWorld:
         )
 
 
+def save_results(
+    ctx: Any, q: Tensor, kv: Tensor, sink: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What a forward pass of attention returns, kept for :func:`saved_results`."""
+    ctx.save_for_backward(q, kv, sink, out, lse)
+    ctx.mark_non_differentiable(lse)
+    return out, lse
+
+
+def saved_results(ctx: Any, grad_out: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What a backward pass needs, by name, and the sink's gradient, which is local."""
+    q, kv, sink, out, lse = ctx.saved_tensors
+    tensors = {"grad_out": grad_out, "q": q, "kv": kv, "out": out, "lse": lse}
+    return tensors, sink_gradient(grad_out, sink, out, lse)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -272,17 +293,13 @@ class _Attention(torch.autograd.Function):
     ) -> Any:
         ctx.session = world.session(call)
         out, lse = ctx.session.forward(q, kv, sink, needs_grad=any(ctx.needs_input_grad))
-        ctx.save_for_backward(q, kv, sink, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return save_results(ctx, q, kv, sink, out, lse)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
-        q, kv, sink, out, lse = ctx.saved_tensors
-        grad_q, grad_kv = ctx.session.backward(grad_out=grad_out, q=q, kv=kv, out=out, lse=lse)
-        grad_sink = None if sink is None else sink_gradient(grad_out, sink, out, lse)
-        return None, grad_q, grad_kv, grad_sink, None
+        tensors, grad_sink = saved_results(ctx, grad_out)
+        return None, *ctx.session.backward(**tensors), grad_sink, None
 
 
 _attention = _Attention.apply

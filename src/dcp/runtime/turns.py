@@ -24,8 +24,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from dcp.runtime.compiled import sink_gradient
-from dcp.runtime.executor import BoundPlan
+from dcp.runtime.executor import BoundPlan, save_results, saved_results
 from dcp.runtime.kernels import KV, pack_kv
 from dcp.runtime.passes import AttentionPass, BackwardPass, ForwardPass
 from dcp.runtime.session import Call, CallOptions
@@ -63,17 +62,18 @@ class Turn:
         self._session = replace(bound.session(Call(**options)), times=None)
         self._forward: _Staged | None = None
         self._backward: _Staged | None = None
-        self._q, self._kv = _Begin.apply(self, q, pack_kv(kv))
+        self._tensors: tuple[Tensor, Tensor] = _Begin.apply(self, q, pack_kv(kv))
 
     def compute(self) -> None:
         """Compute what the rank has to; its results for other ranks are then on their way."""
         self._expect(_BEGUN, "compute()")
-        self._q, self._kv = _Compute.apply(self, self._q, self._kv)
+        self._tensors = _Compute.apply(self, *self._tensors)
 
     def result(self) -> Tensor:
         """``[local, heads, value_dim]``."""
         self._expect(_COMPUTED, "result()")
-        out: Tensor = _Result.apply(self, self._q, self._kv, self._sink)[0]
+        out: Tensor = _Result.apply(self, *self._tensors, self._sink)[0]
+        del self._tensors  # their graph leads back to the turn: both would stay for ever
         return out
 
     def _expect(self, stage: int, what: str) -> None:
@@ -165,16 +165,12 @@ class _Result(torch.autograd.Function):
         out, lse = staged.work.result_out, staged.work.result_lse
         staged.work = None  # its buffers
         ctx.turn = turn
-        ctx.save_for_backward(q, kv, sink, out, lse)
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+        return save_results(ctx, q, kv, sink, out, lse)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> Any:
-        q, kv, sink, out, lse = ctx.saved_tensors
-        ctx.turn._backward = ctx.turn._begin(
-            BackwardPass, q, needs_grad=True, grad_out=grad_out, q=q, kv=kv, out=out, lse=lse
-        )
-        grad_sink = None if sink is None else sink_gradient(grad_out, sink, out, lse)
+        tensors, grad_sink = saved_results(ctx, grad_out)
+        q, kv = tensors["q"], tensors["kv"]
+        ctx.turn._backward = ctx.turn._begin(BackwardPass, q, needs_grad=True, **tensors)
         return None, _no_gradient(q), _no_gradient(kv), grad_sink
