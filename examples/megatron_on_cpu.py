@@ -46,6 +46,7 @@ def run_on_cpu() -> None:
     from megatron.core.transformer import multi_latent_attention, torch_norm
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
+    torch.compiler.set_stance("force_eager")  # or small functions start a C++ compiler
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *_: None
     torch.cuda.Stream = _Stream

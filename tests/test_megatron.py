@@ -5,7 +5,6 @@ their own.
 """
 
 import json
-from functools import cache
 
 import numpy as np
 import pytest
@@ -28,15 +27,15 @@ from tests.pool import GlooPool
 @pytest.fixture(scope="module")
 def ranks():
     """``ranks(world)``: processes in which Megatron runs on the CPU."""
-    pool = cache(GlooPool)
-    made = []
+    pools = {}
 
     def get(world):
-        made.append(pool(world))
-        return made[-1]
+        if world not in pools or not pools[world].is_alive:
+            pools[world] = GlooPool(world)
+        return pools[world]
 
     yield get
-    for each in set(made):
+    for each in pools.values():
         each.close()
 
 
