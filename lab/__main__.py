@@ -11,6 +11,8 @@ from dcp.launch.ending import ending_on_sigterm
 EXPERIMENTS = {  # command: its module, what it does
     "planner": ("lab.planner", "plans and planning time, beside recorded ones"),
     "limit": ("lab.limit", "predicted layers over their limit, and where the rest goes"),
+    "ablation": ("lab.ablation", "what each part of the planner is worth"),
+    "rules": ("lab.rules", "auto beside every rule by name, on random batches"),
     "overlap": ("lab.overlap", "what half-batches and early messages would be worth"),
     "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
     "emulate": ("lab.emulate", "strategies executed on an emulated cluster of many ranks"),
