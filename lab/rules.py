@@ -38,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, print, write. Returns the exit status: 1 where a rule was faster than ``auto``."""
     rows = [measure(*case, args.time_budget) for case in draw(args.batches, args.seed)]
-    result = {"conditions": conditions(), "rows": rows, "summary": summarise(rows)}
+    result: dict[str, Any] = {
+        "conditions": conditions(),
+        "rows": rows,
+        "summary": summarise(rows),
+    }
     if args.out:
         merge(args.out / "rules.json", "random", result)
     print(json.dumps(result) if args.json else as_text(result))
