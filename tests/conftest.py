@@ -1,8 +1,13 @@
 """Settings that all tests share."""
 
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from tests.pool import GlooPool
@@ -27,3 +32,17 @@ def gloo_pool() -> Iterator[Callable[[int], GlooPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Callable[..., Any]]:
+    """``interpreter(function, *args)``: its result in a process where Triton interprets, which its
+    own environment variable has to say before it is imported."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_interpret) as pool:
+        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(120)
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)

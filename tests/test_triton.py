@@ -5,9 +5,6 @@ cases run in a process of their own.
 """
 
 import importlib.util
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,19 +28,6 @@ from tests.oracle import batch_mask, dense_attention
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-
-
-def _interpret() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def interpreter():
-    """``interpreter(function, *args)``: its result in a process where Triton interprets."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_interpret) as pool:
-        yield lambda function, *args, **options: pool.submit(function, *args, **options).result(120)
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -66,23 +66,30 @@ class Cell:
 
 def program_cells(program: MaskProgram) -> dict[int, list[Cell]]:
     """The cells of every division by step, in the order in which they run."""
-    touched = np.zeros(int(program.buffer_rows[OUT]), dtype=bool)
     cells: dict[int, list[Cell]] = {}
+    for division, touched in divisions(program):
+        cells[division.step] = []
+        for cell in division_cells(division.items, program.slices):
+            cells[division.step].append(replace(cell, first=not touched[cell.out].any()))
+            touched[cell.out] = True
+    return cells
+
+
+def divisions(program: MaskProgram) -> Iterator[tuple[Attention, np.ndarray]]:
+    """Every division, with which output rows hold a result before it: boolean, in which the caller
+    sets the rows that the division writes."""
+    touched = np.zeros(int(program.buffer_rows[OUT]), dtype=bool)
     for instruction in program.instructions():
         match instruction:
-            case Attention(step, items, resets):
+            case Attention(_, _, resets):
                 for buffer, row, rows in resets.tolist():
                     if buffer == OUT:
                         touched[row : row + rows] = False
-                cells[step] = []
-                for cell in division_cells(items, program.slices):
-                    cells[step].append(replace(cell, first=not touched[cell.out].any()))
-                    touched[cell.out] = True
+                yield instruction, touched
             case Reduce(_, moves):
                 for buffer, _, row, rows in moves.tolist():
                     if buffer == OUT:
                         touched[row : row + rows] = True
-    return cells
 
 
 def division_cells(items: np.ndarray, slices: np.ndarray) -> Iterator[Cell]:

@@ -26,14 +26,31 @@ class Rows:
             return [tensor.index_select(0, self.where)]
         return [tensor[run] for run in self.where]
 
+    def take(self, tensor: Tensor) -> Tensor:
+        """The rows of ``tensor`` ``[num_rows, …]``: a view where they are one run."""
+        parts = self.parts(tensor)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def add(self, tensor: Tensor, values: Tensor) -> None:
+        """Add ``values`` ``[num_rows, …]`` to the rows of ``tensor``, of which none is twice."""
+        if isinstance(self.where, Tensor):
+            tensor.index_add_(0, self.where, values.to(tensor.dtype))
+            return
+        for part, value in zip(self.parts(tensor), self._split(values), strict=True):
+            part += value
+
     def put(self, tensor: Tensor, values: Tensor) -> None:
         """Overwrite the rows of ``tensor`` by ``values`` ``[num_rows, …]``."""
         if isinstance(self.where, Tensor):
             tensor.index_copy_(0, self.where, values.to(tensor.dtype))
             return
-        sizes = [run.stop - run.start for run in self.where]
-        for run, part in zip(self.where, values.split(sizes), strict=True):
+        for run, part in zip(self.where, self._split(values), strict=True):
             tensor[run] = part
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        """``values`` by the runs of :attr:`where`."""
+        assert not isinstance(self.where, Tensor)
+        return values.split([run.stop - run.start for run in self.where])
 
 
 def place_rows(runs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> list[Rows]:

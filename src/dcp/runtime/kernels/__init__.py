@@ -17,7 +17,7 @@ from dcp.program import MaskProgram
 
 # Modules of this folder, each with its ``KERNEL``, in the order in which "auto" asks them; the
 # first two each serve one kind of device.
-KERNELS = ("torch_cpu", "triton", "flex", "dense")
+KERNELS = ("torch_cpu", "triton", "flash", "flex", "dense")
 
 QSide = Sequence[Tensor]  # q, grad_out, lse, delta
 

@@ -142,3 +142,11 @@ def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> Non
 def finite(lse: Tensor) -> Tensor:
     """Rows that see nothing get 0, so that exp(-inf - lse) is 0 and not NaN."""
     return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def output_of(delta: Tensor, grad_out: Tensor) -> Tensor:
+    """The output along ``grad_out [rows, heads, value_dim]`` that has this delta: kernels that
+    derive delta from an output are handed it, so that outputs need not travel."""
+    wide = grad_out.to(delta.dtype)
+    norm = wide.square().sum(dim=-1)
+    return (wide * torch.where(norm > 0, delta / norm, 0.0)[..., None]).to(grad_out.dtype)

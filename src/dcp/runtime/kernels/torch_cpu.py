@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from dcp.runtime.cells import Cell
 from dcp.runtime.kernels import Options, QSide
-from dcp.runtime.kernels.cellwise import CellKernel, finite
+from dcp.runtime.kernels.cellwise import CellKernel, finite, output_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -45,13 +45,9 @@ class TorchCpuKernel(CellKernel):
     def gradients(
         self, q_side: QSide, k: Tensor, v: Tensor, cell: Cell, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The fused kernel derives delta from an output; it is handed the one along ``grad_out``
-        that has this delta, so that outputs need not travel."""
         q, grad_out, lse, delta = q_side
-        norm = grad_out.square().sum(dim=-1)
-        out = grad_out * torch.where(norm > 0, delta / norm, 0.0)[..., None]
         grads = _flash_backward(
-            *_heads_first(grad_out, q, k, v, out),
+            *_heads_first(grad_out, q, k, v, output_of(delta, grad_out)),
             finite(lse).transpose(0, 1)[None].contiguous(),
             0.0,
             cell.causal,

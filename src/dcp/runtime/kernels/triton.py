@@ -130,10 +130,20 @@ class TritonKernel(Kernel):
         launch("key_gradient", (*q_side, kv, grad_q, grad_kv), work, kv, options)
 
 
-def place_tables(program: MaskProgram, device: torch.device, shapes: Shapes) -> dict[int, Work]:
-    """Tables of all divisions by step, forward and backward, in one copy to the device."""
+def place_tables(
+    program: MaskProgram,
+    device: torch.device,
+    shapes: Shapes,
+    *,
+    items: dict[int, np.ndarray] | None = None,
+) -> dict[int, Work]:
+    """Tables of all divisions by step, forward and backward, in one copy to the device.
+
+    ``items``: by step, what to compute of each division; None: all.
+    """
     steps = attention_steps(program)
-    tables = division_tables([step.items for step in steps], program.slices, shapes)
+    chosen = [step.items if items is None else items[step.step] for step in steps]
+    tables = division_tables(chosen, program.slices, shapes)
     parts = [part for table in tables for part in (table.tiles, table.entries, table.bands)]
     offsets = np.cumsum([0, *(part.size for part in parts)]).tolist()
     on_device = copy_to_device(np.concatenate([part.reshape(-1) for part in parts]), device)
