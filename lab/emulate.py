@@ -135,31 +135,57 @@ def execute(
         dilation = max(dilations[each] for each in plans)
         some = [made for each, made in plans.items() if dilations[each] == dilation]
         found = run_ranks(some, cluster, args, dilation=dilation, link_error=link_error)
-        links = link_ratios([rank["links"] for rank in found], dilated(cluster, dilation))
-        rows: dict[int, dict[str, Any]] = {}
-        if not found[0]["passes"]:
-            tries += 1
-            problem, factor = f"the links give {_ratios(links)} times what they should", 1.0
-        else:
-            busy = [max(np.median(rank["busy"][i]) for rank in found) for i in range(len(some))]
-            for index, made in enumerate(some):
-                if busy[index] <= most_busy:
-                    rows[made.fingerprint] = compare(
-                        made, found, index, dilation=dilation, layers=args.layers
-                    ) | {
-                        "dilation": dilation, "busy": float(busy[index]), "links": links,
-                        "own_share": own_share(made, dilation),
-                    }  # fmt: skip
-            yield [labels | rows[m.fingerprint] for labels, m in cases if m.fingerprint in rows]
-            problem, factor = f"the cores were busy for {max(busy):.0%}", max(busy) / CAREFUL
-        slower = float(np.ceil(dilation * factor / 100) * 100)
+        rows = rows_of(found, some, cluster, args, dilation=dilation, most_busy=most_busy)
+        yield [labels | rows[m.fingerprint] for labels, m in cases if m.fingerprint in rows]
         plans = {each: made for each, made in plans.items() if each not in rows}
-        if left := [made.fingerprint for made in some if made.fingerprint not in rows]:
-            problem = f"at a dilation of {dilation:g}, {problem}"
+        left = [made.fingerprint for made in some if made.fingerprint not in rows]
+        if left:
+            problem, remedy, slower = problem_of(found, cluster, dilation)
+            tries += slower == dilation
             if args.dilation or tries == MOST_TRIES:
-                raise ValueError(f"{problem}: end other work, give --dilation {slower:g}, or none")
-            print(f"{problem}: {len(left)} plans again at {slower:g}", file=sys.stderr)
+                raise ValueError(f"at a dilation of {dilation:g}, {problem}: {remedy}")
+            print(f"at a dilation of {dilation:g}, {problem}: {len(left)} plans again at "
+                  f"{slower:g}", file=sys.stderr)  # fmt: skip
             dilations |= dict.fromkeys(left, slower)
+
+
+def rows_of(
+    found: Sequence[dict[str, Any]], plans: Sequence[Plan], cluster: Cluster,
+    args: argparse.Namespace, *, dilation: float, most_busy: float,
+) -> dict[int, dict[str, Any]]:  # fmt: skip
+    """By fingerprint, what was found of each plan that left the cores idle enough."""
+    if not found[0]["passes"]:  # the links were not what they should be
+        return {}
+    links = link_ratios([rank["links"] for rank in found], dilated(cluster, dilation))
+    rows = {}
+    for index, (made, busy) in enumerate(zip(plans, busy_shares(found), strict=True)):
+        if busy <= most_busy:
+            of = compare(made, found, index, dilation=dilation, layers=args.layers)
+            share = own_share(made, dilation)
+            rows[made.fingerprint] = of | {
+                "dilation": dilation, "busy": busy, "links": links, "own_share": share,
+            }  # fmt: skip
+    return rows
+
+
+def busy_shares(found: Sequence[dict[str, Any]]) -> list[float]:
+    """Of the cores' time, by plan: the busiest rank's word."""
+    each = [[np.median(busy) for busy in rank["busy"]] for rank in found]
+    return [float(share) for share in np.max(each, axis=0)]
+
+
+def problem_of(
+    found: Sequence[dict[str, Any]], cluster: Cluster, dilation: float
+) -> tuple[str, str, float]:
+    """Why plans are to run again, what would help, and the dilation to try."""
+    if not found[0]["passes"]:
+        links = link_ratios([rank["links"] for rank in found], dilated(cluster, dilation))
+        problem = f"the links give {_ratios(links)} times what they should"
+        return problem, "end other work, or give another --dilation", dilation
+    busy = max(busy_shares(found))
+    slower = float(np.ceil(dilation * busy / CAREFUL / 100) * 100)
+    return (f"the cores were busy for {busy:.0%}",
+            f"end other work, give --dilation {slower:g}, or none", slower)  # fmt: skip
 
 
 def _ratios(links: dict[str, float]) -> str:

@@ -28,9 +28,9 @@ from dcp.halves import plan_halves
 from dcp.layer import linear_share, period, rank_linear_seconds
 from dcp.planner import plan
 from dcp.plans import Plan
-from dcp.schedule import DKV, OUT
 from dcp.simulate import Flows, Work, flow_work, pass_work, sum_flows
 from dcp.tables import Move
+from dcp.transfers import DKV, OUT
 from lab.planner import MASKS, SPEC, load, make_batch
 from lab.results import merge
 

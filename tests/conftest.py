@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from dcp import Cluster, plan
+from tests.batches import SPEC, make_batch
 from tests.pool import GlooPool
 
 # A busy machine is no failure: examples are counted, not timed.
@@ -17,6 +19,13 @@ settings.register_profile(
     "dcp", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("dcp")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the planner once, before workers and their ranks would all do it at the same time."""
+    if not hasattr(config, "workerinput"):
+        for mask in ("causal", "streaming"):
+            plan(make_batch([9000, 3000, 70], mask), SPEC, Cluster(num_nodes=2, devices_per_node=2))
 
 
 @pytest.fixture(scope="session")

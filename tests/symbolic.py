@@ -13,8 +13,8 @@ from collections import defaultdict
 import numpy as np
 
 from dcp.program import Attention, Copy, Launch, RankPlan, Reduce, Wait
-from dcp.schedule import DKV, KV, OUT, Q
 from dcp.tables import Move
+from dcp.transfers import DKV, KV, OUT, Q
 
 EMPTY = -1
 

@@ -33,6 +33,7 @@ PLANNING = (
     ),
     *(
         "placement",
+        "transfers",
         "schedule",
         "buffers",
         "compile",

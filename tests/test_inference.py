@@ -12,9 +12,9 @@ from dcp.batch import LSE_BYTES
 from dcp.inference import CachedAttention, KVCache, plan_turn
 from dcp.inference.attention import new_tokens
 from dcp.plans import Plan
-from dcp.schedule import KV, OUT, Q
 from dcp.stats import balance
 from dcp.tables import Item, Move
+from dcp.transfers import KV, OUT, Q
 from dcp.wire import WireError, pack, unpack
 from tests.oracle import dense_attention
 from tests.symbolic import check_plan

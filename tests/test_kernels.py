@@ -13,6 +13,7 @@ import torch
 from dcp import Cluster, LocalWorld, SequenceBatch, plan
 from dcp.bench import kernels
 from dcp.bench.alone import Alone, in_one_launch
+from dcp.cli import main
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, DCPAttention, cells
 from dcp.runtime.division import attention_steps, merged_slices, row_slices
@@ -99,6 +100,28 @@ def test_a_plan_made_ready_ahead_of_time():
     torch.testing.assert_close(a_plan.unshard([found]), want)
     with pytest.raises(ValueError, match="is for 2 ranks, the executor's group has 1"):
         executor.ready(make_plan("causal", 2).rank_plan(0), like)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "torch_cpu"])
+def test_every_table_made_ahead_is_known_to_the_stream_that_uses_it(monkeypatch, kernel):
+    from dcp.runtime import prepared, rows
+    from dcp.runtime.kernels import triton
+
+    made = []
+
+    def copied(array, device):
+        made.append(torch.from_numpy(array))
+        return made[-1]
+
+    monkeypatch.setattr(rows, "MANY_RUNS", 0)
+    for module in (rows, triton):
+        monkeypatch.setattr(module, "copy_to_device", copied)
+    monkeypatch.setattr(triton.TritonKernel, "refusal", lambda *_: None)
+    executor = AttentionExecutor(kernel=kernel)
+    ready = executor.ready(make_plan("streaming", 1), torch.empty(0))
+    found = {x.untyped_storage().data_ptr() for x in prepared.tensors_in(vars(ready))}
+    assert found >= {x.untyped_storage().data_ptr() for x in made}
+    assert bool(made) == (kernel == "triton")
 
 
 # --------------------------------------------------------------------------- what is refused
@@ -189,6 +212,44 @@ def test_benchmark_rows_without_a_gpu_are_empty_with_the_reason(capsys):
         "ready() of a rank",
         "CPU",
     }
+
+
+def test_all_parts_apart_and_what_must_hold(tmp_path, monkeypatch, capfd):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(kernels, "PARTS", ("errors", "host"))
+    out = tmp_path / "kernels.json"
+    words = f"bench kernels --all --repeat 1 --cpu-tokens 512 --out {out}"
+    assert main(words.split()) == 0
+    rows = json.loads(out.read_text())["rows"]
+    ours = next(row for row in rows if row["figure"] == "ready() of a rank")
+    shown = capfd.readouterr().out
+    assert (
+        f"error, ours / dense in the same dtype      <= 2     0 of 10 cases: {kernels.NO_GPU}"
+        in shown
+    )
+    assert f"ready() of a rank{' ' * 26}<= 1     1 of 1 cases: median {ours['value']:.2f}" in shown
+    assert main([*words.split(), "--resume"]) == 0
+    again = json.loads(out.read_text())["rows"]
+    assert [row["case"] for row in again] == [row["case"] for row in rows]
+
+
+def test_a_row_that_is_there_is_not_measured_again(monkeypatch):
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    args = parser.parse_args(["--only", "errors"])
+    [first, *others] = kernels.all_rows(args, {})
+    assert first.value is None
+    kept = kernels.replace(first, value=1.5)
+    [again, *rest] = kernels.all_rows(args, {(first.figure, first.case): kept})
+    assert again == kept
+    assert rest == others
+
+
+@pytest.mark.parametrize("word", ["--all", "--resume"])
+def test_parts_apart_need_a_file(word, capsys):
+    assert main(["bench", "kernels", word]) == 2
+    assert f"{word} needs --out" in capsys.readouterr().err
 
 
 def test_the_benchmark_needs_no_more_than_torch_numba_and_numpy():

@@ -15,8 +15,8 @@ from dcp.batch import LSE_BYTES
 from dcp.placement import StrategyError, floor_seconds, get_strategy, strategies
 from dcp.placement.heads import double_ring, usp
 from dcp.planner import layer_seconds
-from dcp.schedule import KV
 from dcp.tables import Item, Move
+from dcp.transfers import KV
 from tests.cases import cases
 from tests.oracle import batch_mask, errors_against_dense
 from tests.symbolic import check_plan

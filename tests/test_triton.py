@@ -156,43 +156,80 @@ def test_longest_work_comes_first():
     assert table.tiles[:, 0].tolist() == [384, 256, 128, 0]
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["forward", "query_gradient", "key_gradient"])
-def test_the_kernels_compile_for_gpus(name, arch):
-    """The interpreter accepts what the compiler refuses; compiling needs no device."""
+def compile_kernel(name, arch, width, itemsize, *, atomic, ragged=False):
+    """One kernel as the device would compile it: pointers and counts of aligned tensors are
+    multiples of 16, which decides whether loads are asynchronous. ``ragged``: widths that are no
+    power of two, values of another width."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from dcp.runtime.kernels import triton_code
-    from dcp.runtime.kernels.triton import SHAPES
+    from dcp.runtime.kernels.triton import shapes_for
 
-    kernel, shape = getattr(triton_code, f"{name}_kernel"), getattr(SHAPES[128, 2], name)
+    kernel = getattr(triton_code, f"{name}_kernel")
+    shape = getattr(shapes_for(width, itemsize, small=arch in SMALL), name)
+    value_width = width // 2 if ragged else width
     constants = {
-        "HEAD_DIM": 96,
-        "D": 128,
-        "VALUE_DIM": 96 if arch == 80 else 64,
-        "DV": 128 if arch == 80 else 64,
+        "HEAD_DIM": width - 32 if ragged else width,
+        "D": width,
+        "VALUE_DIM": value_width,
+        "DV": value_width,
         "OUTER": shape.outer,
         "INNER": shape.inner,
-        "SOFTCAP": True,
+        "SOFTCAP": ragged,
         "UPCAST": False,
-        "ATOMIC": True,
+        "ATOMIC": atomic,
     }
-    types = dict.fromkeys(("q", "kv", "grad_out"), "*bf16") | {"table": "*i32"}
+    kind = {2: "*bf16", 4: "*fp32"}[itemsize]
+    types = dict.fromkeys(("q", "kv", "grad_out"), kind) | {"table": "*i32"}
     types |= dict.fromkeys(("out", "lse", "delta", "grad_q", "grad_kv"), "*fp32")
     types |= dict.fromkeys(("scale", "softcap"), "fp32") | dict.fromkeys(constants, "constexpr")
     names = kernel.arg_names
-    compiled = triton.compile(
+    signature = {arg: types.get(arg, "i32") for arg in names}
+    return triton.compile(
         ASTSource(
             kernel,
-            {arg: types.get(arg, "i32") for arg in names},
+            signature,
             {(names.index(arg),): value for arg, value in constants.items() if arg in names},
+            {
+                (index,): [["tt.divisibility", 16]]
+                for index, arg in enumerate(names)
+                if signature[arg].startswith("*")
+            },
         ),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": shape.warps, "num_stages": shape.stages},
     )
+
+
+KINDS = ["forward", "query_gradient", "key_gradient"]
+SMALL = (86, 89, 120)  # capabilities whose shared memory is 99 KiB a block
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kernels_compile_for_gpus(name, arch):
+    """The interpreter accepts what the compiler refuses; compiling needs no device."""
+    compiled = compile_kernel(name, arch, 128, 2, atomic=True, ragged=True)
     assert compiled.metadata.shared <= 163 * 1024, "more shared memory than an A100 has"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("name", KINDS)
+def test_loads_are_asynchronous_and_products_on_tensor_cores(name, arch):
+    compiled = compile_kernel(name, arch, 128, 2, atomic=False)
+    code = compiled.asm["ptx"]
+    assert "cp.async" in code
+    assert ("wgmma" if arch == 90 else "mma.sync") in code
+    assert compiled.metadata.shared <= 163 * 1024
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_wide_heads_fit_small_shared_memory(name):
+    for itemsize in (2, 4):
+        compiled = compile_kernel(name, 89, 256, itemsize, atomic=True)
+        assert compiled.metadata.shared <= 99 * 1024
 
 
 def test_without_an_interpreter_or_gpu_the_reason_is_named():

@@ -16,9 +16,10 @@ from dcp.blocks import BlockTable, ComputeBlocks
 from dcp.buffers import first_fit
 from dcp.placement import Placement
 from dcp.ragged import offsets_in
-from dcp.schedule import DKV, KV, OUT, MaskSchedule, Q, Transfers, Uses
+from dcp.schedule import MaskSchedule
 from dcp.slices import shift_slices
 from dcp.tables import Arrival, Item, Move, Reset, Tables, table
+from dcp.transfers import DKV, KV, OUT, Q, Transfers, Uses
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -17,7 +17,6 @@ from dcp.batch import AttentionSpec
 from dcp.compile import MaskTables
 from dcp.ragged import runs, starts
 from dcp.received import check_columns, check_cover, check_tables, own_rows, require
-from dcp.schedule import DKV, KV, OUT, Q
 from dcp.stats import Stats
 from dcp.tables import (
     COLUMNS,
@@ -30,6 +29,7 @@ from dcp.tables import (
     from_parts,
     to_parts,
 )
+from dcp.transfers import DKV, KV, OUT, Q
 from dcp.wire import exactly, pack, reading, record, unpack
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from dcp.batch import AttentionSpec
 from dcp.compile import MaskTables
 from dcp.ragged import starts
-from dcp.schedule import DKV, KV, OUT, Q
 from dcp.slices import K0, K1, LO, Q0, Q1, slice_area
 from dcp.tables import COLUMNS, Arrival, Columns, Item, Move, Reset, Tables
+from dcp.transfers import DKV, KV, OUT, Q
 from dcp.wire import WireError, exactly
 
 MOST = 1 << 40  # tokens, rows, steps, ranks: sums and products of two stay in 64 bits

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+PACKAGES = ("numpy", "numba", "mtkahypar", "torch", "triton")
+
 
 def conditions() -> dict[str, Any]:
     """Machine, versions and command of this process."""
@@ -20,7 +22,7 @@ def conditions() -> dict[str, Any]:
         "num_cores": len(os.sched_getaffinity(0)),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("numpy", "numba", "mtkahypar", "torch")},
+        "versions": {name: _version(name) for name in PACKAGES},
     }
 
 

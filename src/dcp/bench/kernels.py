@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
@@ -72,38 +73,100 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit-seconds", type=float, default=480, help="GPU rows begin within this time"
     )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="every part in a process of its own, then a table of what must hold",
+    )
     parser.add_argument("--out", type=Path, help="file for the JSON result, written row by row")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what --out has measured already"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write after every row. Returns the exit status."""
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out, the file that has the rows")
+    if args.all:
+        return run_apart(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    here = conditions() | {"device": device, "num_threads": torch.get_num_threads()}
-    result: dict[str, Any] = {"conditions": here, "rows": []}
-    for row in all_rows(args):
-        result["rows"].append(asdict(row))
+    here = conditions() | {
+        "device": device, "num_threads": torch.get_num_threads(), "cuda": torch.version.cuda,
+    }  # fmt: skip
+    held = read_rows(args.out) if args.resume else []
+    done = {(row.figure, row.case): row for row in held if row.value is not None}
+    rows = {(row.figure, row.case): row for row in held}
+    for row in all_rows(args, done):
+        rows[row.figure, row.case] = row
+        result = {"conditions": here, "rows": [asdict(each) for each in rows.values()]}
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")
         if not args.json:
-            value = "     -" if row.value is None else f"{row.value:6.3f}"
-            must = f"must {row.must}" if row.must else f"aim {row.aim}" if row.aim else ""
-            print(f"{row.figure:42} {row.case:34} {must:12} {value}  {row.note}", flush=True)
+            print(as_line(row), flush=True)
     if args.json:
         print(json.dumps(result, indent=1))
     return 0
 
 
-def all_rows(args: argparse.Namespace) -> Iterator[Row]:
+def as_line(row: Row) -> str:
+    value = "     -" if row.value is None else f"{row.value:6.3f}"
+    must = f"must {row.must}" if row.must else f"aim {row.aim}" if row.aim else ""
+    return f"{row.figure:42} {row.case:34} {must:12} {value}  {row.note}"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where there is none."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def run_apart(args: argparse.Namespace) -> int:
+    """Every part in a process of its own; then what must hold. Returns the worst exit status."""
+    if not args.out:
+        raise ValueError("--all needs --out, the file that the parts add their rows to")
+    given = [f"--{name.replace('_', '-')}" for name in ("cpu_tokens", "dense_tokens")]
+    numbers = [list(map(str, getattr(args, name))) for name in ("cpu_tokens", "dense_tokens")]
+    words = ["--repeat", str(args.repeat), "--mask-tokens", str(args.mask_tokens)]
+    words += ["--num-batches", str(args.num_batches), "--resume", "--out", str(args.out)]
+    words += ["--limit-seconds", str(args.limit_seconds)]
+    words += ["--threads", str(args.threads)] if args.threads else []
+    words += [word for name, some in zip(given, numbers, strict=True) for word in (name, *some)]
+    status = 0
+    for part in PARTS:
+        command = [sys.executable, "-m", "dcp.cli", "bench", "kernels", "--only", part, *words]
+        found = subprocess.run(command).returncode
+        if found:
+            print(f"the part {part!r} ended with status {found}", file=sys.stderr)
+        status = max(status, abs(found))
+    print("\n".join(summary(read_rows(args.out))))
+    return status
+
+
+def summary(rows: Sequence[Row]) -> list[str]:
+    """One line for every figure that must hold or is aimed at: its worst and median case."""
+    lines = []
+    for figure in dict.fromkeys(row.figure for row in rows if row.must or row.aim):
+        some = [row for row in rows if row.figure == figure]
+        values = [row.value for row in some if row.value is not None]
+        wanted = some[0].must or some[0].aim
+        worst = max(values, default=0.0) if wanted.startswith("<") else min(values, default=0.0)
+        found = f"median {median(values):.2f}, worst {worst:.2f}" if values else some[0].note
+        lines.append(f"{figure:42} {wanted:8} {len(values)} of {len(some)} cases: {found}")
+    return lines
+
+
+def all_rows(args: argparse.Namespace, done: dict[tuple[str, str], Row]) -> Iterator[Row]:
     """Every row of the parts asked for, most important first; past the limit the GPU's stay empty.
-    A row that fails says why and does not stop the others."""
+    A row that fails says why and does not stop the others; those of ``done`` are as they were."""
     end = perf_counter() + args.limit_seconds
     for part, rows, measure in _gpu_parts(args):
         if part in args.only:
-            yield from on_gpu(rows, measure, end)
+            known = [done.get((row.figure, row.case)) for row in rows]
+            yield from [row for row in known if row] if all(known) else on_gpu(rows, measure, end)
     if "host" in args.only:
         yield ready_row(rank_plans())
         for tokens in args.cpu_tokens:
@@ -119,6 +182,11 @@ def _gpu_parts(args: argparse.Namespace) -> Iterator[tuple[str, list[Row], Measu
         case = f"{dtype}, head_dim {head_dim}, {world} rank{'s' * (world > 1)}"
         row = Row("error, ours / dense in the same dtype", case, "<= 2")
         yield "errors", [row], _one(partial(gpu.error_ratio, dtype, head_dim, world))
+    for kernel, deterministic in (("triton", False), ("flash", True), ("flash", False)):
+        case = f"bfloat16, head_dim 128, 4 ranks, {kernel}{'' if deterministic else ', any order'}"
+        row = Row("error, ours / dense in the same dtype", case, "<= 2")
+        measure = partial(gpu.error_ratio, "bfloat16", 128, 4, kernel=kernel)
+        yield "errors", [row], _one(partial(measure, deterministic=deterministic))
     if torch.cuda.is_available() and "tune" in args.only:
         for name, shape in gpu.candidates():
             case = f"{shape.outer}x{shape.inner}, {shape.warps} warps, {shape.stages} stages"
@@ -151,17 +219,20 @@ def _one(measure: Callable[[], Found]) -> Measure:
 
 
 def _dense_rows(tokens: int) -> list[Row]:
+    rivals = [("speed, ours / flex", ">= 1.0", ""), ("speed, ours / cudnn", "", ">= 0.95")]
+    kernels = [(f"{kernel}, TFLOP/s", "", "") for kernel in gpu.KERNELS]
     return [
-        Row(f"causal {way}: speed, ours / {rival}", f"{tokens} tokens", must, aim)
+        Row(f"causal {way}: {figure}", f"{tokens} tokens", must, aim)
         for way in ("forward", "backward")
-        for rival, must, aim in (("flex", ">= 1.0", ""), ("cudnn", "", ">= 0.9"))
+        for figure, must, aim in rivals + kernels
     ]
 
 
 def _dense(tokens: int, picked: Callable[[], gpu.Settings], repeat: int) -> list[Found]:
     repeat = repeat if tokens <= 32768 else min(repeat, 3)
     found = gpu.dense_ratios(tokens, picked(), repeat)
-    ways = [(backward, rival) for backward in (False, True) for rival in ("flex", "cudnn")]
+    others = ("flex", "cudnn", *gpu.KERNELS)
+    ways = [(backward, other) for backward in (False, True) for other in others]
     return [found.get(way, (None, "the rival could not run")) for way in ways]
 
 
@@ -184,8 +255,7 @@ def on_gpu(rows: list[Row], measure: Measure, end: float) -> list[Row]:
         torch.cuda.empty_cache()
     except Exception as error:  # a device may refuse a case: its row says so
         logging.getLogger("dcp").info("a row failed", exc_info=True)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return [replace(row, note=reason) for row in rows]
+        return [replace(row, note=gpu.first_line(error)) for row in rows]
     return [replace(row, value=v, note=n) for row, (v, n) in zip(rows, found, strict=True)]
 
 

@@ -30,13 +30,16 @@ from dcp.runtime.session import Call
 SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
 STRATEGY = "bisection"  # needs no partitioner: a GPU box may have torch, Triton and numba alone
 PICK_TOKENS = 16384  # at which FlexAttention's settings and our tile shapes are picked
+KERNELS = ("triton", "flash")  # ours, that are raced
 Settings = list[FlexKernelOptions]
 
 
 # --------------------------------------------------------------------------- errors
 
 
-def error_ratio(dtype: str, head_dim: int, world: int) -> tuple[float, str]:
+def error_ratio(
+    dtype: str, head_dim: int, world: int, *, kernel: str = "triton", deterministic: bool = True
+) -> tuple[float, str]:
     """Largest error of out, dq, dk, dv relative to attention in float64, over that of dense
     attention in the same dtype. With one rank results go straight into that dtype."""
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
@@ -56,11 +59,12 @@ def error_ratio(dtype: str, head_dim: int, world: int) -> tuple[float, str]:
         out = attend(*inputs)
         return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
 
-    world_of_ranks = LocalWorld(made, kernel="triton")
+    ranks = LocalWorld(made, kernel=kernel)
+    attention = partial(ranks.attention, deterministic=deterministic)
     exact = results(partial(_dense, seen), torch.float64)
     ours, theirs = (
         max(_relative(a, b) for a, b in zip(results(attend, to), exact, strict=True))
-        for attend in (world_of_ranks.attention, partial(_dense, seen))
+        for attend in (attention, partial(_dense, seen))
     )
     return ours / theirs, f"relative errors {ours:.1e} against {theirs:.1e}"
 
@@ -107,32 +111,50 @@ def _seconds(pair: tuple[float, FlexKernelOptions]) -> float:
 def dense_ratios(
     tokens: int, settings: Settings, repeat: int
 ) -> dict[tuple[bool, str], tuple[float | None, str]]:
-    """By (backward, rival): speed of ours over the rival's best, one causal sequence."""
+    """By (backward, rival): speed of our fastest kernel over the rival's best, one causal sequence;
+    and of each of our kernels that could run, as the rival called by its name."""
     device = torch.device("cuda")
     found: dict[tuple[bool, str], tuple[float | None, str]] = {}
     blocks = rivals.PackedMask("causal", tokens, device).load([tokens]).blocks()
     tensors = heads_first(tokens, device)
     attends = {f"flex {n}": rivals.flex(blocks, each) for n, each in enumerate(settings)}
     attends["cudnn"] = rivals.fused(SDPBackend.CUDNN_ATTENTION)
-    ours = both_ways(our_attention("causal", [tokens], device), packed(tokens, device))
+    ours: dict[str, dict[bool, Callable[[], Any]]] = {}
     theirs: dict[str, dict[bool, Callable[[], Any]]] = {}
     refused: dict[str, str] = {}
+    for kernel in KERNELS:
+        try:
+            attention = our_attention("causal", [tokens], device, kernel)
+            ours[f"ours {kernel}"] = both_ways(attention, packed(tokens, device))
+        except Exception as error:
+            refused[kernel] = first_line(error)
     for name, attend in attends.items():
         try:
             theirs[name] = both_ways(attend, tensors)
         except Exception as error:  # one rival's refusal leaves the other
-            refused[name.split()[0]] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            refused[name.split()[0]] = first_line(error)
+    if not ours:
+        raise RuntimeError("; ".join(f"{kernel}: {refused[kernel]}" for kernel in KERNELS))
     for backward in (False, True):
-        works = {"ours": ours[backward]} | {n: each[backward] for n, each in theirs.items()}
+        works = {name: each[backward] for name, each in (ours | theirs).items()}
         seconds = device_medians(works, repeat)
+        best = min(value for name, value in seconds.items() if name in ours)
         flops = 2 * tokens**2 * SPEC.num_heads * SPEC.head_dim * (2.5 if backward else 1) / 1e12
         for rival in ("flex", "cudnn"):
             times = [value for name, value in seconds.items() if name.startswith(rival)]
             found[backward, rival] = None, refused.get(rival, "it could not run")
             if times:
-                rate = f"{flops / seconds['ours']:.0f} against {flops / min(times):.0f} TFLOP/s"
-                found[backward, rival] = min(times) / seconds["ours"], rate
+                rate = f"{flops / best:.0f} against {flops / min(times):.0f} TFLOP/s"
+                found[backward, rival] = min(times) / best, rate
+        for kernel in KERNELS:
+            found[backward, kernel] = None, refused.get(kernel, "it could not run")
+            if (time := seconds.get(f"ours {kernel}")) is not None:
+                found[backward, kernel] = flops / time, "TFLOP/s"
     return found
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def both_ways(
@@ -188,9 +210,9 @@ def there_and_back(attend: Callable[..., Tensor], tensors: list[Tensor]) -> None
 
 
 def our_attention(
-    mask: str, seqlens: list[int], device: torch.device
+    mask: str, seqlens: list[int], device: torch.device, kernel: str
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    executor = AttentionExecutor()
+    executor = AttentionExecutor(kernel=kernel)
     like = torch.empty(0, device=device, dtype=getattr(torch, SPEC.dtype))
     executor.prepare(executor.ready(one_rank(mask, seqlens), like))
     return executor.attention

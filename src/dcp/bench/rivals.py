@@ -149,7 +149,10 @@ def flex_settings(head_dim: int) -> list[FlexKernelOptions]:
     tiles = [((128, 128, 8, 2), (64, 64, 64, 64, 4, 2)), ((64, 64, 4, 3), (32, 128, 128, 32, 8, 2))]
     tiles += [((128, 64, 8, 3), (64, 128, 128, 64, 8, 2))]
     return [FlexKernelOptions(), safe] + [
-        cast(FlexKernelOptions, {**safe, **_tile(*each)}) for each in tiles if head_dim <= 128
+        cast(FlexKernelOptions, {**safe, **_tile(*each), "USE_TMA": tma})
+        for tma in (False, True)
+        for each in tiles
+        if head_dim <= 128
     ]
 
 

@@ -8,9 +8,9 @@ import numpy as np
 
 from dcp.program import MaskProgram, RankPlan
 from dcp.ragged import expand, runs, starts
-from dcp.schedule import KV
 from dcp.slices import K0, K1, shift_slices
 from dcp.tables import Item, Move
+from dcp.transfers import KV
 
 
 def keys_stay(program: MaskProgram) -> bool:

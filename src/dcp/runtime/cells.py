@@ -21,9 +21,9 @@ from dcp.runtime.division import (
     merged_slices,
     row_slices,
 )
-from dcp.schedule import OUT
 from dcp.slices import HI, K0, K1, LO, Q0, Q1, shift_slices, slice_area, tighten
 from dcp.tables import Item
+from dcp.transfers import OUT
 
 # Queries of a masked cell along the lower edge of a band: larger ones waste pairs, smaller ones
 # cost more calls.

@@ -22,6 +22,7 @@ from dcp.runtime.group import resolve_group
 from dcp.runtime.kernels import KV, Kernel, get_kernel, pack_kv
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.regions import Plans
+from dcp.runtime.rows import PINNING
 from dcp.runtime.session import Call, CallOptions, Session
 from dcp.runtime.timing import PassTimes
 from dcp.simulate import Span
@@ -83,8 +84,7 @@ class AttentionExecutor:
         """
         prepared = plan if isinstance(plan, PreparedPlan) else PreparedPlan(self._mine(plan))
         self._mine(prepared.plan)
-        if prepared.copied is not None:
-            prepared.copied.wait()  # holds the current stream, not the host
+        prepared.use_here()
         self._plans.add(prepared)
         return BoundPlan(self, prepared)
 
@@ -160,9 +160,10 @@ class AttentionExecutor:
 
         # the sink is an argument of the graphs: a captured one would get no gradient
         sinks = () if sink is None else (sink,)
-        graphs = cast(
-            Callable[..., Tensor], torch.cuda.make_graphed_callables(attend, (q, kv, *sinks))
-        )
+        with PINNING:
+            graphs = cast(
+                Callable[..., Tensor], torch.cuda.make_graphed_callables(attend, (q, kv, *sinks))
+            )
 
         def replay(q: Tensor, kv: Tensor) -> Tensor:
             assert bound.prepared, "the graphs read its tables: it must live as long"

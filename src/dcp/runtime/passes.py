@@ -21,8 +21,8 @@ from dcp.runtime.kernels.cellwise import finite, merge
 from dcp.runtime.prepared import Exchange, Message, PreparedPlan
 from dcp.runtime.rows import Rows
 from dcp.runtime.timing import Moment, PassTimes, moment
-from dcp.schedule import DKV, KV, OUT, Q
 from dcp.simulate import COMPUTE, TRANSFER, Span
+from dcp.transfers import DKV, KV, OUT, Q
 
 Field = tuple[Tensor, torch.dtype]  # a buffer's tensor [rows, …] and the dtype it travels in
 Part = tuple[Tensor, torch.dtype, Rows]  # some rows of a field, in a message

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dcp.program import Instruction, Launch, RankPlan
 from dcp.runtime.kernels import Kernel
@@ -41,6 +42,16 @@ class PreparedPlan:
         self._instructions: dict[tuple[str, bool, torch.device], list[Instruction | Exchange]] = {}
         self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
 
+    def use_here(self) -> None:
+        """Let the current stream use tables that were made ahead, on another stream: it waits for
+        them, the host does not, and their memory is not given away before it is done with them."""
+        if self.copied is None:
+            return
+        self.copied.wait()
+        for tensor in tensors_in((self._instructions, self._work)):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
     def instructions(
         self, mask: str | None, device: torch.device, *, backward: bool
     ) -> list[Instruction | Exchange]:
@@ -64,6 +75,19 @@ class PreparedPlan:
             widest = max(spec.head_dim, spec.value_dim)
             self._work[key] = kernel.prepare(program, device, widest=widest, dtype=dtype)
         return self._work[key]
+
+
+def tensors_in(held: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples, dicts and dataclasses."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, dict):
+        yield from tensors_in(list(held.values()))
+    elif isinstance(held, list | tuple):
+        for each in held:
+            yield from tensors_in(each)
+    elif is_dataclass(held):
+        yield from tensors_in([getattr(held, field.name) for field in fields(held)])
 
 
 def _exchanges(launches: list[Launch], device: torch.device) -> list[Exchange]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import RLock
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 # With more runs than this, one gather by row numbers costs less than a copy per run.
 MANY_RUNS = 4
+# Held while memory is pinned, and while a CUDA graph is captured: pinning in another thread, by
+# `ready`, would spoil the capture.
+PINNING = RLock()
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,10 @@ def place_rows(runs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.devi
 def copy_to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """``array`` on the device: from pinned memory, so that the host need not wait for the copy."""
     host = torch.from_numpy(array)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type != "cuda":
+        return host
+    with PINNING:
+        return host.pin_memory().to(device, non_blocking=True)
 
 
 def _joined(row: np.ndarray, rows: np.ndarray) -> list[slice]:

@@ -61,6 +61,11 @@ SHAPES = {
     (128, 4): Shapes(Shape(32, 32, 8, 2), Shape(32, 32, 8, 2), Shape(32, 32, 8, 1)),
     (256, 4): Shapes(Shape(16, 16, 8, 1), Shape(16, 16, 8, 1), Shape(16, 16, 8, 1)),
 }
+# Of devices with less shared memory than an A100 (99 KiB a block: 8.6, 8.9, 12.0).
+SMALL = {
+    (256, 2): Shapes(Shape(64, 32, 8, 1), Shape(64, 32, 8, 1), Shape(32, 32, 8, 1)),
+}
+LARGE_SHARED_MEMORY = 163 << 10  # bytes a block of an A100
 # The interpreter's cost is per operation, not per element.
 INTERPRETER = Shapes(Shape(64, 32, 4, 1), Shape(64, 32, 4, 1), Shape(32, 64, 4, 1))
 
@@ -191,7 +196,15 @@ def choose_shapes(device: torch.device, widest: int, dtype: torch.dtype) -> Shap
     """The tiles for a device, head dimension (of keys or values, the larger) and dtype."""
     if device.type == "cpu":
         return INTERPRETER
-    return SHAPES[max(64, _padded(widest)), dtype.itemsize]
+    properties = torch.cuda.get_device_properties(device)
+    available = getattr(properties, "shared_memory_per_block_optin", 0)
+    return shapes_for(widest, dtype.itemsize, small=available < LARGE_SHARED_MEMORY)
+
+
+def shapes_for(widest: int, itemsize: int, *, small: bool) -> Shapes:
+    """The tiles by head dimension and bytes of an element; ``small``: of shared memory."""
+    key = max(64, _padded(widest)), itemsize
+    return SMALL.get(key, SHAPES[key]) if small else SHAPES[key]
 
 
 def launch(
