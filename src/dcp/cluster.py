@@ -45,6 +45,8 @@ class Cluster:
             them; None: that costs nothing.
         linear_flops: matrix FLOP per second that a layer's linear parts reach; None:
             ``device_flops``.
+        kernel: the attention kernel that the rates are of, which its ranks run: a name of
+            :data:`dcp.runtime.kernels.KERNELS`, or "auto".
         rank_speeds: of each rank's device, 1.0 being as fast as the rates above; empty: all are.
         name: what the rates describe.
 
@@ -68,6 +70,7 @@ class Cluster:
     pack_bandwidth: float | None = None
     linear_flops: float | None = None
     rank_speeds: tuple[float, ...] = ()
+    kernel: str = "auto"
     name: str = "a100-p4de"
 
     def __post_init__(self) -> None:
@@ -82,8 +85,9 @@ class Cluster:
                 checked[name] = positive(name, given)
         each = np.broadcast_to(checked["devices_per_node"], checked["num_nodes"])
         checked["rank_speeds"] = _speeds(self.rank_speeds, int(each.sum()))
-        if not isinstance(self.name, str):
-            raise ValueError(f"name must be a string, got {shown(self.name)}")
+        for word in ("name", "kernel"):
+            if not isinstance(given := getattr(self, word), str):
+                raise ValueError(f"{word} must be a string, got {shown(given)}")
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -1,14 +1,16 @@
 """``dcp profile``: measure this cluster and write the file that ``Cluster.load`` reads.
 
-Kernel rates come from the library's own attention kernel over a range of block sizes; latency and
-bandwidth from messages between two ranks of a node and, under torchrun on several nodes, between
-two nodes. On one node the inter-node figures keep the preset's values, and the file says so.
+The kernels that serve are raced on a causal square; rates come from the fastest, over a range of
+block sizes, and ranks of the cluster run it. Latency and bandwidth come from messages between two
+ranks of a node and, under torchrun on several nodes, between two nodes. On one node the inter-node
+figures keep the preset's values, and the file says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +29,13 @@ from dcp.launch.ranks import run_ranks
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
+from dcp.runtime.kernels import KERNELS, get_kernel
+from dcp.runtime.kernels.trial import trial
+from dcp.runtime.session import Call
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 SMALL_BYTES, LARGE_BYTES = 64, 16 << 20
+RACE_TOKENS = 2048  # of the causal square that kernels are raced on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,21 +63,27 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    rates = measure_kernel(spec, device)
+    raced = race_kernels(spec, device)
+    kernel = min(raced, key=lambda name: raced[name])
+    rates = measure_kernel(spec, device, kernel=kernel)
     cluster = replace(
         cluster,
         name=args.name,
+        kernel=kernel,
         kernel_rates=rates,
         device_flops=max(rate for _, rate in rates),
-        kernel_tile=measure_kernel_tile(spec, device),
-        backward_ratio=measure_backward_ratio(spec, device),
+        kernel_tile=measure_kernel_tile(spec, device, kernel=kernel),
+        backward_ratio=measure_backward_ratio(spec, device, kernel=kernel),
         memory_bandwidth=measure_memory(device),
         pack_bandwidth=measure_pack(device),
-        launch_seconds=measure_launch(spec, device),
+        launch_seconds=measure_launch(spec, device, kernel=kernel),
     )
     cluster = replace(cluster, **measure_links())
     if int(os.environ.get("RANK", 0)) == 0:
         cluster.save(args.out)
+        for name, seconds in raced.items():
+            taken = ", taken" if name == kernel else ""
+            print(f"kernel {name:16} {1e3 * seconds:12.2f} ms{taken}")
         for side, rate in rates:
             print(f"attention, {side:5} x {side:<5} {rate / 1e9:12.1f} GFLOP/s")
         print(f"tile at a mask's edge   {cluster.kernel_tile:12} tokens")
@@ -88,18 +100,47 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def race_kernels(
+    spec: AttentionSpec, device: torch.device, *, side: int = RACE_TOKENS
+) -> dict[str, float]:
+    """Seconds of a causal square, forward and backward, by each kernel that serves training.
+
+    Kernels whose results are wrong on the device are left out, and named.
+    """
+    dtype = getattr(torch, spec.dtype)
+    options = Call().options(spec, needs_grad=True)
+    seconds = {}
+    for name in KERNELS:
+        try:
+            wrong = trial(get_kernel(name, device, dtype, options), device, dtype, options)
+        except ValueError:  # it says what it cannot serve
+            continue
+        if wrong is not None:
+            print(f"kernel {name} is left out: {wrong}", file=sys.stderr)
+            continue
+        attend = _attention(AttnMask.causal(side), spec, device, None, needs_grad=True, kernel=name)
+        grad = torch.ones_like(attend())
+        seconds[name] = _seconds(lambda: attend().backward(grad), device)  # noqa: B023
+    return seconds
+
+
 def measure_kernel(
-    spec: AttentionSpec, device: torch.device, *, group: dist.ProcessGroup | None = None
+    spec: AttentionSpec,
+    device: torch.device,
+    *,
+    group: dist.ProcessGroup | None = None,
+    kernel: str = "auto",
 ) -> tuple[tuple[int, float], ...]:
     """(side of a square full block, forward FLOP/s) for every block size.
 
     ``group``: this rank alone, where a process group of more has been initialised.
     """
-    launch = measure_launch(spec, device, group=group)
+    launch = measure_launch(spec, device, group=group, kernel=kernel)
     pairs = FORWARD_FLOPS * spec.num_heads * spec.head_dim
     rates = []
     for side in BLOCK_SIZES:
-        seconds = _seconds(_attention(AttnMask.full(side), spec, device, group), device)
+        attend = _attention(AttnMask.full(side), spec, device, group, kernel=kernel)
+        seconds = _seconds(attend, device)
         rates.append((side, pairs * side**2 / max(seconds - launch, seconds / 10)))
     return tuple(rates)
 
@@ -110,10 +151,11 @@ def measure_kernel_tile(
     *,
     side: int = 2048,
     group: dist.ProcessGroup | None = None,
+    kernel: str = "auto",
 ) -> int:
     """Side of the tiles computed whole, from what a causal block costs beyond its pairs."""
     full, causal = (
-        _seconds(_attention(mask, spec, device, group), device)
+        _seconds(_attention(mask, spec, device, group, kernel=kernel), device)
         for mask in (AttnMask.full(side), AttnMask.causal(side))
     )
     beyond = causal / full - (side + 1) / (2 * side)  # half a tile for each tile of the diagonal
@@ -126,9 +168,11 @@ def measure_backward_ratio(
     *,
     side: int = 1024,
     group: dist.ProcessGroup | None = None,
+    kernel: str = "auto",
 ) -> float:
     """Time of a block's backward pass over that of its forward pass."""
-    forward = _attention(AttnMask.full(side), spec, device, group, needs_grad=True)
+    square = AttnMask.full(side)
+    forward = _attention(square, spec, device, group, needs_grad=True, kernel=kernel)
     grad = torch.ones_like(forward())
     both = _seconds(lambda: forward().backward(grad), device)
     alone = _seconds(forward, device)
@@ -142,11 +186,12 @@ def _attention(
     group: dist.ProcessGroup | None,
     *,
     needs_grad: bool = False,
+    kernel: str = "auto",
 ) -> Callable[[], torch.Tensor]:
-    """Attention of one square block by the library's own kernel."""
+    """Attention of one square block by one of the library's kernels."""
     side = mask.q_len
     dtype = getattr(torch, spec.dtype)
-    executor = AttentionExecutor(group)
+    executor = AttentionExecutor(group, kernel=kernel)
     batch = SequenceBatch([side], [mask])
     executor.prepare(plan(batch, spec, Cluster(devices_per_node=1), block_size=side))
     shapes = (side, spec.num_heads, spec.head_dim), (side, 2, spec.num_kv_heads, spec.head_dim)
@@ -170,10 +215,14 @@ def measure_pack(device: torch.device) -> float:
 
 
 def measure_launch(
-    spec: AttentionSpec, device: torch.device, *, group: dist.ProcessGroup | None = None
+    spec: AttentionSpec,
+    device: torch.device,
+    *,
+    group: dist.ProcessGroup | None = None,
+    kernel: str = "auto",
 ) -> float:
     """Seconds of the smallest pass there is, of one token."""
-    return _seconds(_attention(AttnMask.full(1), spec, device, group), device)
+    return _seconds(_attention(AttnMask.full(1), spec, device, group, kernel=kernel), device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, *, least: float = 0.2) -> float:

@@ -14,7 +14,7 @@ from dcp.program import MaskProgram, RankPlan
 from dcp.ragged import starts
 from dcp.runtime.communicator import Messages
 from dcp.runtime.kernels import Kernel
-from dcp.runtime.passes import BackwardPass, ForwardPass
+from dcp.runtime.passes import AttentionPass, BackwardPass, ForwardPass
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call
 from dcp.tables import Item
@@ -68,10 +68,18 @@ class Alone:
     """Forward and backward of one rank's plan on random tensors."""
 
     def __init__(
-        self, plan: RankPlan, kernel: Kernel, device: torch.device, dtype: torch.dtype
+        self,
+        plan: RankPlan,
+        kernel: Kernel,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        communicator: Nobody | None = None,
+        timed: bool = False,
     ) -> None:
         spec, tokens = plan.spec, plan.num_local_tokens
         self.prepared, self.kernel = PreparedPlan(plan), kernel
+        self.communicator, self.timed = communicator or Nobody(), timed
         self.options = Call().options(spec, needs_grad=True)
         q_shape = (tokens, spec.num_heads, spec.head_dim)
         out_shape = (tokens, spec.num_heads, spec.value_dim)
@@ -84,12 +92,16 @@ class Alone:
         """out and lse."""
         common = (self.prepared, None, self.kernel, self.q, self.options)
         a_pass = ForwardPass(*common, q=self.q, kv=self.kv)
-        for _ in a_pass.run(Nobody()):
-            pass
+        self._run(a_pass)
         return a_pass.result_out, a_pass.result_lse
 
     def backward(self, out: Tensor, lse: Tensor) -> None:
         common = (self.prepared, None, self.kernel, self.q, self.options)
         tensors = {"grad_out": self.grad_out, "q": self.q, "kv": self.kv, "out": out, "lse": lse}
-        for _ in BackwardPass(*common, **tensors).run(Nobody()):
+        self._run(BackwardPass(*common, **tensors))
+
+    def _run(self, a_pass: AttentionPass) -> None:
+        if self.timed:  # as where rates are learnt
+            a_pass.times = a_pass.new_times()
+        for _ in a_pass.run(self.communicator):
             pass

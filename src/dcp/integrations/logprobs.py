@@ -98,13 +98,15 @@ class DCPModel:
             self._reader = SampleReader(
                 self._masks, weights, config.vocab_size, self._exchange.rank
             )
+            own = cluster or Cluster(num_nodes=1, devices_per_node=self._exchange.num_ranks)
             self._planner = Planner(
                 self.attention.spec,
-                cluster or Cluster(num_nodes=1, devices_per_node=self._exchange.num_ranks),
+                own,
                 strategy=strategy,
                 **{"model_width": config.hidden_size, **(plan_options or {})},
             )
-        self._executor, self._calls = AttentionExecutor(self.group), 0
+        self._executor = AttentionExecutor(self.group, kernel=own.kernel)
+        self._calls = 0
         self._timeout = timeout_seconds
 
     def token_logprobs(

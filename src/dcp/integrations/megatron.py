@@ -96,7 +96,7 @@ def planned_data(
         attention_group=group,
         **options,
     )
-    return loader, AttentionExecutor(group)
+    return loader, AttentionExecutor(group, kernel=loader.cluster.kernel)
 
 
 def attention_spec(config: Any) -> AttentionSpec:

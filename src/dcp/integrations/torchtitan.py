@@ -76,7 +76,6 @@ class PlannedDataLoader(BaseDataLoader):  # type: ignore[misc]  # of torchtitan,
         """
         config, several = self.config, len(asked.masks) > 1
         self.asked, self.rows_multiple = asked, rows_multiple
-        self.executor = AttentionExecutor(group)
         assert config.open is not None
         options = {
             "max_seqlen": min(self.seq_len, config.tokens_per_batch),
@@ -92,6 +91,7 @@ class PlannedDataLoader(BaseDataLoader):  # type: ignore[misc]  # of torchtitan,
             tokens_per_batch=config.tokens_per_batch,
             **options,
         )
+        self.executor = AttentionExecutor(group, kernel=self._loader.cluster.kernel)
 
     @property
     def loader(self) -> DCPDataLoader:

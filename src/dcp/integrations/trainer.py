@@ -24,6 +24,7 @@ import torch.distributed as dist
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from dcp.cluster import Cluster
 from dcp.data import DCPDataLoader, LocalBatch
 from dcp.data.samples import IGNORED
 from dcp.integrations.resuming import ExactResume
@@ -74,7 +75,8 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         self.plan = plan
         self._check_arguments()
         self.group = token_group(tensor_parallel=self.get_tp_size())
-        self.executor = AttentionExecutor(self.group)
+        cluster = plan.cluster or Cluster()
+        self.executor = AttentionExecutor(self.group, kernel=cluster.kernel)
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
         self._logged = 0.0
         self._strategy = ""

@@ -18,6 +18,8 @@ from dcp.program import MaskProgram
 # Modules of this folder, each with its ``KERNEL``, in the order in which "auto" asks them; the
 # first two each serve one kind of device.
 KERNELS = ("torch_cpu", "triton", "flash", "flex", "dense")
+# Devices on which "auto" tries a kernel on a small case first.
+TRIED_ON = ("cuda",)
 
 QSide = Sequence[Tensor]  # q, grad_out, lse, delta
 
@@ -143,6 +145,8 @@ def get_kernel(
 ) -> Kernel:
     """The kernel called ``name``, or with ``"auto"`` the first that serves; logged by name.
 
+    On a GPU ``"auto"`` tries it on a small case first, once, and passes over one that is wrong.
+
     A :class:`Kernel` of one's own is taken as it is. Raises ``ValueError`` if there is none, with
     each one's reason.
     """
@@ -158,8 +162,26 @@ def get_kernel(
         reason = kernel.refusal(device, dtype, options)
         if reason is None and name == "auto" and device.type in kernel.by_name_on:
             reason = f"on {device.type} it is taken by name only"
+        if reason is None and name == "auto" and device.type in TRIED_ON:
+            reason = _wrong(kernel, device, dtype, options)
         if reason is None:
             logging.getLogger("dcp").info("kernel %s for %s on %s", candidate, dtype, device)
             return kernel
         reasons.append(f"{candidate}: {reason}")
     raise ValueError(f"no kernel for {dtype} on {device.type} ({'; '.join(reasons)})")
+
+
+def _wrong(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, options: Options
+) -> str | None:
+    """None, or what is wrong with what the kernel computes there; logged as an error."""
+    trial = import_module("dcp.runtime.kernels.trial").trial  # it plans, and so imports this
+    try:
+        reason: str | None = trial(kernel, device, dtype, options)
+    except Exception as error:
+        reason = f"it fails on a small case: {type(error).__name__}: {error}"
+    if reason is not None:
+        logging.getLogger("dcp").error(
+            "kernel %s is not used for %s on %s: %s", kernel.name, dtype, device, reason
+        )
+    return reason
