@@ -11,7 +11,7 @@
 
 PYTHON ?= python3
 NUM_PROCESSES ?= 4
-PYTEST_ARGS ?= -n 3
+PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_CONSTRAINT := constraints.txt
 

@@ -7,13 +7,14 @@ from lab.__main__ import main
 
 def test_tables_are_written_between_their_marks(tmp_path, capsys):
     page = tmp_path / "measured.md"
-    names = ("attention", "emulated", "learn", "train", "trainer", "dynamic")
+    names = ("attention", "emulated", "emulated_layers", "learn", "train", "trainer", "dynamic")
+    names += ("planner", "limit", "ablation", "rules", "overlap", "host")
     marks = "".join(f"<!-- begin {n} -->\nold\n<!-- end {n} -->\n" for n in names)
     page.write_text(f"before\n{marks}after\n")
     assert main(["draw", "--only", "measured", "idea", "--docs", str(tmp_path)]) == 0
     text = page.read_text()
     assert text.startswith("before\n<!-- begin attention -->\n### ")
-    assert text.endswith("<!-- end dynamic -->\nafter\n")
+    assert text.endswith("<!-- end host -->\nafter\n")
     assert "old" not in text
     assert "| strategy | tokens/s" in text
     assert "| documents | system | tokens/s" in text
