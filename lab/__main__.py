@@ -14,6 +14,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "ablation": ("lab.ablation", "what each part of the planner is worth"),
     "rules": ("lab.rules", "auto beside every rule by name, on random batches"),
     "overlap": ("lab.overlap", "what half-batches and early messages would be worth"),
+    "host": ("lab.host", "what programs cost the host, without kernels and messages"),
     "simulate": ("lab.simulate", "the simulator beside real ranks on shaped links"),
     "emulate": ("lab.emulate", "strategies executed on an emulated cluster of many ranks"),
     "learn": ("lab.learn", "auto with wrong rates or a slow rank, and what it learns"),

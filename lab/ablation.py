@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from dcp import candidates, schedule
+from dcp import candidates, schedule, transfers
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.placement import bisection, improve
@@ -49,7 +49,7 @@ PARTS: dict[str, tuple[Left, ...]] = {
     "bisection the only start": ((bisection, "_LARGE", -1),),
     "heavy rows not cut": ((improve, "_cut_heavy_rows", lambda blocks, _: blocks),),
     "no leaders in a node": ((schedule, "_followers", lambda *_: (NONE, NONE)),),
-    "fetches not spread": ((schedule, "_spread", lambda due, *_: due),),
+    "fetches not spread": ((transfers, "_spread", lambda due, *_: due),),
     "no order by distance": ((candidates.Candidates, "_compiled", _without_tail),),
 }
 

@@ -36,7 +36,9 @@ LEAST_BYTES = 16 << 10  # these at least,
 PACKET_SECONDS = 1.5e-3  # and between them what a link takes in this time
 LATE_SECONDS = 4e-3  # that a timer may be: what a link may send at once makes up for it
 PACKET = 1448  # bytes of payload
-WINDOW = 1 << 20  # bytes on their way between two ranks
+WINDOW = 1 << 20  # bytes on their way between two ranks, at most:
+WINDOW_SECONDS = 0.05  # what a link takes in this time. More only waits in queues, where flows that
+LEAST_WINDOW = 64 << 10  # came first are served first: a network shares links out evenly
 WIRE_BYTES = 1514 / (1514 - HEADER_BYTES)  # that a link carries for a byte of payload
 
 
@@ -119,6 +121,10 @@ class _Network:
         ])  # fmt: skip
         others = [p for p in range(self.cluster.num_ranks) if p != rank]
         cards = {p: DEVICE if self.node[p] == node else CARD for p in others}
+        windows = {
+            CARD: _window(self.cluster.device_network_bandwidth),
+            DEVICE: _window(self.cluster.intra_node_bandwidth),
+        }
         _batch("ip", [
             f"link set {CARD} address {_hardware(CARD, rank)}",
             f"link set {DEVICE} address {_hardware(DEVICE, rank)}",
@@ -129,8 +135,9 @@ class _Network:
             )),
             f"link set {CARD} up", f"link set {DEVICE} up",
             # whole windows from the first message on: cards of GPUs do not start slowly
-            *(f"route add {self.address(p)}/32 dev {card} src {own} "
-              f"initcwnd {WINDOW // PACKET} initrwnd {WINDOW // PACKET} rto_min {PATIENCE}"
+            *(f"route add {self.address(p)}/32 dev {card} src {own} rto_min {PATIENCE} "
+              f"window {windows[card]} initcwnd {windows[card] // PACKET} "
+              f"initrwnd {windows[card] // PACKET}"
               for p, card in cards.items()),
             # said, not asked: a kernel keeps about a thousand answers, of all namespaces
             *(f"neigh add {self.address(p)} lladdr {_hardware(card, p)} dev {card} nud permanent"
@@ -165,6 +172,11 @@ def _packet(bandwidth: float) -> int:
     """Bytes that the kernel hands on at once: few beside what a link may send at once, so that a
     late timer loses no time of the link."""
     return int(min(max(bandwidth * PACKET_SECONDS, LEAST_BYTES), SEGMENTS * PACKET))
+
+
+def _window(bandwidth: float) -> int:
+    """Bytes of one flow that are on their way over a link."""
+    return int(min(max(bandwidth * WINDOW_SECONDS, LEAST_WINDOW), WINDOW))
 
 
 def _hardware(card: str, rank: int) -> str:

@@ -109,6 +109,25 @@ def figures_table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def layers_table(_: str, run: dict[str, Any]) -> str:
+    """Whole layers in a row, executed over simulated."""
+    lines = [
+        f"{made_by(run)} {run['layers']} layers in a row.",
+        "",
+        "| batch | mask | strategy | a layer, ms, executed (simulated) | executed ÷ simulated "
+        "| attention alone, executed ÷ simulated |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in run["rows"]:
+        executed, simulated = (row[f"{way}_layer_seconds"] for way in ("executed", "simulated"))
+        alone = both_passes(row, "executed") / both_passes(row, "simulated")
+        lines.append(
+            f"| {row['batch']} | {row['mask']} | {row['strategy']} | {1e3 * executed:.2f} "
+            f"({1e3 * simulated:.2f}) | {executed / simulated:.2f} | {alone:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def learning_table(runs: dict[str, Any]) -> str:
     """One line per run of ``python -m lab learn``."""
     lines = [

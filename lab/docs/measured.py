@@ -13,7 +13,15 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lab import CHECKOUT
-from lab.docs.emulated import draw_emulated, emulated_tables, learning_table
+from lab.docs.emulated import draw_emulated, emulated_tables, layers_table, learning_table
+from lab.docs.planned import (
+    ablation_table,
+    host_table,
+    limit_table,
+    overlap_table,
+    planner_table,
+    rules_table,
+)
 from lab.docs.tables import COLORS, made_by, met
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
@@ -25,10 +33,17 @@ def draw(docs: Path) -> None:
     for name, tables, picture in (
         ("attention", each(attention_tables), draw_attention),
         ("emulated", each(emulated_tables), draw_emulated),
+        ("emulated_layers", each(layers_table), None),
         ("learn", learning_table, None),
         ("train", each(train_table), draw_losses),
         ("trainer", each(trainer_table), None),
         ("dynamic", each(dynamic_table), None),
+        ("planner", each(planner_table), None),
+        ("limit", limit_table, None),
+        ("ablation", each(ablation_table), None),
+        ("rules", each(rules_table), None),
+        ("overlap", each(overlap_table), None),
+        ("host", host_table, None),
     ):
         results = RESULTS / f"{name}.json"
         if not results.exists():
