@@ -200,8 +200,6 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         line("bound ÷ recorded, median", middle("bound_ratio", recorded), 0.7, 0.5),
         line("layer ÷ recorded, worst", max(r["layer_bound_ratio"] for r in recorded), 0.8, 0.8),
         line("layer ÷ recorded, median", middle("layer_bound_ratio", recorded), 0.8, 0.8),
-        line("total bytes ÷ KaHyPar's, median", middle("bytes_ratio", recorded), 1.0, 0.7),
-        line("busiest receiver ÷ recorded, median", middle("recv_ratio", recorded), 1.0, 0.7),
     ]
 
 
