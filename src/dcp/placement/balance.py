@@ -25,7 +25,7 @@ def balance_load(s: State, limit: float, most_moves: int) -> int:
         a = int(np.argmax(s.load))
         if s.load[a] <= limit:
             break
-        spare = np.argsort(s.load)[:_SPARE]
+        spare = _least(s.load, _SPARE)
         best, best_v, best_b = np.inf, -1, -1
         for i in range(start[a], start[a + 1]):
             v = members[i]
@@ -39,6 +39,23 @@ def balance_load(s: State, limit: float, most_moves: int) -> int:
         moves += 1
     s.price[LOAD_WEIGHT] = weight
     return moves
+
+
+@njit(cache=True)
+def _least(load: np.ndarray, count: int) -> np.ndarray:
+    """The ``count`` least loaded ranks, least first: cheaper than to sort all."""
+    found = np.empty(min(count, len(load)), dtype=np.int64)
+    num_found = 0
+    for rank in range(len(load)):
+        at = num_found
+        while at > 0 and load[rank] < load[found[at - 1]]:
+            at -= 1
+        if at < len(found):
+            num_found = min(num_found + 1, len(found))
+            for i in range(num_found - 1, at, -1):
+                found[i] = found[i - 1]
+            found[at] = rank
+    return found
 
 
 @njit(cache=True)
@@ -63,6 +80,8 @@ def _cheapest_rank(s: State, v: int, a: int, spare: np.ndarray, limit: float) ->
             b = s.owner[s.piece_block[s.pins[v, i - (last - first)]]]
         else:
             b = spare[i - (last - first) - 2]
+        if i >= last - first and first <= b < last:
+            continue  # was looked at with the node's
         if b != a and s.load[b] + s.work[v] * s.slow[b] <= full:
             cost = move_cost(s, v, b) / taken
             if cost < best:

@@ -27,6 +27,7 @@ _FEW = 3  # and from so many blocks a rank on
 _MOST_BLOCKS = 8  # per rank
 _FINE = 0.03  # largest compute block, of the mean rank's compute
 _OWNERS = {"owner": 1.0, "owner_swap": 2.0}
+_MOVES = 5  # a rank, off the busiest ones: more were never made to any use
 _MULTIPLE = 64  # tokens by which edges move: odd lengths cost kernel tiles
 _COMPUTE = {**dict.fromkeys(("row", "column", "home_row", "home_column"), 1.0), "one": 10.0}
 _EVERYTHING = {
@@ -135,7 +136,7 @@ def improve(
     best.restore()
     balance_tokens(state, goal.token_limit, 4 * len(state.held))
     best.look()
-    balance_load(state, 1 + _free(goal), 20 * len(state.load))
+    balance_load(state, 1 + _free(goal), _MOVES * len(state.load))
     best.look()
     best.restore()
 
@@ -158,7 +159,7 @@ def finish(
         _charge(state, seconds * steep, goal)
         anneal(state, steps // 2, 0.0, 0.0, _mix(_COMPUTE), random_state)
         best.look()
-    balance_load(state, 1 + _free(goal), 20 * len(state.load))
+    balance_load(state, 1 + _free(goal), _MOVES * len(state.load))
     best.look()
     best.restore()
     return to_placement(state, blocks, **placement.notes)
