@@ -16,6 +16,7 @@ from lab import CHECKOUT
 from lab.docs.emulated import draw_emulated, emulated_tables, layers_table, learning_table
 from lab.docs.planned import (
     ablation_table,
+    draw_limit,
     host_table,
     limit_table,
     overlap_table,
@@ -39,7 +40,7 @@ def draw(docs: Path) -> None:
         ("trainer", each(trainer_table), None),
         ("dynamic", each(dynamic_table), None),
         ("planner", each(planner_table), None),
-        ("limit", limit_table, None),
+        ("limit", limit_table, draw_limit),
         ("ablation", each(ablation_table), None),
         ("rules", each(rules_table), None),
         ("overlap", each(overlap_table), None),

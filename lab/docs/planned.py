@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lab.docs.tables import made_by, met
-from lab.limit import PARTS
+from lab.limit import PARTS, plot
 
 
 def planner_table(_: str, run: dict[str, Any]) -> str:
@@ -52,6 +53,13 @@ def limit_table(runs: dict[str, Any]) -> str:
             *lines,
         ]
     )
+
+
+def draw_limit(runs: dict[str, Any], path: Path) -> None:
+    """The excess of every case on one cluster, its parts stacked."""
+    rows = next(iter(runs.values()))["rows"]
+    chosen = next((row for row in rows if row["cluster"] == "h100 4x8"), rows[0])
+    plot([row for row in rows if row["cluster"] == chosen["cluster"]], path)
 
 
 def ablation_table(_: str, run: dict[str, Any]) -> str:

@@ -73,7 +73,7 @@ class Candidates:
             name = f"{strategy.name} {variant}" if variant else strategy.name
             try:
                 if found:
-                    spent += self._need(strategy, batch, found[0], spent)
+                    spent += self._need(strategy, variant, batch, found[0], spent)
                 placement = self._place(strategy, batch, variant)
                 if found:
                     self._need_chance(self._placed_floor(placement), found[0])
@@ -158,7 +158,9 @@ class Candidates:
 
     # ------------------------------------------------------------------ what is not worth planning
 
-    def _need(self, strategy: Strategy, batch: SequenceBatch, best: Plan, spent: float) -> float:
+    def _need(
+        self, strategy: Strategy, variant: int, batch: SequenceBatch, best: Plan, spent: float
+    ) -> float:
         """Skip what cannot, or hardly, be faster, or takes too long to plan.
 
         Returns what planning it is expected to take of the time budget, in seconds.
@@ -166,7 +168,9 @@ class Candidates:
         if len(batch.seqlens) > MANY_SEQUENCES:
             _need_gain(best)
             return 0.0
-        if strategy.searching and best.stats.max_rank_recv_bytes == 0:
+        if strategy.searching:
+            _need_gain(best)
+        if variant and best.stats.max_rank_recv_bytes == 0:
             raise _Skipped("nothing moves already")
         self._need_chance(self._floor(strategy, batch), best)
         hops = len(batch.seqlens) * self.cluster.num_ranks**2
