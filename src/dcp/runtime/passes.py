@@ -218,32 +218,31 @@ class AttentionPass:
         sends = {}
         for message in exchange.sends:
             parts = [
-                part.to(dtype).contiguous().view(-1).view(torch.uint8)
+                _as_bytes(part, dtype)
                 for tensor, dtype, rows in self._parts(message)
                 for part in rows.parts(tensor)
             ]
-            sends[message[0]] = torch.cat(parts)
+            sends[message[0]] = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
         receives, targets = {}, {}
         for message in exchange.receives:
-            peer = message[0]
-            targets[peer] = self._parts(message)
-            size = sum(_num_bytes(*part) for part in targets[peer])
-            receives[peer] = torch.empty(size, dtype=torch.uint8, device=self.device)
+            peer, parts_of = message[0], self._parts(message)
+            sizes = [_num_bytes(*part) for part in parts_of]
+            targets[peer] = parts_of, sizes
+            receives[peer] = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         return self._complete(communicator.launch(sends, receives), receives, targets)
 
     def _complete(
         self,
         transfer: Iterator[None],
         receives: dict[int, Tensor],
-        targets: dict[int, list[Part]],
+        targets: dict[int, tuple[list[Part], list[int]]],
     ) -> Iterator[None]:
         yield from transfer
         for peer, message in receives.items():
-            sizes = [_num_bytes(*part) for part in targets[peer]]
-            for part, (tensor, dtype, rows) in zip(
-                message.split(sizes), targets[peer], strict=True
-            ):
-                rows.put(tensor, part.view(dtype).view(-1, *tensor.shape[1:]))
+            parts_of, sizes = targets[peer]
+            pieces = [message] if len(sizes) == 1 else message.split_with_sizes(sizes)
+            for piece, (tensor, dtype, rows) in zip(pieces, parts_of, strict=True):
+                rows.put(tensor, piece.view(dtype).view(-1, *tensor.shape[1:]))
 
     def _parts(self, message: Message) -> list[Part]:
         """A message field by field, widest elements first: all stay aligned in it."""
@@ -339,6 +338,12 @@ class BackwardPass(AttentionPass):
     def store(self) -> None:
         self.result_q = self.take(OUT, self.grad_q, self.dtype)
         self.result_kv = self.take(DKV, self.grad_kv, self.dtype)
+
+
+def _as_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as they travel, flat."""
+    rows = part if part.dtype == dtype else part.to(dtype)
+    return rows.reshape(-1).view(torch.uint8)
 
 
 def _num_bytes(tensor: Tensor, dtype: torch.dtype, rows: Rows) -> int:

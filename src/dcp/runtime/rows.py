@@ -48,13 +48,16 @@ class Rows:
         if isinstance(self.where, Tensor):
             tensor.index_copy_(0, self.where, values.to(tensor.dtype))
             return
+        if len(self.where) == 1:
+            tensor[self.where[0]] = values
+            return
         for run, part in zip(self.where, self._split(values), strict=True):
             tensor[run] = part
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
         """``values`` by the runs of :attr:`where`."""
         assert not isinstance(self.where, Tensor)
-        return values.split([run.stop - run.start for run in self.where])
+        return values.split_with_sizes([run.stop - run.start for run in self.where])
 
 
 def place_rows(runs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> list[Rows]:
