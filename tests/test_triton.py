@@ -159,7 +159,7 @@ def test_longest_work_comes_first():
 def compile_kernel(name, arch, width, itemsize, *, atomic, ragged=False):
     """One kernel as the device would compile it: pointers and counts of aligned tensors are
     multiples of 16, which decides whether loads are asynchronous. ``ragged``: widths that are no
-    power of two, values of another width."""
+    power of two; values of another width, but for 8.0."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -169,11 +169,11 @@ def compile_kernel(name, arch, width, itemsize, *, atomic, ragged=False):
 
     kernel = getattr(triton_code, f"{name}_kernel")
     shape = getattr(shapes_for(width, itemsize, small=arch in SMALL), name)
-    value_width = width // 2 if ragged else width
+    value_width = width // 2 if ragged and arch != 80 else width
     constants = {
         "HEAD_DIM": width - 32 if ragged else width,
         "D": width,
-        "VALUE_DIM": value_width,
+        "VALUE_DIM": value_width - 32 if ragged and arch == 80 else value_width,
         "DV": value_width,
         "OUTER": shape.outer,
         "INNER": shape.inner,

@@ -100,9 +100,10 @@ def run(args: argparse.Namespace) -> int:
     held = read_rows(args.out) if args.resume else []
     done = {(row.figure, row.case): row for row in held if row.value is not None}
     rows = {(row.figure, row.case): row for row in held}
+    result = {"conditions": here, "rows": [asdict(each) for each in held]}
     for row in all_rows(args, done):
         rows[row.figure, row.case] = row
-        result = {"conditions": here, "rows": [asdict(each) for each in rows.values()]}
+        result["rows"] = [asdict(each) for each in rows.values()]
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1) + "\n")

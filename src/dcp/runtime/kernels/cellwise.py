@@ -7,6 +7,7 @@ from math import isfinite
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dcp.program import MaskProgram
 from dcp.runtime.cells import Cell, program_cells
@@ -150,3 +151,9 @@ def output_of(delta: Tensor, grad_out: Tensor) -> Tensor:
     wide = grad_out.to(delta.dtype)
     norm = wide.square().sum(dim=-1)
     return (wide * torch.where(norm > 0, delta / norm, 0.0)[..., None]).to(grad_out.dtype)
+
+
+def one_width(*tensors: Tensor) -> list[Tensor]:
+    """``[rows, heads, width]`` of each, the width that of the widest."""
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]

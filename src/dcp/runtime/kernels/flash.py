@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dcp.program import MaskProgram
 from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
 from dcp.runtime.kernels import Kernel, Options, QSide, split_kv
 from dcp.runtime.kernels import triton as tiles
-from dcp.runtime.kernels.cellwise import finite, merge, output_of
+from dcp.runtime.kernels.cellwise import finite, merge, one_width, output_of
 from dcp.runtime.rows import Rows, copy_to_device, place_rows
 from dcp.runtime.waves import Wave, Window, program_waves
 from dcp.slices import K0, K1, Q0, Q1
@@ -111,7 +110,7 @@ class FlashKernel(Kernel):
         for call in work.calls:
             k, v = split_kv(call.k.take(kv), options.head_dim)
             found = _forward(
-                *_one_width(call.q.take(q), k, v), *call.arguments, False, **call.options(options)
+                *one_width(call.q.take(q), k, v), *call.arguments, False, **call.options(options)
             )
             part, part_lse = found[0][..., : out.shape[-1]], found[1].T
             if call.first:
@@ -141,7 +140,7 @@ class FlashKernel(Kernel):
             out = output_of(delta, grad_out)
             with _deterministic(options.deterministic):
                 grads = _backward(
-                    *_one_width(grad_out, q, k, v, out),
+                    *one_width(grad_out, q, k, v, out),
                     finite(lse).T.contiguous(),
                     *call.arguments,
                     torch.zeros(2, dtype=torch.uint64, device=q.device),  # of dropout
@@ -184,12 +183,6 @@ def _place(waves: list[Wave], device: torch.device) -> Iterator[Call]:
         yield Call(
             q, k, out, dkv, next(on_device), next(on_device), longest, wave.window, wave.first
         )
-
-
-def _one_width(*tensors: Tensor) -> list[Tensor]:
-    """``[rows, heads, width]`` of each, the width that of the widest."""
-    width = max(tensor.shape[-1] for tensor in tensors)
-    return [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
 
 
 @contextmanager

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from dcp.runtime.cells import Cell
 from dcp.runtime.kernels import Options, QSide
-from dcp.runtime.kernels.cellwise import CellKernel, finite, output_of
+from dcp.runtime.kernels.cellwise import CellKernel, finite, one_width, output_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -63,9 +62,7 @@ class TorchCpuKernel(CellKernel):
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
     """``[1, heads, rows, width]`` of each, the width that of the widest."""
-    width = max(tensor.shape[-1] for tensor in tensors)
-    wide = [x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in tensors]
-    return [x.transpose(0, 1)[None] for x in wide]
+    return [x.transpose(0, 1)[None] for x in one_width(*tensors)]
 
 
 def _additive(cell: Cell, like: Tensor) -> Tensor | None:
