@@ -44,7 +44,7 @@ packages:
 	touch $@
 
 .venv/.dev: pyproject.toml constraints.txt scripts/make_venv.sh
-	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train,plots,dev
+	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train,plots,serve,video,docs,dev
 	touch .venv/.train $@
 
 clean:
