@@ -2,7 +2,7 @@
 
 Programs of 32 ranks run one after the other with a kernel that does nothing and messages that never
 travel, on heads of one number: what is left is Python, torch's dispatch and small copies, which on
-a GPU the host does while the device computes.
+a GPU the host does while the device computes. Beside it, what launches something on a GPU.
 """
 
 from __future__ import annotations
@@ -19,44 +19,16 @@ from typing import Any
 import torch
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.bench.alone import Alone, Nobody
+from dcp.bench.alone import Alone
 from dcp.bench.conditions import conditions
 from dcp.bench.kernels import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
 from dcp.planner import plan
-from dcp.program import MaskProgram, RankPlan
-from dcp.runtime.communicator import Messages
-from dcp.runtime.kernels import Kernel, Options
+from dcp.program import RankPlan
+from lab.operations import NoKernel, NoMessages, count_operations
 from lab.results import merge
 
 SPEC = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=1, dtype="float32")
 LAYERS = 32  # of the step that is spoken of
-
-
-class NoKernel(Kernel):
-    """Computes nothing."""
-
-    name = "none"
-
-    def refusal(self, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
-        return None
-
-    def prepare(
-        self, program: MaskProgram, device: torch.device, **_: Any
-    ) -> dict[int, dict[int, Any]]:
-        return {step: {} for step in range(program.num_steps + 1)}
-
-    def forward(self, *_: Any) -> None:
-        """Nothing."""
-
-    def backward(self, *_: Any) -> None:
-        """Nothing."""
-
-
-class NoMessages(Nobody):
-    """Messages are packed and unpacked, and never sent."""
-
-    def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
-        return iter(())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +45,13 @@ def run(args: argparse.Namespace) -> int:
     made = plan(batch, SPEC, PLAN_CLUSTER, strategy="bisection", num_divisions=args.divisions)
     ranks = [made.rank_plan(rank) for rank in range(made.num_ranks)]
     rows = [row for rank in ranks for row in measure(rank, args.repeat)]
-    result = {"conditions": conditions(), "rows": rows, "summary": summarise(rows)}
+    operations = list(count_operations())
+    result = {
+        "conditions": conditions(),
+        "rows": rows,
+        "summary": summarise(rows),
+        "operations": operations,
+    }
     if args.out:
         merge(args.out / "host.json", f"{args.divisions} divisions", result)
     print(json.dumps(result) if args.json else as_text(result))
@@ -150,4 +128,9 @@ def as_text(result: dict[str, Any]) -> str:
         f"{summary['layers']} layers: {summary['milliseconds']:.1f} ms a step, and to note times "
         f"{summary['noting_milliseconds']:.2f} ms"
     )
+    lines += [
+        f"{each['strategy']}, {each['pass']}: {each['operations']:.0f} operations beside the "
+        f"kernels, {each['megabytes']:.0f} MB read and written"
+        for each in result["operations"]
+    ]
     return "\n".join([*lines, f"medians of ranks; {where['processor']}, {where['date']}"])

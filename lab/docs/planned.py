@@ -126,4 +126,13 @@ def host_table(runs: dict[str, Any]) -> str:
                 f"| {name} | {which} | {s['instructions']:.0f} | {s['microseconds']:.0f} "
                 f"| {s['microseconds_each']:.1f} | {s['noting_microseconds']:.1f} |"
             )
-    return "\n".join([made_by(next(iter(runs.values()))), "", *lines])
+    first = next(iter(runs.values()))
+    lines += [
+        "",
+        "| placement, default divisions | pass | operations of a rank | MB read and written |",
+        "|---|---|---|---|",
+    ]
+    for each in first["operations"]:
+        work = f"{each['operations']:.0f} | {each['megabytes']:.0f}"
+        lines.append(f"| {each['strategy']} | {each['pass']} | {work} |")
+    return "\n".join([made_by(first), "", *lines])

@@ -7,7 +7,7 @@ import pytest
 from dcp.cluster import Cluster
 from dcp.cost import attention_seconds, linear_seconds
 from dcp.planner import plan
-from lab import host, limit, overlap
+from lab import host, limit, operations, overlap
 from lab.__main__ import main
 from lab.planner import make_batch
 
@@ -67,6 +67,7 @@ def test_a_summary_of_each_cluster_and_model():
 def test_what_programs_cost_the_host(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(host, "PLAN_TOKENS", 4096)
     monkeypatch.setattr(host, "PLAN_CLUSTER", Cluster(num_nodes=1, devices_per_node=3))
+    monkeypatch.setattr(operations, "PLAN_TOKENS", 4096)
     words = ["host", "--repeat", "2", "--divisions", "3", "--out", str(tmp_path)]
     assert main([*words, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -74,7 +75,9 @@ def test_what_programs_cost_the_host(tmp_path, capsys, monkeypatch):
     assert len(shown["rows"]) == 6
     for row in shown["rows"]:
         assert row["instructions"]["Copy"] == 2
-        assert row["instructions"]["Attention"] <= 3
+        assert row["instructions"]["Division"] <= 3
+    assert len(shown["operations"]) == 6
+    assert all(each["operations"] > 0 < each["megabytes"] for each in shown["operations"])
     summary = shown["summary"]
     both = summary["forward"]["microseconds"] + summary["backward"]["microseconds"]
     assert summary["milliseconds"] == pytest.approx(32 * both / 1e3)

@@ -15,8 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from dcp.runtime.kernels import split_kv
-from dcp.runtime.kernels.cellwise import finite
+from dcp.runtime.kernels import finite, split_kv
 from dcp.runtime.session import Call, Session
 
 

@@ -7,25 +7,23 @@ communicator's business. Buffers are ``[rows, …]``, a row being one token of o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dcp.program import Attention, Copy, Instruction, Reduce, Wait
+from dcp.program import Copy, Wait
 from dcp.runtime.communicator import Communicator
-from dcp.runtime.kernels import Kernel, Options
-from dcp.runtime.kernels.cellwise import finite, merge
-from dcp.runtime.prepared import Exchange, Message, PreparedPlan
-from dcp.runtime.rows import Rows
+from dcp.runtime.kernels import Kernel, Options, finite
+from dcp.runtime.packing import Part, in_place, packed, unpacked
+from dcp.runtime.prepared import Division, Exchange, Fold, Message, PreparedPlan, Step
 from dcp.runtime.timing import Moment, PassTimes, moment
 from dcp.simulate import COMPUTE, TRANSFER, Span
 from dcp.transfers import DKV, KV, OUT, Q
 
 Field = tuple[Tensor, torch.dtype]  # a buffer's tensor [rows, …] and the dtype it travels in
-Part = tuple[Tensor, torch.dtype, Rows]  # some rows of a field, in a message
+Key = slice | Tensor  # one run of rows, or row numbers
 
 
 class AttentionPass:
@@ -57,14 +55,16 @@ class AttentionPass:
         self.num_tokens = (plan.num_local_tokens, plan.num_local_keys)
         self.rank = plan.rank
         program = plan.mask_program(mask)
-        self.num_rows, self.gradients_hop = program.buffer_rows.tolist(), program.gradients_hop
+        self.num_rows, self.gradients_hop = prepared.num_rows(mask), program.gradients_hop
         self.instructions = prepared.instructions(mask, like.device, backward=self.backward)
         self.work = prepared.work(mask, kernel, like.device, like.dtype)
         kinds = [type(each) for each in self.instructions]
         # every result row is written once and stays here: it needs no wider dtype on the way
         self.once = kernel.writes_once and options.deterministic
-        self.once &= kinds.count(Attention) <= 1 and Exchange not in kinds
+        self.once &= kinds.count(Division) <= 1 and Exchange not in kinds
         self.fields: dict[int, list[Field]] = {}
+        # partial results by peer and buffer, and then by field
+        self.arrived: dict[tuple[int, int], dict[int, Tensor]] = {}
         self.spans: list[Span] | None = None  # set to record what takes how long
         self.times: PassTimes | None = None  # set to note when, on the device's own clock
 
@@ -96,7 +96,7 @@ class AttentionPass:
                 case _:
                     self._compute(instruction)
                     self._record(COMPUTE, instruction, began)
-                    if isinstance(instruction, Attention):
+                    if isinstance(instruction, Division):
                         self._note("attention", come)
             for _ in range(pauses.count(index)):
                 yield
@@ -132,22 +132,26 @@ class AttentionPass:
             "deterministic": options.deterministic,
         }
 
-    def _compute(self, instruction: Instruction) -> None:
+    def _compute(self, instruction: Step) -> None:
         """What the rank does by itself."""
         match instruction:
             case Copy(direction="load"):
                 self.load()
-            case Attention(step, _, resets):
-                for buffer, row, rows in resets.tolist():
-                    self.clear(buffer, _run(row, rows))
+            case Division(step, clears):
+                for buffer, rows in clears:
+                    for key in rows.keys:
+                        self.clear(buffer, key)
                 self.attend(self.work[step])
-            case Reduce(_, moves):
-                for buffer, source, target, rows in moves.tolist():
-                    self.reduce(buffer, _run(source, rows), _run(target, rows))
+            case Fold(_, targets):
+                for peer, buffer, rows in targets:
+                    fields = sorted(self.arrived.pop((peer, buffer)).items())
+                    parts = [rows.split(values) for _, values in fields]
+                    for key, *values in zip(rows.keys, *parts, strict=True):
+                        self.reduce(buffer, key, *values)
             case Copy(direction="store"):
                 self.store()
 
-    def _record(self, track: str, instruction: Instruction, began: float) -> None:
+    def _record(self, track: str, instruction: Step, began: float) -> None:
         if self.spans is not None:
             step = getattr(instruction, "step", "")
             pass_name = "backward" if self.backward else "forward"
@@ -165,8 +169,8 @@ class AttentionPass:
     def attend(self, work: Any) -> None:
         """One division: one launch of the kernel."""
 
-    def reduce(self, buffer: int, source: slice, target: slice) -> None:
-        """Fold partial results that arrived into the rank's own."""
+    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
+        """Fold partial results that arrived, a tensor for each field, into the rank's own."""
 
     # Buffers.
 
@@ -207,7 +211,7 @@ class AttentionPass:
         # a view would keep the rows of all that came from elsewhere
         return taken.clone() if shares and taken.numel() < rows.numel() else taken
 
-    def clear(self, buffer: int, rows: slice) -> None:
+    def clear(self, buffer: int, rows: Key) -> None:
         """Make partial results empty."""
         for tensor, _ in self.fields[buffer]:
             tensor[rows] = 0
@@ -215,39 +219,48 @@ class AttentionPass:
     # Messages.
 
     def _launch(self, exchange: Exchange, communicator: Communicator) -> Iterator[None]:
+        """Start a communication. Rows that are sent and inputs that arrive are touched by nobody
+        else until its wait (see :mod:`dcp.compile`), so that one run of them, in the dtype in which
+        it travels, is itself the message."""
         sends = {}
         for message in exchange.sends:
-            parts = [
-                _as_bytes(part, dtype)
-                for tensor, dtype, rows in self._parts(message)
-                for part in rows.parts(tensor)
-            ]
-            sends[message[0]] = parts[0].clone() if len(parts) == 1 else torch.cat(parts)
-        receives, targets = {}, {}
+            parts = self._parts(message)
+            lying = in_place(parts)
+            sends[message[0]] = packed(parts) if lying is None else lying
+        receives, parts_of = {}, {}
         for message in exchange.receives:
-            peer, parts_of = message[0], self._parts(message)
-            sizes = [_num_bytes(*part) for part in parts_of]
-            targets[peer] = parts_of, sizes
-            receives[peer] = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
-        return self._complete(communicator.launch(sends, receives), receives, targets)
+            peer, parts = message[0], self._parts(message)
+            lying = None if parts[0].buffer >= OUT else in_place(parts)
+            if lying is None:
+                parts_of[peer] = parts
+                size = sum(part.num_bytes for part in parts)
+                lying = torch.empty(size, dtype=torch.uint8, device=self.device)
+            receives[peer] = lying
+        return self._complete(communicator.launch(sends, receives), receives, parts_of)
 
     def _complete(
         self,
         transfer: Iterator[None],
         receives: dict[int, Tensor],
-        targets: dict[int, tuple[list[Part], list[int]]],
+        parts_of: dict[int, list[Part]],
     ) -> Iterator[None]:
+        """Inputs go to their rows, partial results wait for their :class:`Fold`."""
         yield from transfer
-        for peer, message in receives.items():
-            parts_of, sizes = targets[peer]
-            pieces = [message] if len(sizes) == 1 else message.split_with_sizes(sizes)
-            for piece, (tensor, dtype, rows) in zip(pieces, parts_of, strict=True):
-                rows.put(tensor, piece.view(dtype).view(-1, *tensor.shape[1:]))
+        for peer, parts in parts_of.items():
+            for part, values in unpacked(receives[peer], parts):
+                if part.buffer < OUT:
+                    part.rows.put(part.tensor, values)
+                else:
+                    self.arrived.setdefault((peer, part.buffer), {})[part.field] = values
 
     def _parts(self, message: Message) -> list[Part]:
         """A message field by field, widest elements first: all stay aligned in it."""
-        parts = [(*field, rows) for buffer, rows in message[1] for field in self.fields[buffer]]
-        return sorted(parts, key=lambda part: -part[1].itemsize)
+        parts = [
+            Part(buffer, index, *field, rows)
+            for buffer, rows in message[1]
+            for index, field in enumerate(self.fields[buffer])
+        ]
+        return sorted(parts, key=lambda part: -part.dtype.itemsize)
 
 
 class ForwardPass(AttentionPass):
@@ -273,14 +286,17 @@ class ForwardPass(AttentionPass):
         [(self.q, _)], [(self.kv, _)], [(self.out, _), (self.lse, _)] = self.fields.values()
         self.clear(OUT, self.own(OUT))
 
-    def clear(self, buffer: int, rows: slice) -> None:
+    def clear(self, buffer: int, rows: Key) -> None:
         self.out[rows], self.lse[rows] = 0, -torch.inf
 
     def attend(self, work: Any) -> None:
         self.kernel.forward(work, self.q, self.kv, self.out, self.lse, self.options)
 
-    def reduce(self, buffer: int, source: slice, target: slice) -> None:
-        merge(self.out[target], self.lse[target], self.out[source], self.lse[source])
+    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
+        out, lse = self.out[target], self.lse[target]
+        self.kernel.merge(out, lse, *arrived)
+        if isinstance(target, Tensor):  # they were gathered
+            self.out[target], self.lse[target] = out, lse
 
     def store(self) -> None:
         if self.sink is None:
@@ -331,24 +347,13 @@ class BackwardPass(AttentionPass):
     def attend(self, work: Any) -> None:
         self.kernel.backward(work, self.q_side, self.kv, self.grad_q, self.grad_kv, self.options)
 
-    def reduce(self, buffer: int, source: slice, target: slice) -> None:
-        [(grad, _)] = self.fields[buffer]
-        grad[target] += grad[source]
+    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
+        [(grad, _)], [more] = self.fields[buffer], arrived
+        if isinstance(target, Tensor):  # in which no row is twice
+            grad.index_add_(0, target, more.to(grad.dtype))
+        else:
+            grad[target].add_(more)
 
     def store(self) -> None:
         self.result_q = self.take(OUT, self.grad_q, self.dtype)
         self.result_kv = self.take(DKV, self.grad_kv, self.dtype)
-
-
-def _as_bytes(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows as they travel, flat."""
-    rows = part if part.dtype == dtype else part.to(dtype)
-    return rows.reshape(-1).view(torch.uint8)
-
-
-def _num_bytes(tensor: Tensor, dtype: torch.dtype, rows: Rows) -> int:
-    return rows.num_rows * prod(tensor.shape[1:]) * dtype.itemsize
-
-
-def _run(start: int, rows: int) -> slice:
-    return slice(start, start + rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import count
 from typing import Any
@@ -11,14 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dcp.program import Instruction, Launch, RankPlan
+from dcp.program import (
+    Attention,
+    Copy,
+    Instruction,
+    Launch,
+    MaskProgram,
+    RankPlan,
+    Reduce,
+    Wait,
+)
 from dcp.runtime.kernels import Kernel
 from dcp.runtime.rows import Rows, place_rows
-from dcp.tables import Move
+from dcp.tables import Arrival, Item, Move, Reset
+from dcp.transfers import DKV, OUT
 
 # To or from a peer: its rows of each buffer, in the order of buffers.
 Message = tuple[int, list[tuple[int, Rows]]]
-Runs = tuple[np.ndarray, np.ndarray]  # first row, rows
 _numbers = count()
 
 
@@ -31,6 +40,27 @@ class Exchange:
     receives: list[Message]
 
 
+@dataclass(frozen=True)
+class Division:
+    """A :class:`dcp.program.Attention`: the rows to clear first, by buffer, joined."""
+
+    step: int
+    clears: list[tuple[int, Rows]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A :class:`dcp.program.Reduce`: the rows that each message's partial results go to, by peer
+    and buffer, joined. They are taken from the message as it arrived, and need no rows to land in.
+    """
+
+    step: int
+    targets: list[tuple[int, int, Rows]]
+
+
+Step = Copy | Exchange | Wait | Division | Fold
+
+
 class PreparedPlan:
     """One rank's plan with what its calls share, kept as long as the plan is in use."""
 
@@ -39,7 +69,8 @@ class PreparedPlan:
         self.number = next(_numbers)  # its name in compiled code
         self.is_compared = False  # with the other ranks'
         self.copied: torch.cuda.Event | None = None  # when tables made ahead are on the device
-        self._instructions: dict[tuple[str, bool, torch.device], list[Instruction | Exchange]] = {}
+        self._instructions: dict[tuple[str, bool, torch.device], list[Step]] = {}
+        self._num_rows: dict[str, list[int]] = {}
         self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
 
     def use_here(self) -> None:
@@ -52,18 +83,20 @@ class PreparedPlan:
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
-    def instructions(
-        self, mask: str | None, device: torch.device, *, backward: bool
-    ) -> list[Instruction | Exchange]:
-        """The program of one pass, its launches as :class:`Exchange`."""
+    def instructions(self, mask: str | None, device: torch.device, *, backward: bool) -> list[Step]:
+        """The program of one pass, its rows joined and on the device."""
         key = mask or next(iter(self.plan.masks)), backward, device
         if key not in self._instructions:
-            program = list(self.plan.mask_program(mask).instructions(backward=backward))
-            exchanges = iter(_exchanges([i for i in program if isinstance(i, Launch)], device))
-            self._instructions[key] = [
-                next(exchanges) if isinstance(each, Launch) else each for each in program
-            ]
+            program = self.plan.mask_program(mask).instructions(backward=backward)
+            self._instructions[key] = _place(list(program), device)
         return self._instructions[key]
+
+    def num_rows(self, mask: str | None) -> list[int]:
+        """Rows of each buffer; where partial results land in the plan, they are never put."""
+        key = mask or next(iter(self.plan.masks))
+        if key not in self._num_rows:
+            self._num_rows[key] = _num_rows(self.plan, self.plan.mask_program(mask))
+        return self._num_rows[key]
 
     def work(
         self, mask: str | None, kernel: Kernel, device: torch.device, dtype: torch.dtype
@@ -90,27 +123,115 @@ def tensors_in(held: Any) -> Iterator[Tensor]:
         yield from tensors_in([getattr(held, field.name) for field in fields(held)])
 
 
+def _num_rows(plan: RankPlan, program: MaskProgram) -> list[int]:
+    groups = plan.num_head_groups
+    kv_groups = min(groups, plan.spec.num_kv_heads)
+    items, sums, resets = program.items, program.reduces, program.resets
+    held = [
+        (OUT, groups * plan.num_local_tokens, items[:, [Item.OUT_ROW, Item.Q_ROWS]]),
+        (DKV, kv_groups * plan.num_local_keys, items[:, [Item.DKV_ROW, Item.KV_ROWS]]),
+    ]
+    rows: list[int] = program.buffer_rows.tolist()
+    for buffer, own, used in held:
+        cleared = resets[resets[:, Reset.BUFFER] == buffer][:, [Reset.ROW, Reset.ROWS]]
+        summed = sums[sums[:, Arrival.BUFFER] == buffer][:, [Arrival.TARGET, Arrival.ROWS]]
+        ends = np.concatenate([used, cleared, summed]).sum(axis=1)
+        rows[buffer] = max(own, int(ends.max(initial=0)))
+    return rows
+
+
+def _place(program: list[Instruction], device: torch.device) -> list[Step]:
+    """All instructions, in their order, with one copy of row numbers to the device for each kind
+    of rows."""
+    kept: list[Step] = [each for each in program if isinstance(each, Copy | Wait)]
+    launches = [each for each in program if isinstance(each, Launch)]
+    reduces = [each for each in program if isinstance(each, Reduce)]
+    attentions = [each for each in program if isinstance(each, Attention)]
+    placed: dict[type, Iterator[Step]] = {
+        Launch: iter(_exchanges(launches, device)),
+        Reduce: iter(_folds(reduces, launches, device)),
+        Attention: iter(_divisions(attentions, device)),
+    }
+    others = iter(kept)
+    return [next(placed.get(type(each), others)) for each in program]
+
+
 def _exchanges(launches: list[Launch], device: torch.device) -> list[Exchange]:
     """All launches of a program, in their order."""
-    sides = [_parts(moves) for launch in launches for moves in (launch.sends, launch.receives)]
-    placed = iter(place_rows([runs for side in sides for *_, runs in side], device))
+    columns = (Move.PEER, Move.BUFFER)
+    sides = [
+        _grouped(moves, columns) for launch in launches for moves in (launch.sends, launch.receives)
+    ]
+    runs = [(part[:, Move.ROW], part[:, Move.ROWS]) for side in sides for part in side]
+    placed = iter(place_rows(runs, device))
     messages = iter([_messages(side, placed) for side in sides])
     return [Exchange(launch.step, next(messages), next(messages)) for launch in launches]
 
 
-def _parts(moves: np.ndarray) -> list[tuple[int, int, Runs]]:
-    """Moves (peer, buffer, row, rows), sorted by peer and buffer, as (peer, buffer, runs)."""
-    key = moves[:, [Move.PEER, Move.BUFFER]]
-    start = np.flatnonzero(np.append(True, (key[1:] != key[:-1]).any(axis=1)))
-    pieces = np.split(moves, start[1:]) if len(moves) else []
+def _messages(parts: list[np.ndarray], placed: Iterator[Rows]) -> list[Message]:
+    messages: dict[int, list[tuple[int, Rows]]] = {}
+    for part in parts:
+        peer, buffer = part[0, [Move.PEER, Move.BUFFER]].tolist()
+        messages.setdefault(peer, []).append((buffer, next(placed)))
+    return list(messages.items())
+
+
+def _divisions(attentions: list[Attention], device: torch.device) -> list[Division]:
+    """All divisions of a program, in their order."""
+    clears = [_grouped(each.resets, (Reset.BUFFER,)) for each in attentions]
+    runs = [(part[:, Reset.ROW], part[:, Reset.ROWS]) for parts in clears for part in parts]
+    placed = iter(place_rows(runs, device))
     return [
-        (int(p[0, Move.PEER]), int(p[0, Move.BUFFER]), (p[:, Move.ROW], p[:, Move.ROWS]))
-        for p in pieces
+        Division(each.step, [(int(part[0, Reset.BUFFER]), next(placed)) for part in parts])
+        for each, parts in zip(attentions, clears, strict=True)
     ]
 
 
-def _messages(parts: list[tuple[int, int, Runs]], placed: Iterator[Rows]) -> list[Message]:
-    messages: dict[int, list[tuple[int, Rows]]] = {}
-    for peer, buffer, _ in parts:
-        messages.setdefault(peer, []).append((buffer, next(placed)))
-    return list(messages.items())
+def _folds(reduces: list[Reduce], launches: list[Launch], device: torch.device) -> list[Fold]:
+    """All reduces of a program, in their order: each follows its communication."""
+    arrived = {launch.step - 1: launch.receives for launch in launches}
+    parts = [
+        [
+            part
+            for part in _grouped(arrived[each.step], (Move.PEER, Move.BUFFER))
+            if part[0, Move.BUFFER] >= OUT
+        ]
+        for each in reduces
+    ]
+    runs = [
+        (_targets(part, each.rows), part[:, Move.ROWS])
+        for each, messages in zip(reduces, parts, strict=True)
+        for part in messages
+    ]
+    placed = iter(place_rows(runs, device))
+    return [
+        Fold(
+            each.step,
+            [(*part[0, [Move.PEER, Move.BUFFER]].tolist(), next(placed)) for part in messages],
+        )
+        for each, messages in zip(reduces, parts, strict=True)
+    ]
+
+
+def _targets(moves: np.ndarray, arrivals: np.ndarray) -> np.ndarray:
+    """First rows of what each of a message's partial results is added to."""
+    there = arrivals[arrivals[:, Arrival.BUFFER] == moves[0, Move.BUFFER]]
+    there = there[np.argsort(there[:, Arrival.SOURCE])]
+    at = np.searchsorted(there[:, Arrival.SOURCE], moves[:, Move.ROW])
+    assert (there[at, Arrival.SOURCE] == moves[:, Move.ROW]).all()
+    targets: np.ndarray = there[at, Arrival.TARGET]
+    return targets
+
+
+def _grouped(table: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
+    """Rows of a table, sorted by ``columns``, that agree in them."""
+    return [table[part] for part in _starts(table, columns)]
+
+
+def _starts(table: np.ndarray, columns: Sequence[int]) -> list[slice]:
+    """Where rows of a table agree in ``columns``, one after the other."""
+    if not len(table):
+        return []
+    key = table[:, list(columns)]
+    first = np.flatnonzero(np.append(True, (key[1:] != key[:-1]).any(axis=1))).tolist()
+    return [slice(a, b) for a, b in zip(first, [*first[1:], len(table)], strict=True)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from threading import RLock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+Runs = tuple[np.ndarray, np.ndarray]  # first row, rows
 # With more runs than this, one gather by row numbers costs less than a copy per run.
 MANY_RUNS = 4
 # Held while memory is pinned, and while a CUDA graph is captured: pinning in another thread, by
@@ -23,6 +25,16 @@ class Rows:
 
     num_rows: int
     where: list[slice] | Tensor
+
+    @cached_property
+    def run(self) -> slice | None:
+        """The rows as a slice, where they are one run."""
+        return self.where[0] if isinstance(self.where, list) and len(self.where) == 1 else None
+
+    @cached_property
+    def keys(self) -> Sequence[slice | Tensor]:
+        """What the rows are addressed by: one key for all of them, or a slice a run."""
+        return [self.where] if isinstance(self.where, Tensor) else self.where
 
     def parts(self, tensor: Tensor) -> list[Tensor]:
         """The rows of ``tensor``, as views, or as one gathered copy."""
@@ -40,7 +52,7 @@ class Rows:
         if isinstance(self.where, Tensor):
             tensor.index_add_(0, self.where, values.to(tensor.dtype))
             return
-        for part, value in zip(self.parts(tensor), self._split(values), strict=True):
+        for part, value in zip(self.parts(tensor), self.split(values), strict=True):
             part += value
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
@@ -51,17 +63,20 @@ class Rows:
         if len(self.where) == 1:
             tensor[self.where[0]] = values
             return
-        for run, part in zip(self.where, self._split(values), strict=True):
+        for run, part in zip(self.where, self.split(values), strict=True):
             tensor[run] = part
 
-    def _split(self, values: Tensor) -> Sequence[Tensor]:
-        """``values`` by the runs of :attr:`where`."""
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """``values`` ``[num_rows, …]``, or ``[bytes of them]``, by :attr:`keys`."""
+        if len(self.keys) == 1:
+            return [values]
         assert not isinstance(self.where, Tensor)
-        return values.split_with_sizes([run.stop - run.start for run in self.where])
+        size = len(values) // self.num_rows
+        return values.split_with_sizes([size * (run.stop - run.start) for run in self.where])
 
 
-def place_rows(runs: Sequence[tuple[np.ndarray, np.ndarray]], device: torch.device) -> list[Rows]:
-    """Runs of rows ``(first row, rows)``, in the order given, for a device; one copy to it in all.
+def place_rows(runs: Sequence[Runs], device: torch.device) -> list[Rows]:
+    """Runs of rows, in the order given, for a device; one copy to it in all.
 
     Neighbours are joined: it changes how many copies fill a message, not the order of its bytes,
     so that either side may join what the other cannot.

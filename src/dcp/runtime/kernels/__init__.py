@@ -92,6 +92,11 @@ class Kernel(ABC):
         dtype = self.compute_dtype(out.dtype)
         return (grad_out.to(dtype) * out.to(dtype)).sum(dim=-1)
 
+    def merge(self, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+        """Fold another partial result into ``out [rows, heads, value_dim]`` and ``lse [rows,
+        heads]``, all contiguous and in compute dtype."""
+        merge(out, lse, more_out, more_lse)
+
     @abstractmethod
     def forward(
         self, work: Any, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
@@ -109,6 +114,23 @@ class Kernel(ABC):
         options: Options,
     ) -> None:
         """Add the division's gradients; ``q_side`` has the *global* log-sum-exp and delta."""
+
+
+def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Fold another partial result into ``out [rows, heads, d]`` and ``lse [rows, heads]``.
+
+    Rows that see nothing in either part (lse = -inf in both) stay 0 and -inf.
+    """
+    total = torch.logaddexp(lse, other_lse)
+    safe = finite(total)
+    out.mul_(torch.exp(lse - safe)[..., None])
+    out.addcmul_(other_out, torch.exp(other_lse - safe)[..., None])
+    lse.copy_(total)
+
+
+def finite(lse: Tensor) -> Tensor:
+    """Rows that see nothing get 0, so that exp(-inf - lse) is 0 and not NaN."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 KV = Tensor | tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from dcp.program import MaskProgram
 from dcp.runtime.cells import Cell, program_cells
-from dcp.runtime.kernels import Kernel, Options, QSide, split_kv
+from dcp.runtime.kernels import Kernel, Options, QSide, finite, merge, split_kv
 
 Work = list[Cell]
 
@@ -62,9 +62,10 @@ class CellKernel(Kernel):
             k, v = split_kv(kv[cell.k], options.head_dim)
             sides = [side[cell.q] for side in q_side]
             dq, dk, dv = self._gradients_apart(sides, k, v, cell, options)
-            grad_q[cell.out] += dq
-            grad_k[cell.dkv] += dk
-            grad_v[cell.dkv] += dv
+            # not +=, which would also copy the rows onto themselves
+            grad_q[cell.out].add_(dq)
+            grad_k[cell.dkv].add_(dk)
+            grad_v[cell.dkv].add_(dv)
 
     # A kernel computes a masked cell whole, and its weight of 0 times NaN is NaN; and torch's for
     # the CPU loses a score of NaN among fewer than 16 keys. So rows that are not finite are set to
@@ -126,23 +127,6 @@ def _meet(cell: Cell, bad: Tensor, *, by_key: bool = False) -> Tensor:
 
 def _spread(of_kv_head: Tensor, heads: int) -> Tensor:
     return of_kv_head.repeat_interleave(heads // of_kv_head.shape[1], dim=1)
-
-
-def merge(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Fold another partial result into ``out [rows, heads, d]`` and ``lse [rows, heads]``.
-
-    Rows that see nothing in either part (lse = -inf in both) stay 0 and -inf.
-    """
-    total = torch.logaddexp(lse, other_lse)
-    safe = finite(total)
-    out.mul_(torch.exp(lse - safe)[..., None])
-    out.addcmul_(other_out, torch.exp(other_lse - safe)[..., None])
-    lse.copy_(total)
-
-
-def finite(lse: Tensor) -> Tensor:
-    """Rows that see nothing get 0, so that exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
 
 
 def output_of(delta: Tensor, grad_out: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dcp.runtime.cells import Cell
-from dcp.runtime.kernels import Options, QSide
-from dcp.runtime.kernels.cellwise import CellKernel, finite
+from dcp.runtime.kernels import Options, QSide, finite
+from dcp.runtime.kernels.cellwise import CellKernel
 
 
 class DenseKernel(CellKernel):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dcp.program import MaskProgram
 from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
-from dcp.runtime.kernels import Kernel, Options, QSide, split_kv
+from dcp.runtime.kernels import Kernel, Options, QSide, finite, merge, split_kv
 from dcp.runtime.kernels import triton as tiles
-from dcp.runtime.kernels.cellwise import finite, merge, one_width, output_of
+from dcp.runtime.kernels.cellwise import one_width, output_of
 from dcp.runtime.rows import Rows, copy_to_device, place_rows
 from dcp.runtime.waves import Wave, Window, program_waves
 from dcp.slices import K0, K1, Q0, Q1

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dcp.runtime.cells import Cell
-from dcp.runtime.kernels import Options, QSide
-from dcp.runtime.kernels.cellwise import CellKernel, finite, one_width, output_of
+from dcp.runtime.kernels import Options, QSide, finite
+from dcp.runtime.kernels.cellwise import CellKernel, one_width, output_of
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -13,8 +13,7 @@ from dcp.cluster import Cluster
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.program import MaskProgram
-from dcp.runtime.kernels import Kernel, Options, pack_kv, split_kv
-from dcp.runtime.kernels.cellwise import finite
+from dcp.runtime.kernels import Kernel, Options, finite, pack_kv, split_kv
 
 SEQLENS = (300, 70)
 HEADS, KV_HEADS = 4, 2

@@ -28,7 +28,7 @@ from dcp.runtime.rows import copy_to_device
 from dcp.tables import Item
 
 MAX_HEAD_DIM = 256
-DELTA_ROWS, DELTA_WARPS = 32, 4  # rows of one program that sums products of rows
+DELTA_ROWS, DELTA_WARPS = 32, 4  # rows of one program that sums products, or merges results
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,19 @@ class TritonKernel(Kernel):
             num_warps=DELTA_WARPS,
         )
         return sums
+
+    def merge(self, out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
+        """In one pass over memory."""
+        count, width = lse.numel(), out.shape[-1]
+        _start(
+            "merge_kernel",
+            -(-count // DELTA_ROWS),
+            (out, lse, more_out, more_lse, count),
+            HEAD_DIM=width,
+            D=_padded(width),
+            ROWS=DELTA_ROWS,
+            num_warps=DELTA_WARPS,
+        )
 
     def forward(
         self, work: Work, q: Tensor, kv: Tensor, out: Tensor, lse: Tensor, options: Options
