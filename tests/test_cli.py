@@ -192,3 +192,47 @@ def test_help(capsys, command):
         main([*command, "--help"])
     assert exit_.value.code == 0
     assert "usage: dcp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["comapre"], "did you mean compare?"),
+        (["plan", *SMALL, "--stratgy", "ring"], "did you mean --strategy?"),
+        (["plan", *SMALL, "--strategy", "zigzga"], "did you mean zigzag?"),
+        (["plan", *SMALL, "--mask", "causl"], "did you mean causal?"),
+        (["plan", *SMALL, "--cluster", "h10"], "did you mean h100?"),
+        (["bench", "kernls"], "did you mean kernels?"),
+    ],
+)
+def test_what_was_meant(capsys, words, meant):
+    try:
+        status = main(words)
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.strip().endswith(meant)
+
+
+def test_what_people_read_fits_80_columns(capsys):
+    texts = [
+        run(capsys, "plan", *SMALL),
+        run(capsys, "compare", *SMALL, "--kv-heads", 2, "--heads", 8, "--nodes", 3),
+    ]
+    for words in ([], ["plan"], ["compare"]):
+        with pytest.raises(SystemExit):
+            main([*words, "--help"])
+        texts.append(capsys.readouterr().out)
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 80
+    wide = run(capsys, "compare", *SMALL, "--wide")
+    assert "divisions" in wide
+    assert "divisions" not in texts[1]
+
+
+def test_shells_complete_every_command(capsys):
+    script = run(capsys, "completion", "bash")
+    for word in ("compare", "--devices-per-node", "--temperature", "kernels", "--learning_rate"):
+        assert word in script
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)

@@ -47,7 +47,7 @@ PLANNING = (
 )
 RUNNING = (
     *("runtime", "launch", "data", "integrations", "report", "train", "datacentric", "inference"),
-    *("bench", "profile", "doctor", "jobs", "cli"),
+    *("bench", "profile", "doctor", "jobs", "plan_command", "cli"),
 )
 ROOMS = [*PLANNING, *RUNNING]
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from dcp.checks import positive, shown, whole, whole_numbers
+from dcp.checks import one_of, positive, shown, whole, whole_numbers
 from dcp.masks import AttnMask, named_mask
 from dcp.slices import shift_slices, slice_area
 
@@ -44,8 +44,7 @@ class AttentionSpec:
                 f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}"
             )
         object.__setattr__(self, "dtype", str(self.dtype).rpartition(".")[2])
-        if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+        one_of("dtype", self.dtype, DTYPE_BYTES)
 
     @property
     def dtype_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,21 @@ def whole_numbers(
         if type(value) is not int or not least <= value <= most:
             given[index] = whole(f"{name}[{index}]", value, least=least, most=most)
     return np.array(given, dtype=np.int64)
+
+
+def one_of(name: str, value: Any, known: Iterable[str]) -> str:
+    """One of the ``known`` words; the error says which may have been meant."""
+    words = list(known)
+    if not isinstance(value, str) or value not in words:
+        listed = ", ".join(words)
+        raise ValueError(f"{name} {shown(value)} is not one of {listed}{meant(value, words)}")
+    return value
+
+
+def meant(word: Any, known: Iterable[str]) -> str:
+    """``"; did you mean ring?"``, or nothing where no word comes near."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def read_json(path: str | Path) -> Any:

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from dcp.checks import not_too_many, number, positive, read_json, shown, whole, whole_numbers
+from dcp.checks import (
+    not_too_many,
+    number,
+    one_of,
+    positive,
+    read_json,
+    shown,
+    whole,
+    whole_numbers,
+)
 
 MOST_RANKS = 2**16  # of a cluster that can be described: arrays by rank stay small
 _POSITIVE = (
@@ -125,9 +134,7 @@ class Cluster:
         cls, name: str, *, num_nodes: int = 1, devices_per_node: int | Sequence[int] | None = None
     ) -> Cluster:
         """Known rates: ``a100`` (p4de), ``a100-p4d``, ``h100``, ``h200``, ``b200``, ``laptop``."""
-        if name not in PRESETS:
-            raise ValueError(f"cluster preset {name!r} is not one of {', '.join(PRESETS)}")
-        rates = dict(PRESETS[name])
+        rates = dict(PRESETS[one_of("cluster preset", name, PRESETS)])
         if devices_per_node is not None:
             rates["devices_per_node"] = devices_per_node
         return cls(num_nodes=num_nodes, **rates)

@@ -7,7 +7,6 @@ its ranks, what ``config.json`` keeps, and what a configuration file has.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -20,6 +19,7 @@ import torch
 from transformers.hf_argparser import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
+from dcp.checks import meant
 from dcp.datacentric.config import DataCentricArguments, VideoArguments
 from dcp.errors import DCPError
 from dcp.launch.environment import is_launched
@@ -86,6 +86,13 @@ def build_parser(job: str) -> TrainParser:
     return parser
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a planned job, for completion: :func:`run` reads words by itself."""
+    for action in build_parser(PLANNED)._actions:
+        if action.option_strings and "--help" not in action.option_strings:
+            parser._add_action(action)
+
+
 def read_options(words: Sequence[str]) -> tuple[Options, int]:
     """What a file and options say of a job, and the number of processes to start.
 
@@ -145,9 +152,8 @@ def _unknown(word: str, job: str, known: set[str]) -> str:
         return f"{shown} belongs to --job {' and '.join(owners)}, this is --job {job}"
     if not word.startswith("-"):
         return f"{word!r} is no option: a configuration file comes first"
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
-    return f"unknown option {word}{hint}"
+    options = ["--" + each.replace("_", "-") for each in known]
+    return f"unknown option {word}{meant(shown, options)}"
 
 
 # --------------------------------------------------------------------------- running

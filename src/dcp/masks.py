@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp.checks import not_too_many, number, shown, whole, whole_numbers
+from dcp.checks import not_too_many, number, one_of, shown, whole, whole_numbers
 from dcp.mask_mod import ranges_of
 from dcp.mask_names import parse_mask
 from dcp.packing import (
@@ -331,8 +331,7 @@ def named_mask(name: str, seqlen: int, **parameters: Any) -> AttnMask:
     Parameters may stand in the name, too: ``named_mask("streaming:sink=64,window=512", 9000)``.
     """
     name, given = parse_mask(name)
-    if name not in NAMED_MASKS:
-        raise ValueError(f"mask {name!r} is not one of {', '.join(NAMED_MASKS)}")
+    one_of("mask", name, NAMED_MASKS)
     if twice := sorted(given.keys() & parameters.keys()):
         raise ValueError(f"mask {name!r}: {twice[0]} is given twice, in the name and beside it")
     make = NAMED_MASKS[name]

@@ -8,8 +8,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from dcp.checks import meant
 from dcp.errors import DCPError
 from dcp.launch.failures import keep_traceback
 
@@ -17,10 +18,33 @@ MOST_SAID = 1000  # characters of an error's line
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser whose errors are one line, and say what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; an unknown option is the error of the command that does not know it."""
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            asked = self._asked(args)
+            word = unknown[0].split("=")[0]
+            asked.error(f"unknown option {word}{meant(word, asked._option_string_actions)}")
+        return args
+
+    def _asked(self, args: argparse.Namespace) -> CommandParser:
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                chosen = action.choices[getattr(args, action.dest)]
+                assert isinstance(chosen, CommandParser)
+                return chosen._asked(args)
+        return self
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            said = f"{value!r} is not one of {', '.join(known)}{meant(value, known)}"
+            raise argparse.ArgumentError(action, said)
 
 
 def run_command(

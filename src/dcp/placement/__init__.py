@@ -17,6 +17,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable
+from dcp.checks import one_of
 from dcp.cluster import Cluster
 
 
@@ -189,9 +190,10 @@ def strategy_names() -> list[str]:
 
 def get_strategy(name: str) -> Strategy:
     """The strategy called ``name``. Raises ``ValueError`` that lists all names for any other."""
-    if not isinstance(name, str) or name not in _BY_NAME:
-        raise ValueError(f"strategy {name!r} is not one of auto, {', '.join(_BY_NAME)}")
-    return _BY_NAME[name]
+    if isinstance(name, str) and name in _BY_NAME:
+        return _BY_NAME[name]
+    one_of("strategy", name, ["auto", *_BY_NAME])
+    raise ValueError("'auto' is no strategy of its own: it chooses among the others")
 
 
 def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:

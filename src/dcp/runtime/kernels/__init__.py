@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dcp.checks import one_of
 from dcp.program import MaskProgram
 
 # Modules of this folder, each with its ``KERNEL``, in the order in which "auto" asks them; the
@@ -176,8 +177,7 @@ def get_kernel(
         if (reason := name.refusal(device, dtype, options)) is not None:
             raise ValueError(f"kernel {name.name!r} cannot serve {dtype} on {device}: {reason}")
         return name
-    if name != "auto" and name not in KERNELS:
-        raise ValueError(f"kernel {name!r} is not one of auto, {', '.join(KERNELS)}")
+    one_of("kernel", name, ["auto", *KERNELS])
     reasons = []
     for candidate in KERNELS if name == "auto" else (name,):
         kernel: Kernel = import_module(f"dcp.runtime.kernels.{candidate}").KERNEL
