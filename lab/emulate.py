@@ -194,7 +194,7 @@ def _ratios(links: dict[str, float]) -> str:
 
 def run_ranks(
     plans: Sequence[Plan], cluster: Cluster, args: argparse.Namespace, *, dilation: float,
-    link_error: float,
+    link_error: float, backward: bool = True,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What every rank found (:func:`lab.emulated_rank.run_plans`)."""
     slow = dilated(cluster, dilation)
@@ -207,7 +207,7 @@ def run_ranks(
                 mine = made.rank_plan(rank).to_bytes()
                 (Path(folder) / f"{index}-{rank}.plan").write_bytes(mine)
         job = {
-            "spec": asdict(SPEC), "cluster": asdict(slow),
+            "spec": asdict(plans[0].spec), "cluster": asdict(slow), "backward": backward,
             "folder": folder, "num_plans": len(plans), "rounds": args.rounds,
             "shortest": int(np.argmin([predicted_seconds(made) for made in plans])),
             "layers": args.layers, "link_error": link_error,

@@ -93,9 +93,9 @@ def is_static(labels: dict[str, str]) -> bool:
 
 
 def predicted_seconds(made: Plan) -> float:
-    """Of attention, forward and backward."""
+    """Of attention, forward and backward (of a turn of inference, forward)."""
     simulated = made.stats.simulated
-    return float(simulated["forward_seconds"] + simulated["backward_seconds"])
+    return float(simulated["forward_seconds"] + simulated.get("backward_seconds", 0.0))
 
 
 def wanted_dilation(made: Plan, cluster: Cluster) -> float:

@@ -137,7 +137,8 @@ class Emulated:
 
 
 def run_plans(job: dict[str, Any]) -> dict[str, Any]:
-    """Every plan of the job in turn, round after round; seconds are the machine's own.
+    """Every plan of the job in turn, round after round, turns of inference forward only; seconds
+    are the machine's own.
 
     Returns ``links`` (:func:`measure_links`), and by plan and round: ``passes``, seconds of
     (forward, backward) from a barrier on; ``layers``, of as many layers in a row as the job says;
@@ -162,13 +163,14 @@ def run_plans(job: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = {"links": links}
         found |= {name: [[] for _ in plans] for name in ("passes", "layers", "busy")}
         executor.prepare(plans[job["shortest"]])
-        time_passes(here)  # to warm up: what is imported, pages, connections
+        backward = job["backward"]
+        time_passes(here, backward=backward)  # to warm up: what is imported, pages, connections
         for _ in range(job["rounds"]):
             for index, plan in enumerate(plans):
                 executor.prepare(plan)
                 dist.barrier()  # what ranks do to prepare is not the pass's
                 began = cpu_ticks()
-                found["passes"][index].append(time_passes(here))
+                found["passes"][index].append(time_passes(here, backward=backward))
                 if job["layers"]:
                     found["layers"][index].append(time_layers(here, job["layers"]))
                 found["busy"][index].append(busy_since(began))
@@ -192,13 +194,16 @@ def cluster_of(fields: dict[str, Any]) -> Cluster:
     )
 
 
-def time_passes(here: Emulated) -> tuple[float, float]:
+def time_passes(here: Emulated, *, backward: bool = True) -> tuple[float, ...]:
     """Seconds of one forward and one backward pass of attention, each after a barrier."""
     q, kv = _tensors(here)
     dist.barrier()
     began = perf_counter()
-    out = here.executor.attention(q, kv)
+    with torch.set_grad_enabled(backward):
+        out = here.executor.attention(q, kv)
     forward = perf_counter() - began
+    if not backward:
+        return (forward,)
     dist.barrier()
     began = perf_counter()
     out.backward(torch.zeros_like(out))

@@ -18,6 +18,7 @@ from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
 from dcp.launch.ranks import run_ranks
+from lab import inference_emulated
 from lab import inference_paper as paper
 from lab.selectors import SELECTORS, Empirical
 from lab.testbed import open_testbed, why_not
@@ -25,6 +26,7 @@ from lab.testbed import open_testbed, why_not
 SPEC = AttentionSpec(num_heads=16, num_kv_heads=1, head_dim=64, dtype="float32")
 MODEL = {"hidden_size": 256, "num_layers": 4, "num_heads": 8, "num_kv_heads": 2}
 MISS_PERCENT = (1, 2.5, 5, 7.5, 10, 15, 20, 30, 40, 50, 60, 80, 100)
+PARTS = ("measured", "emulated", "simulated")
 STRATEGIES = ("pass_kv", "pass_q", "planned")
 PAGE_SIZE = 256
 RANK = "lab.inference_rank:measure"
@@ -39,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 4096], metavar="N")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="K")
     parser.add_argument("--repeat", type=int, default=5, help="timed runs per turn; median kept")
-    parser.add_argument("--only", choices=("measured", "simulated"))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"{', '.join(PARTS)}; others stay as --out has them")  # fmt: skip
+    parser.add_argument("--nodes", type=int, default=4, help="emulated (default: %(default)s)")
+    parser.add_argument("--devices-per-node", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--total-tokens", type=int, default=131_072, help="of an emulated turn")
+    parser.add_argument("--dilation", type=float, default=6400.0, help="of emulated time")
+    parser.add_argument("--rounds", type=int, default=1, help="of emulated turns; median kept")
     parser.add_argument("--out", type=Path, help="folder for inference.json and inference.png")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -48,14 +56,18 @@ def run(args: argparse.Namespace) -> int:
     """Measure, simulate, print, write. Returns the exit status."""
     if args.ranks < 2:
         raise ValueError(f"--ranks must be 2 or more to pass anything, got {args.ranks}")
-    result: dict[str, Any] = {"conditions": conditions()}
-    if args.only != "simulated":
+    path = args.out / "inference.json" if args.out else None
+    result: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+    result["conditions"] = conditions()
+    if "measured" in args.only:
         result |= {"generation": generation(args), "turns": turns(args)}
-    if args.only != "measured":
+    if "emulated" in args.only:
+        result["emulated"] = inference_emulated.emulate(args)
+    if "simulated" in args.only:
         result["simulated"] = paper.simulated()
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "inference.json").write_text(json.dumps(result, indent=1) + "\n")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
         from lab.inference_plot import draw
 
         draw(result, args.out / "inference.png")
@@ -189,6 +201,8 @@ def as_text(result: dict[str, Any]) -> str:
             lines.append("| " + " | ".join(cells) + " |")
         shown = ", ".join(f"{name} {share:+.1%}" for name, share in found["regret"].items())
         lines += ["", f"All turns together against the faster ring each time: {shown}", ""]
+    if "emulated" in result:
+        lines += inference_emulated.as_text(result["emulated"])
     if "simulated" in result:
         lines += paper.as_text(result["simulated"])
     return "\n".join(lines)
