@@ -8,6 +8,7 @@ import torch
 from dcp.runtime import kernels
 from dcp.runtime.kernels import Options, get_kernel, torch_cpu
 from dcp.runtime.kernels.trial import trial
+from dcp.runtime.reference import dense_attention, relative_error
 
 CPU = torch.device("cpu")
 CALLS = [
@@ -69,3 +70,20 @@ def test_a_kernel_that_fails_is_passed_over(monkeypatch, caplog):
         assert "it fails on a small case: RuntimeError: illegal instruction" in caplog.text
     finally:
         get_kernel.cache_clear()
+
+
+def test_dense_attention_is_that_of_a_loop():
+    generator = torch.Generator().manual_seed(1)
+    q = torch.randn(20, 4, 16, generator=generator)
+    k, v = (torch.randn(20, 2, 16, generator=generator) for _ in range(2))
+    seen = torch.rand(20, 20, generator=generator) < 0.5
+    seen[3] = False
+    out, lse = dense_attention(q, k, v, seen, scale=0.3, softcap=2.0)
+    for row, head in ((0, 0), (12, 1), (19, 3)):  # heads 2 and 3 share KV head 1
+        keys = seen[row].nonzero().flatten()
+        scores = 2 * torch.tanh(k[keys, head // 2] @ q[row, head] * 0.3 / 2)
+        torch.testing.assert_close(out[row, head], scores.softmax(0) @ v[keys, head // 2])
+        torch.testing.assert_close(lse[row, head], scores.exp().sum().log())
+    assert not out[3].any()
+    assert (lse[3] == -torch.inf).all()
+    assert relative_error(torch.tensor([torch.nan]), torch.ones(1)) == float("inf")

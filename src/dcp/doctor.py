@@ -28,6 +28,7 @@ from dcp.plans import Plan
 from dcp.report.trace import write_trace
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import KERNELS
+from dcp.runtime.reference import dense_attention
 from dcp.simulate import Span
 
 SEQLENS = (70, 33, 9, 1, 0)
@@ -168,7 +169,9 @@ def _case(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         for heads in (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
     )
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    out = _dense(*inputs)
+    rows = torch.arange(len(SEQLENS)).repeat_interleave(torch.tensor(SEQLENS))
+    seen = (rows[:, None] == rows[None, :]).tril().to(device)  # causal inside each document
+    out, _ = dense_attention(*inputs, seen)
     return [*inputs, grad], [out, *torch.autograd.grad(out, inputs, grad)]
 
 
@@ -179,18 +182,6 @@ def _difference(found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -
     if not error < MOST_ERROR:
         raise AssertionError(f"differs from dense attention by {error:.1e}")
     return error
-
-
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention inside each of SEQLENS, every score written out."""
-    document = torch.repeat_interleave(torch.arange(len(SEQLENS)), torch.tensor(SEQLENS)).to(
-        q.device
-    )
-    seen = (document[:, None] == document[None, :]).tril()
-    k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * SPEC.head_dim**-0.5
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
-    return torch.einsum("hqk,khd->qhd", weights, v)
 
 
 def _group(num_processes: int, trace: Path | None) -> str:

@@ -25,6 +25,7 @@ from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import get_kernel
 from dcp.runtime.kernels.triton import SHAPES, Shape, Shapes, launch, place_tables
+from dcp.runtime.reference import dense_attention, relative_error
 from dcp.runtime.session import Call
 
 SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -61,24 +62,16 @@ def error_ratio(
 
     ranks = LocalWorld(made, kernel=kernel)
     attention = partial(ranks.attention, deterministic=deterministic)
-    exact = results(partial(_dense, seen), torch.float64)
+
+    def by_the_book(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dense_attention(q, k, v, seen)[0]
+
+    exact = results(by_the_book, torch.float64)
     ours, theirs = (
-        max(_relative(a, b) for a, b in zip(results(attend, to), exact, strict=True))
-        for attend in (attention, partial(_dense, seen))
+        max(relative_error(a, b) for a, b in zip(results(attend, to), exact, strict=True))
+        for attend in (attention, by_the_book)
     )
     return ours / theirs, f"relative errors {ours:.1e} against {theirs:.1e}"
-
-
-def _dense(seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v)
-
-
-def _relative(found: Tensor, want: Tensor) -> float:
-    error = ((found.double() - want).norm() / want.norm()).item()
-    return error if error == error else float("inf")
 
 
 # --------------------------------------------------------------------------- dense causal

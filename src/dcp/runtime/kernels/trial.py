@@ -13,7 +13,8 @@ from dcp.cluster import Cluster
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.program import MaskProgram
-from dcp.runtime.kernels import Kernel, Options, finite, pack_kv, split_kv
+from dcp.runtime.kernels import Kernel, Options, pack_kv, split_kv
+from dcp.runtime.reference import dense_attention, relative_error
 
 SEQLENS = (300, 70)
 HEADS, KV_HEADS = 4, 2
@@ -22,8 +23,18 @@ LEAST = 1e-6  # relative error that is none
 
 
 def trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, options: Options) -> str | None:
-    """None, or how far the kernel is from dense attention on the device: what it gives for a small
-    batch, forward and (if the call will need them) gradients."""
+    """None, or how far the kernel is from dense attention on the device."""
+    for name, (error, usual) in trial_errors(kernel, device, dtype, options).items():
+        if not error <= MOST * usual + LEAST:
+            return f"its {name} is off by {error:.1e}, dense attention's in {dtype} by {usual:.1e}"
+    return None
+
+
+def trial_errors(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, options: Options
+) -> dict[str, tuple[float, float]]:
+    """Relative errors of what the kernel gives for a small batch, forward and (if the call will
+    need them) gradients, each beside that of dense attention in the same dtype."""
     program, seen = _case(options.head_dim, options.value_dim or options.head_dim)
     [work] = kernel.prepare(program, device, widest=options.widest, dtype=dtype).values()
     generator = torch.Generator().manual_seed(0)
@@ -41,13 +52,12 @@ def trial(kernel: Kernel, device: torch.device, dtype: torch.dtype, options: Opt
     exact = _dense(q.double(), k.double(), v.double(), grad_out.double(), mask, options)
     dense = _dense(q, k, v, grad_out, mask, options)
     found = _run(kernel, work, q, k, v, grad_out, exact[0], exact[1], options)
-    for name, ours, theirs, wanted in zip(
-        ("out", "lse", "dq", "dk", "dv"), found, dense, exact, strict=False
-    ):
-        error, usual = _relative(ours, wanted), _relative(theirs, wanted)
-        if not error <= MOST * usual + LEAST:
-            return f"its {name} is off by {error:.1e}, dense attention's in {dtype} by {usual:.1e}"
-    return None
+    return {
+        name: (relative_error(ours, wanted), relative_error(theirs, wanted))
+        for name, ours, theirs, wanted in zip(
+            ("out", "lse", "dq", "dk", "dv"), found, dense, exact, strict=False
+        )
+    }
 
 
 @lru_cache(maxsize=4)
@@ -88,18 +98,8 @@ def _dense(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, mask: Tensor, options: Options
 ) -> list[Tensor]:
     """out, lse, dq, dk and dv by plain products, in the tensors' dtype."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    wide_k, wide_v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     with torch.enable_grad():
-        scores = torch.einsum("qhd,khd->hqk", q, wide_k) * options.scale
-        if options.softcap is not None:
-            scores = options.softcap * torch.tanh(scores / options.softcap)
-        lse = scores.masked_fill(~mask, -torch.inf).logsumexp(dim=-1)
-        weights = torch.exp(scores - finite(lse)[..., None]).masked_fill(~mask, 0.0)
-        out = torch.einsum("hqk,khd->qhd", weights, wide_v)
-        grads = torch.autograd.grad(out, (q, k, v), grad_out)
-    return [out.detach(), lse.detach().T, *grads]
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+        out, lse = dense_attention(*inputs, mask, scale=options.scale, softcap=options.softcap)
+        grads = torch.autograd.grad(out, inputs, grad_out)
+    return [out.detach(), lse.detach(), *grads]
