@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from dcp.cluster import Cluster
+from dcp.kernel_table import scaled_table
 from lab.testbed import (
     CARD,
     HEADER_BYTES,
@@ -205,4 +206,5 @@ def dilated(cluster: Cluster, dilation: float) -> Cluster:
         if (rate := getattr(cluster, name)) is not None:
             slower[name] = rate / dilation
     kernel_rates = tuple((side, rate / dilation) for side, rate in cluster.kernel_rates)
-    return replace(cluster, kernel_rates=kernel_rates, **slower, **longer)
+    table = scaled_table(cluster.kernel_table, forward=dilation, backward=dilation)
+    return replace(cluster, kernel_rates=kernel_rates, kernel_table=table, **slower, **longer)

@@ -24,7 +24,7 @@ from dcp.bench.conditions import conditions
 from dcp.bench.kernels import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
 from dcp.planner import plan
 from dcp.program import RankPlan
-from lab.operations import NoKernel, NoMessages, count_operations
+from lab.operations import NoKernel, count_operations
 from lab.results import merge
 
 SPEC = AttentionSpec(num_heads=1, num_kv_heads=1, head_dim=1, dtype="float32")
@@ -61,10 +61,15 @@ def run(args: argparse.Namespace) -> int:
 def measure(rank_plan: RankPlan, repeat: int) -> Iterator[dict[str, Any]]:
     """Microseconds of one rank's passes, what noting their times adds (as where rates are learnt),
     and how many instructions of each kind they have."""
-    cpu, no_messages = torch.device("cpu"), NoMessages()
+    cpu = torch.device("cpu")
     ways = {
         timed: Alone(
-            rank_plan, NoKernel(), cpu, torch.float32, communicator=no_messages, timed=timed
+            rank_plan,
+            NoKernel(),
+            cpu,
+            torch.float32,
+            timed=timed,
+            filled=False,  # memory is allocated, as it is where a rank runs
         )
         for timed in (False, True)
     }

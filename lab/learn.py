@@ -20,6 +20,7 @@ import numpy as np
 from dcp.batch import AttentionSpec
 from dcp.bench.conditions import conditions
 from dcp.cluster import Cluster
+from dcp.kernel_table import scaled_table
 from dcp.placement import strategy_names
 from lab.emulated_network import dilated, open_network
 from lab.emulated_rank import link_ratios
@@ -109,6 +110,9 @@ def wrong(true: Cluster, args: argparse.Namespace) -> Cluster:
     if "compute" in args.what and true.kernel_rates:
         rates = [(side, rate * args.wrong) for side, rate in true.kernel_rates]
         fields["kernel_rates"] = tuple(rates)
+    if "compute" in args.what:
+        slower = 1 / args.wrong
+        fields["kernel_table"] = scaled_table(true.kernel_table, forward=slower, backward=slower)
     return replace(true, name="given", **fields)
 
 

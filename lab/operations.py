@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.bench.alone import Alone, Nobody
+from dcp.bench.alone import Alone
 from dcp.bench.kernels import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
 from dcp.planner import plan
 from dcp.program import MaskProgram
-from dcp.runtime.communicator import Messages
 from dcp.runtime.kernels import Kernel, Options
 
 SPEC = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -72,13 +71,6 @@ class NoKernel(Kernel):
         """Nothing."""
 
 
-class NoMessages(Nobody):
-    """Messages are packed and unpacked, and never sent."""
-
-    def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
-        return iter(())
-
-
 class FusedKernel(NoKernel):
     """No attention, and the passes over memory that Triton's kernels need beside it."""
 
@@ -104,7 +96,7 @@ def count_operations() -> Iterator[dict[str, Any]]:
             seen = Operations(), Operations()
             kernel = FusedKernel(seen[0])
             plain = torch.device("cpu"), torch.bfloat16
-            alone = Alone(made.rank_plan(rank), kernel, *plain, communicator=NoMessages())
+            alone = Alone(made.rank_plan(rank), kernel, *plain, filled=False)
             with seen[0]:
                 found = alone.forward()
             kernel.seen = seen[1]

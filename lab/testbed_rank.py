@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dcp import profile
 from dcp.batch import AttentionSpec
+from dcp.bench import rates
 from dcp.launch.group import joined_group
 from dcp.plans import Plan
 from dcp.runtime import AttentionExecutor, LocalWorld
@@ -69,15 +70,15 @@ def measure_rates(spec: AttentionSpec, local_size: int) -> dict[str, Any]:
     device, rank = torch.device("cpu"), dist.get_rank()
     lone = [dist.new_group([each]) for each in range(dist.get_world_size())][rank]
     dist.barrier()
-    rates = profile.measure_kernel(spec, device, group=lone)
+    by_side = rates.measure_kernel(spec, device, group=lone)
     found = {
-        "kernel_rates": rates,
-        "device_flops": max(rate for _, rate in rates),
-        "kernel_tile": profile.measure_kernel_tile(spec, device, group=lone),
-        "backward_ratio": profile.measure_backward_ratio(spec, device, group=lone),
+        "kernel_rates": by_side,
+        "device_flops": max(rate for _, rate in by_side),
+        "kernel_tile": rates.measure_kernel_tile(spec, device, group=lone),
+        "backward_ratio": rates.measure_backward_ratio(spec, device, group=lone),
         "memory_bandwidth": profile.measure_memory(device),
         "pack_bandwidth": profile.measure_pack(device),
-        "launch_seconds": profile.measure_launch(spec, device, group=lone),
+        "launch_seconds": rates.measure_launch(spec, device, group=lone),
     }
     dist.barrier()
     if dist.get_world_size() > local_size:

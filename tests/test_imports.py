@@ -26,6 +26,7 @@ PLANNING = (
         "masks",
         "batch",
         "blocks",
+        "kernel_table",
         "cluster",
         "cost",
         "wire",

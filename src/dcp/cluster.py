@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dcp.batch import AttentionSpec
 from dcp.checks import (
     not_too_many,
     number,
@@ -20,6 +22,7 @@ from dcp.checks import (
     whole,
     whole_numbers,
 )
+from dcp.kernel_table import Curves, KernelTable, checked_table, fastest_kernel, table_curves
 
 MOST_RANKS = 2**16  # of a cluster that can be described: arrays by rank stay small
 _POSITIVE = (
@@ -55,7 +58,10 @@ class Cluster:
         linear_flops: matrix FLOP per second that a layer's linear parts reach; None:
             ``device_flops``.
         kernel: the attention kernel that the rates are of, which its ranks run: a name of
-            :data:`dcp.runtime.kernels.KERNELS`, or "auto".
+            :data:`dcp.runtime.kernels.KERNELS`, or "auto": see :meth:`kernel_for`.
+        kernel_table: what each kernel was measured to reach, by block size, mask, dtype and
+            head_dim (:class:`dcp.kernel_table.KernelRates`). A spec that it has is costed by its
+            lines, any other one by the rates above.
         rank_speeds: of each rank's device, 1.0 being as fast as the rates above; empty: all are.
         name: what the rates describe.
 
@@ -80,6 +86,7 @@ class Cluster:
     linear_flops: float | None = None
     rank_speeds: tuple[float, ...] = ()
     kernel: str = "auto"
+    kernel_table: KernelTable = field(default=(), metadata={"optional": True})
     name: str = "a100-p4de"
 
     def __post_init__(self) -> None:
@@ -89,6 +96,7 @@ class Cluster:
         checked["devices_per_node"] = _devices(self.devices_per_node, checked["num_nodes"])
         checked["kernel_tile"] = whole("kernel_tile", self.kernel_tile, least=1, most=MOST_RANKS)
         checked["kernel_rates"] = _rates(self.kernel_rates)
+        checked["kernel_table"] = checked_table(self.kernel_table)
         for name in ("pack_bandwidth", "linear_flops"):
             if (given := getattr(self, name)) is not None:
                 checked[name] = positive(name, given)
@@ -143,9 +151,41 @@ class Cluster:
         """The same links and devices, another number of them."""
         return replace(self, num_nodes=num_nodes, devices_per_node=devices_per_node, rank_speeds=())
 
+    def kernel_for(self, spec: AttentionSpec) -> str:
+        """The kernel that ranks run for ``spec``: the one named; with "auto" the table's fastest,
+        and where the table has none for its dtype and head_dim, what "auto" means to an executor.
+        """
+        if self.kernel != "auto" or spec.value_dim != spec.head_dim:
+            return self.kernel
+        return self._fastest.get((spec.dtype, spec.head_dim), "auto")
+
+    def curves(self, spec: AttentionSpec) -> Curves | None:
+        """The table's seconds of blocks by that kernel; None where it has none."""
+        if not self.kernel_table or spec.value_dim != spec.head_dim:
+            return None
+        return self._curves.get((self.kernel_for(spec), spec.dtype, spec.head_dim))
+
+    @cached_property
+    def _curves(self) -> dict[tuple[str, str, int], Curves]:
+        return table_curves(self.kernel_table)
+
+    @cached_property
+    def _fastest(self) -> dict[tuple[str, int], str]:
+        """By dtype and head_dim."""
+        keys = {(line.dtype, line.head_dim) for line in self.kernel_table}
+        found = {key: fastest_kernel(self.kernel_table, *key) for key in keys}
+        return {key: kernel for key, kernel in found.items() if kernel is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, but for a table of no lines, which older readers do not know."""
+        fields = asdict(self)
+        if not self.kernel_table:
+            del fields["kernel_table"]
+        return fields
+
     def save(self, path: str | Path) -> None:
         """Write the cluster as JSON, readable by :meth:`load`."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Cluster:

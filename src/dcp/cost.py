@@ -6,20 +6,32 @@ import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.cluster import Cluster
+from dcp.kernel_table import BACKWARD_FLOPS, FORWARD_FLOPS, Curves
 
 MODEL_WIDTH = 4096  # hidden size of the 8 B models that context parallelism starts with
-FORWARD_FLOPS = 4.0  # per pair, head and width: two products of a multiply and an add
 
 
 def attention_seconds(
     area: np.ndarray | float, spec: AttentionSpec, cluster: Cluster, *, backward: bool = False
 ) -> np.ndarray | float:
-    """Seconds one device needs for ``area`` (query, key) pairs times all query heads."""
+    """Seconds one device needs for ``area`` (query, key) pairs times all query heads, in blocks of
+    the best size."""
+    if (curves := cluster.curves(spec)) is not None:
+        flops, rate = _measured(curves, cluster, backward)
+        return area * (flops * spec.num_heads * spec.head_dim / curves.most_flops(backward=rate))
     flops = FORWARD_FLOPS * (cluster.backward_ratio if backward else 1.0)
     # of five products backward, three are as wide as keys: scores, their two gradients
     keys, values = (3, 2) if backward else (1, 1)
     width = (keys * spec.head_dim + values * spec.value_dim) / (keys + values)
     return area * (flops * spec.num_heads * width / cluster.device_flops)
+
+
+def _measured(curves: Curves, cluster: Cluster, backward: bool) -> tuple[float, bool]:
+    """FLOPs per pair, head and width, and whether they run at the backward rate: where none was
+    measured, a backward pass is that much longer than the forward one."""
+    if backward and curves.trains:
+        return BACKWARD_FLOPS, True
+    return FORWARD_FLOPS * (cluster.backward_ratio if backward else 1.0), False
 
 
 def linear_seconds(
@@ -86,8 +98,17 @@ def item_seconds(
 
     Compute counts whole kernel tiles: edges are rounded up, and where the mask cuts an item, half
     a tile is lost along each row of tiles that the cut crosses. Measured rates hold the cost of
-    odd sizes already, so with them edges are not rounded. Memory counts each operand once.
+    odd sizes already, so with them edges are not rounded; and lines of the cluster's table are of
+    cut blocks too, so with them nothing is added. Memory counts each operand once.
     """
+    rows = q_rows * (spec.q_token_bytes + spec.out_token_bytes) + kv_rows * spec.kv_token_bytes
+    memory = rows * (2.0 if backward else 1.0) / cluster.memory_bandwidth
+    if (curves := cluster.curves(spec)) is not None:
+        flops, own = _measured(curves, cluster, backward)
+        rate = curves.flops(area, q_rows, kv_rows, backward=own)
+        products = area * (flops * spec.num_heads * spec.head_dim) / rate
+        measured: np.ndarray = np.maximum(products, memory) / num_head_groups
+        return measured
     tile = cluster.kernel_tile
     cut = area < q_rows * kv_rows
     if not cluster.kernel_rates:
@@ -96,14 +117,12 @@ def item_seconds(
         q_rows_run, kv_rows_run = q_rows, kv_rows
     whole = q_rows_run * kv_rows_run
     pairs = np.where(cut, area + np.minimum(q_rows_run, kv_rows_run) * tile / 2, whole)
-    flops = attention_seconds(np.minimum(pairs, whole), spec, cluster, backward=backward)
+    products = attention_seconds(np.minimum(pairs, whole), spec, cluster, backward=backward)
     if cluster.kernel_rates:
         sides, rates = np.array(cluster.kernel_rates).T
         rate = np.interp(np.log(np.maximum(q_rows * kv_rows, 1)) / 2, np.log(sides), rates)
-        flops = flops * cluster.device_flops / rate
-    rows = q_rows * (spec.q_token_bytes + spec.out_token_bytes) + kv_rows * spec.kv_token_bytes
-    memory = rows * (2.0 if backward else 1.0) / cluster.memory_bandwidth
-    seconds: np.ndarray = np.maximum(flops, memory) / num_head_groups
+        products = products * cluster.device_flops / rate
+    seconds: np.ndarray = np.maximum(products, memory) / num_head_groups
     return seconds
 
 

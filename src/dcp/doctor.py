@@ -168,10 +168,10 @@ def _case(device: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         torch.randn(sum(SEQLENS), heads, SPEC.head_dim, generator=generator).to(device)
         for heads in (SPEC.num_heads, SPEC.num_kv_heads, SPEC.num_kv_heads, SPEC.num_heads)
     )
-    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    inputs = [q, k, v] = [tensor.requires_grad_() for tensor in (q, k, v)]
     rows = torch.arange(len(SEQLENS)).repeat_interleave(torch.tensor(SEQLENS))
     seen = (rows[:, None] == rows[None, :]).tril().to(device)  # causal inside each document
-    out, _ = dense_attention(*inputs, seen)
+    out, _ = dense_attention(q, k, v, seen)
     return [*inputs, grad], [out, *torch.autograd.grad(out, inputs, grad)]
 
 

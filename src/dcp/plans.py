@@ -257,7 +257,7 @@ class Plan:
         masks, arrays = to_parts(self.masks)
         meta = {
             "spec": asdict(self.spec),
-            "cluster": asdict(self.cluster),
+            "cluster": self.cluster.to_json(),
             "num_head_groups": self.num_head_groups,
             "masks": masks,
             "weights": self.weights,

@@ -1,7 +1,8 @@
 """``dcp profile``: measure this cluster and write the file that ``Cluster.load`` reads.
 
-The kernels that serve are raced on a causal square; rates come from the fastest, over a range of
-block sizes, and ranks of the cluster run it. Latency and bandwidth come from messages between two
+Every kernel that serves is measured by block size, mask kind, dtype and head_dim: the file carries
+that table, and ranks run the fastest. The rates of what is not in it come from the fastest kernel
+of the first dtype and head_dim. Latency and bandwidth come from messages between two
 ranks of a node and, under torchrun on several nodes, between two nodes. On one node the inter-node
 figures keep the preset's values, and the file says so.
 """
@@ -10,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -21,21 +21,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.batch import AttentionSpec
+from dcp.bench import rates
 from dcp.cluster import Cluster
-from dcp.cost import FORWARD_FLOPS
+from dcp.kernel_table import fastest_kernel
 from dcp.launch.group import choose_device, joined_group
 from dcp.launch.ranks import run_ranks
-from dcp.masks import AttnMask
-from dcp.planner import plan
-from dcp.runtime import AttentionExecutor
-from dcp.runtime.kernels import KERNELS, get_kernel
-from dcp.runtime.kernels.trial import trial
-from dcp.runtime.session import Call
 
-BLOCK_SIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 SMALL_BYTES, LARGE_BYTES = 64, 16 << 20
-RACE_TOKENS = 2048  # of the causal square that kernels are raced on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,46 +38,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-per-node", type=int, default=1, help="devices of each machine")
     parser.add_argument("--heads", type=int, default=8, help="query heads to measure with")
     parser.add_argument("--kv-heads", type=int, default=2, help="KV heads to measure with")
-    parser.add_argument("--head-dim", type=int, default=64, help="head_dim to measure with")
-    parser.add_argument("--dtype", default="float32", help="dtype to measure with")
+    for name, kind, default in (("head-dim", int, 64), ("dtype", str, "float32")):
+        parser.add_argument(
+            f"--{name}", type=kind, nargs="+", default=[default], help=f"{name}s to measure with"
+        )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write; under torchrun every rank takes part and rank 0 writes."""
     torch.set_num_threads(args.threads)
-    spec = AttentionSpec(
-        num_heads=args.heads,
-        num_kv_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        dtype=args.dtype,
-    )
+    specs = [
+        AttentionSpec(
+            num_heads=args.heads, num_kv_heads=args.kv_heads, head_dim=head_dim, dtype=dtype
+        )
+        for dtype in args.dtype
+        for head_dim in args.head_dim
+    ]
+    spec = specs[0]
     cluster = Cluster.preset("laptop", num_nodes=args.nodes, devices_per_node=args.devices_per_node)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    raced = race_kernels(spec, device)
-    kernel = min(raced, key=lambda name: raced[name])
-    rates = measure_kernel(spec, device, kernel=kernel)
+    table = rates.measure_table(specs, device)
+    kernel = fastest_kernel(table, spec.dtype, spec.head_dim) or "auto"
+    by_side = rates.measure_kernel(spec, device, kernel=kernel)
     cluster = replace(
         cluster,
         name=args.name,
-        kernel=kernel,
-        kernel_rates=rates,
-        device_flops=max(rate for _, rate in rates),
-        kernel_tile=measure_kernel_tile(spec, device, kernel=kernel),
-        backward_ratio=measure_backward_ratio(spec, device, kernel=kernel),
+        kernel_table=table,
+        kernel_rates=by_side,
+        device_flops=max(rate for _, rate in by_side),
+        kernel_tile=rates.measure_kernel_tile(spec, device, kernel=kernel),
+        backward_ratio=rates.measure_backward_ratio(spec, device, kernel=kernel),
         memory_bandwidth=measure_memory(device),
         pack_bandwidth=measure_pack(device),
-        launch_seconds=measure_launch(spec, device, kernel=kernel),
+        launch_seconds=rates.measure_launch(spec, device, kernel=kernel),
     )
     cluster = replace(cluster, **measure_links())
     if int(os.environ.get("RANK", 0)) == 0:
         cluster.save(args.out)
-        for name, seconds in raced.items():
-            taken = ", taken" if name == kernel else ""
-            print(f"kernel {name:16} {1e3 * seconds:12.2f} ms{taken}")
-        for side, rate in rates:
+        print("\n".join(table_text(cluster, specs)))
+        for side, rate in by_side:
             print(f"attention, {side:5} x {side:<5} {rate / 1e9:12.1f} GFLOP/s")
         print(f"tile at a mask's edge   {cluster.kernel_tile:12} tokens")
         print(f"backward ÷ forward      {cluster.backward_ratio:12.2f}")
@@ -100,142 +95,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def race_kernels(
-    spec: AttentionSpec, device: torch.device, *, side: int = RACE_TOKENS
-) -> dict[str, float]:
-    """Seconds of a causal square, forward and backward, by each kernel that serves training.
-
-    Kernels whose results are wrong on the device are left out, and named.
-    """
-    dtype = getattr(torch, spec.dtype)
-    options = Call().options(spec, needs_grad=True)
-    seconds = {}
-    for name in KERNELS:
-        try:
-            wrong = trial(get_kernel(name, device, dtype, options), device, dtype, options)
-        except ValueError:  # it says what it cannot serve
-            continue
-        if wrong is not None:
-            print(f"kernel {name} is left out: {wrong}", file=sys.stderr)
-            continue
-        attend = _attention(AttnMask.causal(side), spec, device, None, needs_grad=True, kernel=name)
-        grad = torch.ones_like(attend())
-        seconds[name] = _seconds(lambda: attend().backward(grad), device)  # noqa: B023
-    return seconds
-
-
-def measure_kernel(
-    spec: AttentionSpec,
-    device: torch.device,
-    *,
-    group: dist.ProcessGroup | None = None,
-    kernel: str = "auto",
-) -> tuple[tuple[int, float], ...]:
-    """(side of a square full block, forward FLOP/s) for every block size.
-
-    ``group``: this rank alone, where a process group of more has been initialised.
-    """
-    launch = measure_launch(spec, device, group=group, kernel=kernel)
-    pairs = FORWARD_FLOPS * spec.num_heads * spec.head_dim
-    rates = []
-    for side in BLOCK_SIZES:
-        attend = _attention(AttnMask.full(side), spec, device, group, kernel=kernel)
-        seconds = _seconds(attend, device)
-        rates.append((side, pairs * side**2 / max(seconds - launch, seconds / 10)))
-    return tuple(rates)
-
-
-def measure_kernel_tile(
-    spec: AttentionSpec,
-    device: torch.device,
-    *,
-    side: int = 2048,
-    group: dist.ProcessGroup | None = None,
-    kernel: str = "auto",
-) -> int:
-    """Side of the tiles computed whole, from what a causal block costs beyond its pairs."""
-    full, causal = (
-        _seconds(_attention(mask, spec, device, group, kernel=kernel), device)
-        for mask in (AttnMask.full(side), AttnMask.causal(side))
-    )
-    beyond = causal / full - (side + 1) / (2 * side)  # half a tile for each tile of the diagonal
-    return min(max(round(2 * beyond * side), 1), side)
-
-
-def measure_backward_ratio(
-    spec: AttentionSpec,
-    device: torch.device,
-    *,
-    side: int = 1024,
-    group: dist.ProcessGroup | None = None,
-    kernel: str = "auto",
-) -> float:
-    """Time of a block's backward pass over that of its forward pass."""
-    square = AttnMask.full(side)
-    forward = _attention(square, spec, device, group, needs_grad=True, kernel=kernel)
-    grad = torch.ones_like(forward())
-    both = _seconds(lambda: forward().backward(grad), device)
-    alone = _seconds(forward, device)
-    return max(both - alone, 0.0) / alone
-
-
-def _attention(
-    mask: AttnMask,
-    spec: AttentionSpec,
-    device: torch.device,
-    group: dist.ProcessGroup | None,
-    *,
-    needs_grad: bool = False,
-    kernel: str = "auto",
-) -> Callable[[], torch.Tensor]:
-    """Attention of one square block by one of the library's kernels."""
-    side = mask.q_len
-    dtype = getattr(torch, spec.dtype)
-    executor = AttentionExecutor(group, kernel=kernel)
-    batch = SequenceBatch([side], [mask])
-    executor.prepare(plan(batch, spec, Cluster(devices_per_node=1), block_size=side))
-    shapes = (side, spec.num_heads, spec.head_dim), (side, 2, spec.num_kv_heads, spec.head_dim)
-    q, kv = (
-        torch.randn(shape, dtype=dtype, device=device, requires_grad=needs_grad) for shape in shapes
-    )
-    return lambda: executor.attention(q, kv)
+def table_text(cluster: Cluster, specs: Sequence[AttentionSpec]) -> Iterator[str]:
+    """The table in lines of at most 80 columns: GFLOP/s by mask, and which kernel is taken."""
+    for spec in specs:
+        taken = cluster.kernel_for(spec)
+        yield f"{spec.dtype}, head_dim {spec.head_dim}: ranks run {taken}"
+        for line in cluster.kernel_table:
+            if (line.dtype, line.head_dim) == (spec.dtype, spec.head_dim):
+                for way, each in (("fwd", line.forward), ("bwd", line.backward)):
+                    found = " ".join(f"{rate / 1e9:7.0f}" for rate in each)
+                    yield f"  {line.kernel:9} {line.mask:6} {way} {found or 'none'}"
+        sides = {side for line in cluster.kernel_table for side in line.sides}
+        yield f"  GFLOP/s; side {' ' * 6}" + " ".join(f"{side:7}" for side in sorted(sides))
 
 
 def measure_memory(device: torch.device) -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.zeros(64 << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source), device)
+    return 2 * source.numel() / rates.seconds_of(lambda: target.copy_(source), device)
 
 
 def measure_pack(device: torch.device) -> float:
     """Bytes per second at which parts of a message are copied into one."""
     parts = [torch.zeros(1 << 20, dtype=torch.uint8, device=device) for _ in range(4)]
-    return (4 << 20) / _seconds(lambda: torch.cat(parts), device)
-
-
-def measure_launch(
-    spec: AttentionSpec,
-    device: torch.device,
-    *,
-    group: dist.ProcessGroup | None = None,
-    kernel: str = "auto",
-) -> float:
-    """Seconds of the smallest pass there is, of one token."""
-    return _seconds(_attention(AttnMask.full(1), spec, device, group, kernel=kernel), device)
-
-
-def _seconds(work: Callable[[], object], device: torch.device, *, least: float = 0.2) -> float:
-    """Median seconds of one call, over at least ``least`` seconds and five calls."""
-    work()
-    times: list[float] = []
-    while len(times) < 5 or sum(times) < least:
-        started = perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(perf_counter() - started)
-    return median(times)
+    return (4 << 20) / rates.seconds_of(lambda: torch.cat(parts), device)
 
 
 # --------------------------------------------------------------------------- links

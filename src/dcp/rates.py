@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 from dcp.batch import AttentionSpec
 from dcp.cluster import Cluster
 from dcp.cost import division_seconds, item_seconds, linear_seconds
+from dcp.kernel_table import scaled_table
 from dcp.program import MaskProgram, RankPlan, row_bytes
 from dcp.ragged import expand, runs
 from dcp.slices import slice_area
@@ -292,6 +293,7 @@ class RateFit:
             device_flops=given.device_flops / forward,
             memory_bandwidth=given.memory_bandwidth / forward,
             kernel_rates=tuple((side, rate / forward) for side, rate in given.kernel_rates),
+            kernel_table=scaled_table(given.kernel_table, forward=forward, backward=backward),
             backward_ratio=given.backward_ratio * backward / forward,
             launch_seconds=given.launch_seconds * launch,
             inter_node_latency=given.inter_node_latency * far_latency,
@@ -329,7 +331,7 @@ class RateFit:
         with self._lock:
             return {
                 "num_batches": self.num_batches,
-                "given": asdict(self.given),
+                "given": self.given.to_json(),
                 **{name: list(getattr(self, name).rows) for name in _FITS},
                 "packing": [list(each) for each in self.packing],
             }

@@ -12,7 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from math import isfinite, prod
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -148,12 +148,18 @@ def exactly(what: str, found: Iterable[str], wanted: Iterable[str]) -> None:
 
 
 def record(kind: type[Record], values: Any) -> Record:
-    """A dataclass from the JSON object of its fields, each of its own type; lists are tuples."""
+    """A dataclass from the JSON object of its fields, each of its own type; lists are tuples.
+
+    Fields with the metadata ``optional`` may be absent. A dataclass in a field comes as the object
+    of its fields, which the outer one turns into it.
+    """
     hints = get_type_hints(kind)
     name = kind.__name__
     if not isinstance(values, dict):
         raise WireError(f"{name} is {values!r:.100}, not an object")
-    exactly(name, values, [each.name for each in fields(kind)])  # type: ignore[arg-type]
+    every = fields(kind)  # type: ignore[arg-type]
+    known = [x.name for x in every if x.name in values or not x.metadata.get("optional")]
+    exactly(name, values, known)
     for key, value in values.items():
         if not _is_of(value, hints[key]):
             raise WireError(f"{name}.{key} is {value!r:.100}")
@@ -171,6 +177,14 @@ def _is_of(value: Any, hint: Any) -> bool:
             isinstance(value, list)
             and len(value) == len(each_of)
             and all(map(_is_of, value, each_of))
+        )
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        names = set(hints)
+        return (
+            isinstance(value, dict)
+            and set(value) == names
+            and all(_is_of(value[name], hints[name]) for name in names)
         )
     if origin is dict:
         return isinstance(value, dict) and all(_is_of(each, of[1]) for each in value.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,15 +23,39 @@ from dcp.tables import Item
 
 
 class Nobody:
-    """A communicator whose messages arrive at once, all zeros."""
+    """A communicator whose messages arrive at once, with what their memory held."""
 
     def open(self, *_: Any) -> None:
         """Nobody to connect to."""
 
     def launch(self, sends: Messages, receives: Messages) -> Iterator[None]:
-        for message in receives.values():
-            message.zero_()
         return iter(())
+
+
+class Noise:
+    """Random numbers in place of uninitialised memory: made once, and handed out again in the same
+    order by every pass, so that filling it takes no part of a pass's time."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+        self.next = 0
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What ``torch.empty`` would be asked for."""
+        if self.next == len(self.held):
+            self.held.append(_random(shape, dtype, device))
+        found = self.held[self.next]
+        self.next += 1
+        assert (found.shape, found.dtype) == (torch.Size(shape), dtype)
+        return found
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normally distributed; bytes are those of bfloat16, finite in any floating dtype."""
+    if dtype.is_floating_point:
+        return torch.randn(shape, device=device).to(dtype)
+    count = prod(shape)
+    return torch.randn(-(-count // 2), device=device).bfloat16().view(dtype)[:count].view(shape)
 
 
 def in_one_launch(plan: RankPlan) -> RankPlan:
@@ -65,7 +91,14 @@ def _one_division(program: MaskProgram) -> MaskProgram:
 
 
 class Alone:
-    """Forward and backward of one rank's plan on random tensors."""
+    """Forward and backward of one rank's plan on random tensors.
+
+    Args:
+        communicator: :class:`Nobody`, or one whose messages arrive in another way.
+        timed: note times, as where rates are learnt.
+        filled: rows that a peer would have sent, and those that no one sends, hold random numbers.
+        trains: the backward pass will be run.
+    """
 
     def __init__(
         self,
@@ -76,11 +109,14 @@ class Alone:
         *,
         communicator: Nobody | None = None,
         timed: bool = False,
+        filled: bool = True,
+        trains: bool = True,
     ) -> None:
         spec, tokens = plan.spec, plan.num_local_tokens
         self.prepared, self.kernel = PreparedPlan(plan), kernel
         self.communicator, self.timed = communicator or Nobody(), timed
-        self.options = Call().options(spec, needs_grad=True)
+        self.options = Call().options(spec, needs_grad=trains)
+        self.noise = {way: Noise() for way in (False, True)} if filled else {}
         q_shape = (tokens, spec.num_heads, spec.head_dim)
         out_shape = (tokens, spec.num_heads, spec.value_dim)
         self.q, self.kv, self.grad_out = (
@@ -103,5 +139,9 @@ class Alone:
     def _run(self, a_pass: AttentionPass) -> None:
         if self.timed:  # as where rates are learnt
             a_pass.times = a_pass.new_times()
+        if self.noise:
+            noise = self.noise[a_pass.backward]
+            noise.next = 0
+            a_pass.empty = partial(noise.empty, device=a_pass.device)  # type: ignore[method-assign]
         for _ in a_pass.run(self.communicator):
             pass

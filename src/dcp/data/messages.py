@@ -36,7 +36,7 @@ def request_to_bytes(
 ) -> bytes:
     """Ask for the plan of a batch; ``options`` are the keywords of ``dcp.plan``."""
     meta, arrays = batch_to_wire(batch)
-    meta = {"batch": meta, "spec": asdict(spec), "cluster": asdict(cluster), "options": options}
+    meta = {"batch": meta, "spec": asdict(spec), "cluster": cluster.to_json(), "options": options}
     return wire.pack(REQUEST, meta, arrays)
 
 

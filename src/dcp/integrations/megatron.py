@@ -88,15 +88,16 @@ def planned_data(
     options = {"mask_weights": weights if len(masks) > 1 else None, **options}
     width = {"model_width": config.hidden_size}
     options["plan_options"] = width | dict(options.get("plan_options") or {})
+    spec = attention_spec(config)
     loader = DCPDataLoader(
         dataset,
         (lambda seqlens, samples: masks) if mask_fn is None else mask_fn,
-        spec=attention_spec(config),
+        spec=spec,
         group=dist.group.WORLD,
         attention_group=group,
         **options,
     )
-    return loader, AttentionExecutor(group, kernel=loader.cluster.kernel)
+    return loader, AttentionExecutor(group, kernel=loader.cluster.kernel_for(spec))
 
 
 def attention_spec(config: Any) -> AttentionSpec:

@@ -91,7 +91,8 @@ class PlannedDataLoader(BaseDataLoader):  # type: ignore[misc]  # of torchtitan,
             tokens_per_batch=config.tokens_per_batch,
             **options,
         )
-        self.executor = AttentionExecutor(group, kernel=self._loader.cluster.kernel)
+        kernel = self._loader.cluster.kernel_for(asked.spec)
+        self.executor = AttentionExecutor(group, kernel=kernel)
 
     @property
     def loader(self) -> DCPDataLoader:

@@ -75,8 +75,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         self.plan = plan
         self._check_arguments()
         self.group = token_group(tensor_parallel=self.get_tp_size())
-        cluster = plan.cluster or Cluster()
-        self.executor = AttentionExecutor(self.group, kernel=cluster.kernel)
+        self.executor = AttentionExecutor(self.group)
         self._seen: list[tuple[LocalBatch, RankPlan]] = []  # since the last line of the log
         self._logged = 0.0
         self._strategy = ""
@@ -124,6 +123,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         self.model.set_attn_implementation("dcp")
         dtype = compute_dtype(self.args, self.model)
         self.attention = attention_of(self.model, dtype=dtype, tensor_parallel=self.get_tp_size())
+        self.executor.kernel = (plan.cluster or Cluster()).kernel_for(self.attention.spec)
         return DCPDataLoader(
             dataset,
             masks_of(self.attention) if plan.mask is None else plan.mask,

@@ -174,11 +174,15 @@ class AttentionPass:
 
     # Buffers.
 
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory of a buffer or a message, not initialised."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
     def results(self, buffer: int, *shape: int, exact: bool = True) -> Field:
         """An uninitialised buffer; inexact ones travel in the tensors' dtype."""
         rows = self.num_rows[buffer]
         held = self.dtype if self.once and not exact else self.compute_dtype
-        tensor = torch.empty((rows, *shape), dtype=held, device=self.device)
+        tensor = self.empty((rows, *shape), held)
         return tensor, self.compute_dtype if exact else self.dtype
 
     def inputs(self, buffer: int, tensor: Tensor, groups: int, *, exact: bool = False) -> Field:
@@ -191,7 +195,7 @@ class AttentionPass:
             return tensor.contiguous(), travels
         heads_dim = 1 if tensor.dim() == 2 else tensor.dim() - 2
         split = tensor.unflatten(heads_dim, (groups, -1)).movedim(heads_dim, 0)
-        field = torch.empty((rows, *split.shape[2:]), dtype=dtype, device=self.device)
+        field = self.empty((rows, *split.shape[2:]), dtype)
         field[: groups * len(tensor)].unflatten(0, (groups, len(tensor))).copy_(split)
         return field, travels
 
@@ -234,7 +238,7 @@ class AttentionPass:
             if lying is None:
                 parts_of[peer] = parts
                 size = sum(part.num_bytes for part in parts)
-                lying = torch.empty(size, dtype=torch.uint8, device=self.device)
+                lying = self.empty([size], torch.uint8)
             receives[peer] = lying
         return self._complete(communicator.launch(sends, receives), receives, parts_of)
 

@@ -98,8 +98,8 @@ def _dense(
     q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor, mask: Tensor, options: Options
 ) -> list[Tensor]:
     """out, lse, dq, dk and dv by plain products, in the tensors' dtype."""
-    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
     with torch.enable_grad():
-        out, lse = dense_attention(*inputs, mask, scale=options.scale, softcap=options.softcap)
-        grads = torch.autograd.grad(out, inputs, grad_out)
+        out, lse = dense_attention(q, k, v, mask, scale=options.scale, softcap=options.softcap)
+        grads = torch.autograd.grad(out, (q, k, v), grad_out)
     return [out.detach(), lse.detach(), *grads]
