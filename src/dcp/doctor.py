@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import wrap
 from time import perf_counter
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from dcp.batch import AttentionSpec, SequenceBatch
+from dcp.bench.rates import measure_line
 from dcp.cluster import Cluster
 from dcp.launch.group import joined_group
 from dcp.launch.ranks import run_ranks
@@ -27,15 +29,21 @@ from dcp.planner import plan
 from dcp.plans import Plan
 from dcp.report.trace import write_trace
 from dcp.runtime import AttentionExecutor, LocalWorld
-from dcp.runtime.kernels import KERNELS
+from dcp.runtime.kernels import KERNELS, get_kernel
+from dcp.runtime.kernels.trial import trial, trial_errors
 from dcp.runtime.reference import dense_attention
+from dcp.runtime.session import Call
 from dcp.simulate import Span
 
 SEQLENS = (70, 33, 9, 1, 0)
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, dtype="float32")
 CLUSTER = Cluster(num_nodes=2, devices_per_node=2)
 MOST_ERROR = 1e-4
-Check = tuple[str, Callable[[], str]]  # what is checked; a function that says what it found
+AUTO_DTYPES, AUTO_HEAD_DIMS = ("bfloat16", "float32"), (64, 128)
+AUTO_SIDE = 256  # of the causal blocks that a kernel's rate is shown of
+WIDTH, INDENT = 80, 35  # columns of a line, and those before what was found
+Found = str | tuple[str, dict[str, Any]]  # what a check says, and figures of it for programs
+Check = tuple[str, Callable[[], Found]]
 
 
 class Absent(Exception):
@@ -48,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trace", type=Path, metavar="JSON", help="write that run's instructions, for Perfetto"
     )
     parser.add_argument(
+        "--cluster", type=Path, metavar="FILE", help="say which kernel its table takes, too"
+    )
+    parser.add_argument(
         "--megatron", action="store_true", help="check Megatron-Core with planned attention instead"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object a check")
@@ -55,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make every check, a line each; 1 where one failed."""
-    made = checks(args.num_processes, args.trace)
+    cluster = Cluster.load(args.cluster) if args.cluster else None
+    made = checks(args.num_processes, args.trace, cluster)
     if args.megatron:
         from dcp.integrations import megatron_doctor
 
@@ -67,9 +79,10 @@ def report(made: Iterable[Check], *, as_json: bool = False) -> int:
     """Make checks and print what each found; the exit status, 1 where one failed."""
     failed = 0
     for name, check in made:
-        started = perf_counter()
+        started, figures = perf_counter(), dict[str, Any]()
         try:
-            state, detail = "ok", check()
+            found = check()
+            state, (detail, figures) = "ok", (found, {}) if isinstance(found, str) else found
         except Absent as reason:
             state, detail = "absent", str(reason)
         except Exception as error:  # whatever is broken, the other checks are made
@@ -78,13 +91,27 @@ def report(made: Iterable[Check], *, as_json: bool = False) -> int:
         seconds = perf_counter() - started
         if as_json:
             line = {"check": name, "state": state, "detail": detail, "seconds": seconds}
-            print(json.dumps(line), flush=True)
+            print(json.dumps(line | figures), flush=True)
         else:
-            print(f"{state:7} {name:26} {detail}", flush=True)
+            print(f"{state:7} {name:26} {_indented(detail)}", flush=True)
     return 1 if failed else 0
 
 
-def checks(num_processes: int, trace: Path | None) -> Iterator[Check]:
+def _indented(detail: str) -> str:
+    """Several lines as a column of their own, within :data:`WIDTH`; one line as it is."""
+    if "\n" not in detail:
+        return detail
+    lines = [
+        part
+        for line in detail.splitlines()
+        for part in wrap(line, WIDTH - INDENT, subsequent_indent="  ")
+    ]
+    return ("\n" + " " * INDENT).join(lines)
+
+
+def checks(
+    num_processes: int, trace: Path | None, cluster: Cluster | None = None
+) -> Iterator[Check]:
     """All checks, those first that the others rest on."""
     yield "python, torch", _versions
     yield "device", _device
@@ -92,6 +119,10 @@ def checks(num_processes: int, trace: Path | None) -> Iterator[Check]:
     yield "plan on the wire", _wire
     for kernel in KERNELS:
         yield f"kernel {kernel}", partial(_kernel, kernel)
+    for dtype in AUTO_DTYPES:
+        for head_dim in AUTO_HEAD_DIMS:
+            name = f"auto, {dtype}, {head_dim}"
+            yield name, partial(auto_kernel, dtype, head_dim, cluster)
     for name in ("auto", *strategy_names()):
         yield f"strategy {name}", partial(_strategy, name)
     yield f"process group of {num_processes}", partial(_group, num_processes, trace)
@@ -141,6 +172,38 @@ def _kernel(name: str) -> str:
     except ValueError as reason:  # the kernel says what it cannot serve
         raise Absent(str(reason)) from None
     return f"{device}, error {error:.1e}"
+
+
+def auto_kernel(dtype: str, head_dim: int, cluster: Cluster | None = None) -> Found:
+    """Which kernel "auto" takes on this device for training, and why: a line for each kernel."""
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=head_dim, dtype=dtype)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options, to = Call().options(spec, needs_grad=True), getattr(torch, dtype)
+    taken = get_kernel("auto", device, to, options).name
+    figures: dict[str, dict[str, Any]] = {}
+    lines = [f"{taken} on {device.type}, to train"]
+    for name in KERNELS:
+        found: dict[str, Any] = {}
+        try:
+            kernel = get_kernel(name, device, to, options)
+            errors = trial_errors(kernel, device, to, options)
+            found["error"], found["dense_error"] = map(max, zip(*errors.values(), strict=True))
+            found["wrong"] = trial(kernel, device, to, options)
+            line = measure_line(kernel, spec, device, "causal", sides=[AUTO_SIDE])
+            found["forward_flops"], found["backward_flops"] = line.forward[0], line.backward[0]
+            rates = " / ".join(f"{rate / 1e9:.0f}" for rate in (*line.forward, *line.backward))
+            by_name = ", by name only" * (device.type in kernel.by_name_on)
+            said = found["wrong"] or f"error {found['error']:.1e}, {rates} GFLOP/s{by_name}"
+        except ValueError as error:  # it says what it cannot serve
+            said = found["refused"] = str(error).partition(f"{name}: ")[2].rstrip(")")
+        except Exception as error:  # a device may refuse what runs elsewhere
+            said = found["wrong"] = f"it fails: {type(error).__name__}: {error}"
+        figures[name] = found
+        lines.append(f"{name}: {said}")
+    if cluster is not None:
+        figures["table"] = {"kernel": (chosen := cluster.kernel_for(spec))}
+        lines.append(f"the cluster file takes {chosen}")
+    return "\n".join(lines), {"kernel": taken, "kernels": figures}
 
 
 def _strategy(name: str) -> str:
