@@ -18,7 +18,7 @@ from dcp.program import MaskProgram
 
 # Modules of this folder, each with its ``KERNEL``, in the order in which "auto" asks them; the
 # first two each serve one kind of device.
-KERNELS = ("torch_cpu", "triton", "flash", "flex", "dense")
+KERNELS = ("torch_cpu", "triton", "flash", "ffa", "flex", "dense")
 # Devices on which "auto" tries a kernel on a small case first.
 TRIED_ON = ("cuda",)
 
