@@ -89,7 +89,8 @@ def plan_cache(spec: AttentionSpec, held: np.ndarray, new: int, page_size: int) 
 
 def cached_before(cache: KVCache, held: np.ndarray) -> CachedAttention:
     """The cache after earlier turns, its keys and values drawn at random."""
-    rows = cache.extend(["sequence"], held)
+    owner = np.repeat(np.arange(held.shape[1]), held[0])
+    [rows] = cache.extend(["sequence"], [owner])
     cache.pools[0][torch.from_numpy(rows)] = torch.randn(len(rows), *cache.pools[0].shape[1:])
     return CachedAttention([cache], group=dist.group.WORLD)
 

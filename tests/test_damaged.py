@@ -14,6 +14,7 @@ from dcp.data.exchange import Share
 from dcp.inference import KVCache
 from dcp.tables import Item, Move
 from dcp.wire import WireError, pack, unpack
+from tests.test_inference import spread
 
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8)
 CLUSTER = Cluster(num_nodes=2, devices_per_node=2)
@@ -24,7 +25,7 @@ SHARE = Share(np.array([[3, 0, 5, 9]]), 4, True, 7, PLAN.rank_plan(1).to_bytes()
 
 def a_cache():
     cache = KVCache(SPEC, num_layers=2, num_pages=3, page_size=4, rank=1, num_ranks=2)
-    rows = cache.extend(["a", 7], np.array([[3, 5], [0, 4]]))
+    [rows] = cache.extend(["a", 7], spread([[3, 5], [0, 4]]))
     for pool in cache.pools:
         pool[rows] = torch.arange(9 * 32, dtype=pool.dtype).reshape(9, 2, 2, 8)
     return cache

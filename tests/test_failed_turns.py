@@ -13,7 +13,7 @@ from dcp.inference import CachedAttention, InferenceEngine, KVCache, plan_turn
 from dcp.inference.engine import CONVERSATIONS
 from dcp.inference.model import open_model
 from dcp.wire import WireError
-from tests.test_inference import SPEC, cluster_of, make_caches
+from tests.test_inference import SPEC, cluster_of, make_caches, spread
 
 FIRST = {"a": [5, 6, 7], "b": list(range(90, 131))}
 NEXT = {"b": [17, 3], "c": [8] * 9}
@@ -187,18 +187,19 @@ def test_weights_that_are_not_finite_are_not_sampled():
 def test_a_cache_refuses_what_makes_no_sense_and_goes_back():
     cache = KVCache(SPEC, num_layers=1, num_pages=4, page_size=4)
     with pytest.raises(ValueError, match=r"named twice: \['a', 'a'\]"):
-        cache.extend(["a", "a"], np.array([[1], [1]]))
-    for new in (np.array([[-1]]), np.array([[1.5]]), np.array([1])):
-        with pytest.raises(ValueError, match="new must be int"):
-            cache.extend(["a"], new)
-    cache.extend(["a"], np.array([[3]]))
+        cache.extend(["a", "a"], spread([[1], [1]]))
+    for owners in ([[-1]], [[0.0]], [0], [[0, 1]], [[0], [0]]):
+        with pytest.raises(ValueError, match="owners must be a rank below 1 for each new token"):
+            cache.extend(["a"], owners)
+    cache.extend(["a"], spread([[3]]))
     before, rows = cache.extent(), cache.rows(["a"]).tolist()
-    cache.extend(["a", "b"], np.array([[5], [2]]))
+    cache.extend(["a", "b"], spread([[5], [2]]))
     cache.undo(before)
     assert cache.sequences == ["a"]
     assert cache.rows(["a"]).tolist() == rows
     assert cache.free_pages.tolist() == [3]
-    assert sorted(cache.extend(["b"], np.array([[12]])).tolist()) == list(range(4, 16))
+    [rows] = cache.extend(["b"], spread([[12]]))
+    assert sorted(rows.tolist()) == list(range(4, 16))
 
 
 def test_a_turn_that_cannot_begin_leaves_the_caches(monkeypatch):

@@ -121,6 +121,38 @@ def test_conversations_survive_disk_and_eviction(gloo_pool, tmp_path, alone):
         make_engine(1, page_size=8).load(tmp_path)
 
 
+def test_forks_share_pages_and_say_what_unshared_conversations_say(tmp_path):
+    base, ends = list(range(40, 140)), {"left": [1, 2, 3], "right": [7] * 9}
+    apart = make_engine(3)
+    whole = {name: [*base, *end] for name, end in ends.items()}
+    wanted = apart.generate(whole, max_new_tokens=20)
+    engine = make_engine(3)
+    engine.generate({"base": base}, max_new_tokens=12)
+    assert engine.longest_prefix([*base, 1, 2]) == ("base", 100)
+    assert engine.longest_prefix([1, 2]) == (None, 0)
+    free = engine.attention.caches[0].free_pages
+    for name in ends:
+        engine.fork(name, from_="base", num_tokens=100)
+    lost = (free - engine.attention.caches[0].free_pages).tolist()
+    assert lost == [0, 2, 2]  # 32, 33 and 34 tokens in pages of 16: a last page for each fork
+    engine.save(tmp_path)
+    again = make_engine(3)
+    again.load(tmp_path)
+    for each in (engine, again):
+        assert each.generate(ends, max_new_tokens=20) == wanted
+    engine.fork("twin", from_="left")
+    engine.evict("left")
+    apart.generate({"left": []}, max_new_tokens=5)
+    engine.generate({"twin": []}, max_new_tokens=5)
+    assert engine.tokens("twin") == apart.tokens("left")
+    with pytest.raises(ValueError, match="no conversation 'left'"):
+        engine.fork("new", from_="left")
+    with pytest.raises(ValueError, match="a conversation 'twin' already"):
+        engine.fork("twin", from_="base")
+    with pytest.raises(ValueError, match="num_tokens must be 112 or less, got 113"):
+        engine.fork("new", from_="base", num_tokens=113)
+
+
 def test_mistakes_are_named_and_a_full_cache_changes_nothing():
     engine = make_engine(2, num_pages=2)
     with pytest.raises(ValueError, match="the KV cache is full"):
@@ -139,13 +171,6 @@ def test_mistakes_are_named_and_a_full_cache_changes_nothing():
         engine.generate({"a": []}, max_new_tokens=1, temperature=-1)
     with pytest.raises(ValueError, match="'/nowhere' is no folder"):
         open_model("/nowhere")
-    config = transformers.MistralConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, sliding_window=4,
-    )  # fmt: skip
-    engine = InferenceEngine(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(ValueError, match="sliding_window=4 cannot be honoured"):
-        engine.generate({"a": [1]}, max_new_tokens=1)
 
 
 def test_the_command_says_what_one_process_says(capfd):

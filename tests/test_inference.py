@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
 from dcp.batch import LSE_BYTES
 from dcp.inference import CachedAttention, KVCache, plan_turn
-from dcp.inference.attention import new_tokens
+from dcp.inference.attention import new_owners, new_tokens
 from dcp.plans import Plan
 from dcp.stats import balance
 from dcp.tables import Item, Move
@@ -72,6 +72,12 @@ def run_script(attention: CachedAttention) -> float:
             found = attention.attention(layer, q, kv)
             worst = max(worst, float((found - wanted).abs().max()) if len(found) else 0.0)
     return worst
+
+
+def spread(counts) -> list[np.ndarray]:
+    """So many tokens of each sequence on each rank, one rank after the other."""
+    counts = np.array(counts)
+    return [np.repeat(np.arange(counts.shape[1]), of) for of in counts]
 
 
 def make_caches(num_ranks: int, ranks=None, *, num_pages=40, page_size=4) -> list[KVCache]:
@@ -233,7 +239,7 @@ def decode(caches: list[KVCache], names: list[str], steps: int, *, start: int = 
         cluster = cluster_of(caches[0].num_ranks)
         a_plan = plan_turn([1] * len(names), held, SPEC, cluster, strategy="pass_q", shifts=shifts)
         for cache in caches:
-            cache.extend(names, new_tokens(a_plan))
+            cache.extend(names, new_owners(a_plan))
 
 
 def test_the_cache_is_balanced_after_a_thousand_steps():
@@ -251,19 +257,19 @@ def test_the_cache_is_balanced_after_a_thousand_steps():
 def test_a_full_cache_says_so_on_every_rank_and_changes_nothing():
     caches = make_caches(2, num_pages=3)
     for cache in caches:
-        cache.extend(["a"], np.array([[5, 8]]))
+        cache.extend(["a"], spread([[5, 8]]))
         assert cache.free_pages.tolist() == [1, 1]
         before = cache.rows(["a"]).tolist()
         with pytest.raises(ValueError, match=r"rank 1 needs 2 more pages of 4 tokens and has 1 of"):
-            cache.extend(["a", "b"], np.array([[1, 1], [0, 1]]))
+            cache.extend(["a", "b"], spread([[1, 1], [0, 1]]))
         assert cache.rows(["a"]).tolist() == before
         assert cache.sequences == ["a"]
-        cache.extend(["a"], np.array([[3, 4]]))
+        cache.extend(["a"], spread([[3, 4]]))
         cache.evict("a")
         assert cache.free_pages.tolist() == [3, 3]
         with pytest.raises(ValueError, match="'a' is not in the cache"):
             cache.evict("a")
-        cache.extend(["b"], np.array([[12, 12]]))
+        cache.extend(["b"], spread([[12, 12]]))
         assert sorted(cache.rows(["b"]).tolist()) == list(range(12))
 
 
@@ -271,8 +277,8 @@ def test_a_full_cache_says_so_on_every_rank_and_changes_nothing():
 def test_a_cache_survives_disk(tmp_path, dtype):
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=3, dtype=dtype)
     cache = KVCache(spec, num_layers=2, num_pages=6, page_size=4, rank=1, num_ranks=2)
-    cache.extend(["gone"], np.array([[2, 2]]))
-    rows = cache.extend(["a", 7], np.array([[3, 9], [0, 4]]))
+    cache.extend(["gone"], spread([[2, 2]]))
+    [rows] = cache.extend(["a", 7], spread([[3, 9], [0, 4]]))
     for pool in cache.pools:
         pool[rows] = torch.randn(13, 2, 2, 3).to(pool.dtype)
     cache.evict("gone")
@@ -287,7 +293,9 @@ def test_a_cache_survives_disk(tmp_path, dtype):
             assert torch.equal(one[mine], other[theirs])
     message = (tmp_path / "cache").read_bytes()
     meta, arrays = unpack("kv-cache", message)
-    (tmp_path / "other").write_bytes(pack("kv-cache", meta, arrays | {"held": arrays["held"] + 1}))
+    (tmp_path / "other").write_bytes(
+        pack("kv-cache", meta, arrays | {"layer 1": arrays["layer 1"][1:]})
+    )
     with pytest.raises(WireError, match="do not fit each other"):
         KVCache.load(tmp_path / "other")
     (tmp_path / "cache").write_bytes(message[:-3])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dcp.cluster import Cluster
 from dcp.inference.cache import KVCache, SequenceId
 from dcp.inference.paging import in_pages, keys_stay
+from dcp.inference.reach import Reach
+from dcp.inference.turn import plan_turn
 from dcp.plans import Plan
-from dcp.program import RankPlan
+from dcp.ragged import split
 from dcp.runtime import AttentionExecutor, LocalWorld
+from dcp.runtime.executor import BoundPlan
 from dcp.runtime.prepared import PreparedPlan
 from dcp.runtime.session import Call
 
@@ -29,6 +34,15 @@ class _Share:
     plan: PreparedPlan
     new_rows: Tensor
     all_rows: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A turn in the layers of one kind: their plan, who runs it, and the shares of ranks here."""
+
+    plan: Plan
+    host: LocalWorld | BoundPlan
+    shares: list[_Share]
 
 
 class CachedAttention:
@@ -56,43 +70,101 @@ class CachedAttention:
         wanted = list(range(num_ranks)) if self._executor is None else [self._executor.rank]
         if ranks != wanted:
             raise ValueError(f"the caches are of ranks {ranks}, this process needs {wanted}")
-        self.plan: Plan | None = None
-        self._shares: list[_Share] = []
-        self._world: LocalWorld | None = None
+        self._kinds: list[_Kind] = []
+        self.num_cached = np.zeros(0, dtype=np.int64)  # of each sequence of the turn
+        self.longest = 0  # tokens of the longest of them, the new ones counted in
+        self.compared: set[Any] = set()  # what layers ask for and what they get, in this turn
 
     @property
-    def rank_plan(self) -> RankPlan | None:
-        """This rank's plan of the turn; None where all ranks run in this process."""
-        return None if self.is_local or not self._shares else self._shares[0].plan.plan
+    def plan(self) -> Plan | None:
+        """The turn's plan for the first layer; the new tokens are shared out alike in all plans.
+        None where no turn has begun."""
+        return self._kinds[self.caches[0].layers[0]].plan if self._kinds else None
 
-    def begin(self, plan: Plan, sequences: Sequence[SequenceId]) -> None:
-        """Start a turn: make room for its new tokens, and run ``plan`` until the next one.
+    def reach_of(self, layer: int) -> Reach:
+        """How far back a layer sees."""
+        cache = self.caches[0]
+        return cache.kinds[cache.layers[layer]]
+
+    def plans(
+        self,
+        sequences: Sequence[SequenceId],
+        new: Sequence[int],
+        cluster: Cluster,
+        **options: Any,
+    ) -> list[Plan]:
+        """Plan a turn for each kind of layers, after what the caches hold now.
 
         Args:
-            plan: of :func:`dcp.inference.plan_turn`, for what the caches hold of ``sequences``.
-
-        Where it fails, the caches are as they were, and no turn has begun.
+            new: new tokens of each sequence.
+            options: strategy and shifts, as :func:`dcp.inference.plan_turn` takes them.
         """
-        new = new_tokens(plan)
-        cached = plan.num_cached.tolist()
-        held = self.caches[0].held(sequences).sum(axis=1).tolist()
-        if held != cached:
-            raise ValueError(f"the plan is for {cached} cached tokens, the cache holds {held}")
-        self.plan, self._shares = plan, []
-        before = [cache.extent() for cache in self.caches]
+        cache = self.caches[0]
+        return [
+            plan_turn(
+                new,
+                cache.seen(sequences, kind),
+                cache.spec,
+                cluster,
+                masks=cache.masks(sequences, new, kind),
+                **options,
+            )
+            for kind in range(len(cache.kinds))
+        ]
+
+    def begin(self, plans: Plan | Sequence[Plan], sequences: Sequence[SequenceId]) -> None:
+        """Start a turn: make room for its new tokens, and run ``plans`` until the next one.
+
+        Args:
+            plans: one for each kind of layers, as :meth:`plans` makes them; where all layers are
+                alike, a plan of :func:`dcp.inference.plan_turn` will do.
+
+        Where it fails, the caches hold what they held, and no turn has begun.
+        """
+        plans = [plans] if isinstance(plans, Plan) else list(plans)
+        caches, self._kinds = self.caches, []
+        self._check(plans, sequences)
+        owners = new_owners(plans[0])
+        before = [cache.now() for cache in caches]
+        self.num_cached = caches[0].held(sequences).sum(axis=1)
+        self.longest = int((self.num_cached + [len(of) for of in owners]).max(initial=0))
+        self.compared = set()
         try:
-            for cache in self.caches:
-                rows = cache.extend(sequences, new)
-                self._shares.append(_share(plan, cache, sequences, rows))
+            rows = [cache.extend(sequences, owners) for cache in caches]
+            self._kinds = [
+                self._kind(plan, kind, sequences, [of[kind] for of in rows])
+                for kind, plan in enumerate(plans)
+            ]
         except BaseException:
-            self.plan = None
-            for cache, extent in zip(self.caches, before, strict=True):
+            for cache, extent in zip(caches, before, strict=True):
                 cache.undo(extent)
             raise
+
+    def _kind(
+        self, plan: Plan, kind: int, sequences: Sequence[SequenceId], rows: list[np.ndarray]
+    ) -> _Kind:
+        shares = [
+            _share(plan, cache, kind, sequences, new)
+            for cache, new in zip(self.caches, rows, strict=True)
+        ]
         if self._executor is None:
-            self._world = LocalWorld(plan, kernel=self.kernel)
-        else:
-            self._executor.prepare(self._shares[0].plan)
+            return _Kind(plan, LocalWorld(plan, kernel=self.kernel), shares)
+        return _Kind(plan, self._executor.bind(shares[0].plan), shares)
+
+    def _check(self, plans: list[Plan], sequences: Sequence[SequenceId]) -> None:
+        """Raise ``ValueError`` unless plans are for what is cached, and agree on what is new."""
+        cache = self.caches[0]
+        if len(plans) != len(cache.kinds):
+            raise ValueError(
+                f"{len(plans)} plans for {len(cache.kinds)} kinds of layers: give one for each"
+            )
+        for kind, plan in enumerate(plans):
+            cached = plan.num_cached.tolist()
+            held = cache.seen(sequences, kind).sum(axis=1).tolist()
+            if held != cached:
+                raise ValueError(f"the plan is for {cached} cached tokens, the cache holds {held}")
+            if not all(map(np.array_equal, new_owners(plan), new_owners(plans[0]))):
+                raise ValueError("the plans share out new tokens differently: plan them together")
 
     def attention(
         self,
@@ -115,25 +187,23 @@ class CachedAttention:
 
         Returns the outputs, like ``q``.
         """
-        if self.plan is None:
+        if not self._kinds:
             raise ValueError("no turn has begun: call begin(plan, sequences) first")
+        turn = self._kinds[self.caches[0].layers[layer]]
         queries, new = self._split(q), self._split(kv)
         keys = []
-        for share, cache, each in zip(self._shares, self.caches, new, strict=True):
+        for share, cache, each in zip(turn.shares, self.caches, new, strict=True):
             pool = cache.pools[layer]
             pool.index_copy_(0, share.new_rows, each.to(pool.dtype))
             keys.append(pool if share.all_rows is None else pool[share.all_rows])
-        host = self._executor or self._world
-        assert host is not None
-        session = host.session(call or Call())
-        session = replace(session, plans=[share.plan for share in self._shares])
+        session = turn.host.session(call or Call())
+        session = replace(session, plans=[share.plan for share in turn.shares])
         out, _ = session.forward_shards(queries, keys, sink, needs_grad=False)
-        return self.plan.unshard(out) if self.is_local else out[0]
+        return turn.plan.unshard(out) if self.is_local else out[0]
 
     def _split(self, tensor: Tensor) -> list[Tensor]:
-        assert self.plan is not None
-        ranks = [cache.rank for cache in self.caches]
-        return [self.plan.shard(r, tensor) for r in ranks] if self.is_local else [tensor]
+        plan, ranks = self._kinds[0].plan, [cache.rank for cache in self.caches]
+        return [plan.shard(rank, tensor) for rank in ranks] if self.is_local else [tensor]
 
 
 def new_tokens(plan: Plan) -> np.ndarray:
@@ -144,12 +214,22 @@ def new_tokens(plan: Plan) -> np.ndarray:
     return counts
 
 
-def _share(plan: Plan, cache: KVCache, sequences: Sequence[SequenceId], rows: np.ndarray) -> _Share:
-    """A rank's program: over the pool's own rows where no key travels, else over a copy."""
+def new_owners(plan: Plan) -> list[np.ndarray]:
+    """The rank of each new token, of each sequence: int64."""
+    new = ~plan.is_cached
+    owner = np.repeat(plan.owner[new], plan.block_length[new])
+    return split(owner, plan.seqlens - plan.num_cached)
+
+
+def _share(
+    plan: Plan, cache: KVCache, kind: int, sequences: Sequence[SequenceId], rows: np.ndarray
+) -> _Share:
+    """A rank's program: over the pools' own rows where no key travels, else over a copy."""
     rank_plan, device = plan.rank_plan(cache.rank), cache.pools[0].device
     every = None
     if keys_stay(rank_plan.mask_program()):
-        rank_plan = in_pages(rank_plan, *cache.row_runs(sequences), len(cache.pools[0]))
+        num_rows = cache.num_pages_of(kind) * cache.page_size
+        rank_plan = in_pages(rank_plan, *cache.row_runs(sequences, kind), num_rows)
     else:
-        every = torch.from_numpy(cache.rows(sequences)).to(device)
+        every = torch.from_numpy(cache.rows(sequences, kind)).to(device)
     return _Share(PreparedPlan(rank_plan), torch.from_numpy(rows).to(device), every)

@@ -1,10 +1,9 @@
-"""Keys and values of many sequences on one rank: pages of one pool, kept over all turns."""
+"""Keys and values of many sequences on one rank: pages of pools, kept over all turns."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,35 +12,35 @@ import numpy as np
 import torch
 
 from dcp.batch import AttentionSpec
-from dcp.ragged import runs
-from dcp.received import MOST, require, within
+from dcp.inference.books import MOST_RANKS, Books, SequenceId
+from dcp.inference.reach import Reach
+from dcp.inference.stored import from_arrays, names_of_arrays, to_arrays
+from dcp.received import MOST, require
 from dcp.wire import exactly, pack, reading, record, unpack
 
-SequenceId = Hashable
-_SHAPE = ("num_layers", "num_pages", "page_size", "rank", "num_ranks")
+__all__ = ["KVCache", "SequenceId"]
+_COUNTS = ("num_layers", "num_pages", "window_pages", "page_size", "rank", "num_ranks")
 
 
-@dataclass
-class _Sequence:
-    """One sequence: its pages here, and how many tokens every rank holds of it."""
+class KVCache(Books):
+    """A pool of pages per layer, and which sequences each page belongs to.
 
-    pages: list[int]
-    held: np.ndarray
-
-
-class KVCache:
-    """A pool of pages per layer, and which sequence each page belongs to.
-
-    A token's keys and values stay in the row where they were written. Every rank knows how many
-    tokens each rank holds, so that all of them find a cache full, or plan a turn, alike.
+    A token's keys and values stay in the row where they were written. Every rank knows which tokens
+    each rank holds, so that all of them find a cache full, or plan a turn, alike.
 
     Args:
         num_pages, page_size: rows are ``num_pages * page_size`` tokens per layer on this rank. All
             ranks have as many.
+        reach: how far back each layer sees; by default all layers see all. What a layer cannot see
+            any more is forgotten, and its pages are free again.
+        window_pages: ``num_pages`` of layers that do not see all; by default the same. A prompt
+            that is read in one turn needs pages for all its tokens in these layers, too.
         rank, num_ranks: which of the ranks this is.
 
     Attributes:
         pools: of each layer, ``[rows, 2, num_kv_heads, head_dim]``.
+        layers: the kind of each layer, an index of :attr:`kinds`.
+        kinds: how far back the layers of each kind see.
         note: kept with what is saved; says what else belongs to it.
     """
 
@@ -52,136 +51,72 @@ class KVCache:
         num_layers: int,
         num_pages: int,
         page_size: int = 256,
+        reach: Sequence[Reach] | None = None,
+        window_pages: int | None = None,
         rank: int = 0,
         num_ranks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (("num_pages", num_pages), ("page_size", page_size)):
+        self.window_pages = num_pages if window_pages is None else window_pages
+        for name, value in (
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+            ("window_pages", self.window_pages),
+        ):
             if value < 1:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
-        self.spec, self.rank, self.num_ranks = spec, rank, num_ranks
-        self.num_pages, self.page_size = num_pages, page_size
-        shape = (num_pages * page_size, 2, spec.num_kv_heads, spec.head_dim)
+        reach = [Reach()] * num_layers if reach is None else reach
+        if len(reach) != num_layers:
+            raise ValueError(f"reach is of {len(reach)} layers, there are {num_layers}")
+        self.spec, self.num_pages = spec, num_pages
+        kinds = list(dict.fromkeys(reach)) or [Reach()]
+        self.layers = [kinds.index(of) for of in reach]
+        counts = [num_pages if of.is_all else self.window_pages for of in kinds]
+        super().__init__(kinds, counts, page_size=page_size, rank=rank, num_ranks=num_ranks)
         dtype = getattr(torch, spec.dtype)
+        shapes = [
+            (counts[kind] * page_size, 2, spec.num_kv_heads, spec.head_dim) for kind in self.layers
+        ]
         try:
-            self.pools = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            self.pools = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         except RuntimeError:  # torch's for want of memory, and for sizes beyond any
-            size = prod(shape) * spec.dtype_bytes * num_layers / 2**30
+            size = sum(map(prod, shapes)) * spec.dtype_bytes / 2**30
             raise ValueError(
                 f"the KV cache of num_pages={num_pages} and page_size={page_size} takes "
                 f"{size:,.1f} GiB on each rank, more than {device} has: make it with fewer pages"
             ) from None
-        self._free = list(range(num_pages))  # a heap: low pages first, so that runs are long
-        self._sequences: dict[SequenceId, _Sequence] = {}
         self.note = ""
-
-    # ------------------------------------------------------------------ what is there
 
     @property
     def shape(self) -> dict[str, Any]:
         """The arguments that it was made with, plain enough for JSON."""
         return {
             "spec": asdict(self.spec),
+            "reach": [asdict(self.kinds[kind]) for kind in self.layers],
             "num_layers": len(self.pools),
             "num_pages": self.num_pages,
+            "window_pages": self.window_pages,
             "page_size": self.page_size,
             "rank": self.rank,
             "num_ranks": self.num_ranks,
         }
 
-    @property
-    def sequences(self) -> list[SequenceId]:
-        """Sequences with cached tokens, in the order in which they came."""
-        return list(self._sequences)
+    def share(self, from_: SequenceId, to: SequenceId, *, num_tokens: int) -> None:
+        """Let the unknown sequence ``to`` begin with the first ``num_tokens`` tokens of ``from_``.
 
-    def held(self, sequences: Sequence[SequenceId]) -> np.ndarray:
-        """Tokens of each sequence on each rank, int64 ``[n, num_ranks]``; 0 for unknown ones."""
-        none = np.zeros(self.num_ranks, dtype=np.int64)
-        rows = [self._sequences[s].held if s in self._sequences else none for s in sequences]
-        return np.array(rows, dtype=np.int64).reshape(-1, self.num_ranks)
+        Full pages, which are never written again, then belong to both and take no memory twice. The
+        last page may be gone on with by both, so ``to`` gets its own copy of its rows at once.
+        Either sequence may then go on or be evicted without the other. On all ranks alike.
 
-    @property
-    def free_pages(self) -> np.ndarray:
-        """Free pages of every rank, int64 ``[num_ranks]``."""
-        return self.num_pages - self._pages(self.held(self.sequences)).sum(axis=0)
-
-    def row_runs(self, sequences: Sequence[SequenceId]) -> tuple[np.ndarray, np.ndarray]:
-        """This rank's rows of the sequences, in order: first row and length of every run."""
-        start, length = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for each in sequences:
-            if each in self._sequences:
-                known = self._sequences[each]
-                first = np.arange(len(known.pages)) * self.page_size
-                start.append(np.array(known.pages, dtype=np.int64) * self.page_size)
-                length.append(np.minimum(known.held[self.rank] - first, self.page_size))
-        return np.concatenate(start), np.concatenate(length)
-
-    def rows(self, sequences: Sequence[SequenceId]) -> np.ndarray:
-        """This rank's rows of the sequences, each sequence in the order of writing: int64."""
-        return runs(*self.row_runs(sequences))
-
-    # ------------------------------------------------------------------ what changes
-
-    def extend(self, sequences: Sequence[SequenceId], new: np.ndarray) -> np.ndarray:
-        """Make room for new tokens of some sequences; returns their rows here, int64.
-
-        ``new``: of each sequence on each rank, int64 ``[n, num_ranks]``.
-
-        Raises ``ValueError`` where any rank's pages do not suffice, on all ranks alike, and leaves
-        everything as it was.
+        Raises ``ValueError`` for sequences that do not fit; for tokens that layers of windows or
+        chunks have forgotten (:meth:`keeps`); and where pages do not suffice, one a rank and kind
+        at most. Then nothing is changed.
         """
-        if len(set(sequences)) != len(sequences):
-            raise ValueError(f"a sequence is named twice: {list(sequences)}")
-        before, new = self.held(sequences), np.asarray(new)
-        if new.shape != before.shape or new.dtype.kind not in "iu" or (new < 0).any():
-            raise ValueError(
-                f"new must be int {list(before.shape)} of 0 or more (sequences, ranks), "
-                f"got {new.tolist()}"
-            )
-        pages = self._pages(before + new) - self._pages(before)
-        lacking = pages.sum(axis=0) - self.free_pages
-        if (lacking > 0).any():
-            rank = int(lacking.argmax())
-            raise ValueError(
-                f"the KV cache is full: rank {rank} needs {pages[:, rank].sum()} more pages of "
-                f"{self.page_size} tokens and has {self.free_pages[rank]} of {self.num_pages}: "
-                "evict a sequence, or make the cache with more pages"
-            )
-        rows = [np.zeros(0, dtype=np.int64)]
-        for each, had, adds, more in zip(sequences, before, new, pages[:, self.rank], strict=True):
-            known = self._sequences.setdefault(each, _Sequence([], had))
-            known.pages += [heapq.heappop(self._free) for _ in range(more)]
-            known.held = had + adds
-            page, row = np.divmod(had[self.rank] + np.arange(adds[self.rank]), self.page_size)
-            rows.append(np.array(known.pages, dtype=np.int64)[page] * self.page_size + row)
-        return np.concatenate(rows)
-
-    def undo(self, before: dict[SequenceId, np.ndarray]) -> None:
-        """Take back what was added since :meth:`extent` said ``before``."""
-        for each in list(self._sequences):
-            known = self._sequences[each]
-            if each not in before:
-                self.evict(each)
-                continue
-            known.held = before[each]
-            kept = int(self._pages(known.held[self.rank]))
-            for page in known.pages[kept:]:
-                heapq.heappush(self._free, page)
-            del known.pages[kept:]
-
-    def extent(self) -> dict[SequenceId, np.ndarray]:
-        """How many tokens each rank holds of each sequence, for :meth:`undo`."""
-        return {each: known.held for each, known in self._sequences.items()}
-
-    def evict(self, sequence: SequenceId) -> None:
-        """Forget a sequence; its pages are free again. ``ValueError`` for an unknown one."""
-        if sequence not in self._sequences:
-            raise ValueError(f"sequence {sequence!r} is not in the cache")
-        for page in self._sequences.pop(sequence).pages:
-            heapq.heappush(self._free, page)
-
-    def _pages(self, tokens: np.ndarray) -> np.ndarray:
-        return -(-tokens // self.page_size)
+        copies = self.share_pages(from_, to, num_tokens=num_tokens)
+        for pool, kind in zip(self.pools, self.layers, strict=True):
+            page, copy, count = copies[kind]
+            old, new = page * self.page_size, copy * self.page_size
+            pool[new : new + count] = pool[old : old + count]
 
     # ------------------------------------------------------------------ on disk
 
@@ -193,11 +128,11 @@ class KVCache:
         names = self.sequences
         if unnamed := [name for name in names if type(name) not in (str, int)]:
             raise ValueError(f"only sequences named by str or int can be saved, not {unnamed[0]!r}")
-        index = torch.from_numpy(self.rows(names))
         meta = self.shape | {"sequences": names, "note": self.note}
-        arrays = {"held": self.held(names)}
-        for layer, pool in enumerate(self.pools):
-            values = pool[index.to(pool.device)].cpu().view(torch.uint8)
+        arrays = to_arrays(self)
+        for layer, (pool, kind) in enumerate(zip(self.pools, self.layers, strict=True)):
+            rows = torch.from_numpy(self._used_rows(kind)).to(pool.device)
+            values = pool[rows].cpu().view(torch.uint8)
             arrays[f"layer {layer}"] = values.numpy()
         Path(path).write_bytes(pack("kv-cache", meta, arrays))
 
@@ -212,33 +147,32 @@ class KVCache:
     def _read(
         cls, meta: dict[str, Any], arrays: dict[str, np.ndarray], device: torch.device | str
     ) -> KVCache:
-        exactly("the cache", meta, (*_SHAPE, "spec", "sequences", "note"))
+        exactly("the cache", meta, (*_COUNTS, "spec", "reach", "sequences", "note"))
         names, spec = meta["sequences"], record(AttentionSpec, meta["spec"])
-        shape = {name: meta[name] for name in _SHAPE}
-        counts = all(type(count) is int and 0 <= count < MOST for count in shape.values())
-        require(counts and type(meta["note"]) is str, f"its shape is {shape}")
-        rank, num_ranks, pages = shape["rank"], shape["num_ranks"], shape["num_pages"]
-        layers = [f"layer {layer}" for layer in range(len(arrays) - 1)]
-        require(shape["num_layers"] == len(layers), f"its shape is {shape}")
-        exactly("the cache", arrays, ["held", *layers])
+        counts = {name: meta[name] for name in _COUNTS}
+        ok = all(type(count) is int and 0 <= count < MOST for count in counts.values())
+        require(ok and type(meta["note"]) is str, f"its shape is {counts}")
+        require(0 <= counts["rank"] < counts["num_ranks"] <= MOST_RANKS, f"its shape is {counts}")
         named = all(type(name) in (str, int) for name in names) and len(set(names)) == len(names)
         require(named, f"its sequences are named {names!r:.100}")
-        held = arrays["held"]
-        tokens = (len(names), num_ranks)
-        require(
-            held.shape == tokens and within(held, 0, MOST), f"it holds {held.shape} of {tokens}"
-        )
-        require(0 <= rank < num_ranks, f"its shape is {shape}")
-        here = int(held[:, rank].sum())
-        values = (here, 2, spec.num_kv_heads, spec.head_dim * spec.dtype_bytes)
-        fits = all(arrays[name].shape == values for name in layers)
-        fits &= all(arrays[name].dtype == np.uint8 for name in layers)
-        require(fits, "the tables of the cache do not fit each other")
-        used = -(-held // max(shape["page_size"], 1)).sum(axis=0)
-        require((used <= pages).all(), f"it holds more than its {pages} pages")
-        cache = cls(spec, device=device, **shape)
+        reach = [record(Reach, of) for of in meta["reach"]]
+        layers = [f"layer {layer}" for layer in range(len(reach))]
+        exactly("the cache", arrays, names_of_arrays(len(set(reach)) or 1) + layers)
+        cache = cls(spec, reach=reach, device=device, **counts)
         cache.note = meta["note"]
-        rows = torch.from_numpy(cache.extend(names, held)).to(device)
-        for pool, name in zip(cache.pools, layers, strict=True):
-            pool[rows] = torch.from_numpy(arrays[name].copy()).view(pool.dtype).to(device)
+        from_arrays(cache, names, arrays)
+        width = spec.head_dim * spec.dtype_bytes
+        for pool, kind, name in zip(cache.pools, cache.layers, layers, strict=True):
+            rows, values = cache._used_rows(kind), arrays[name]
+            wanted = (len(rows), 2, spec.num_kv_heads, width)
+            fits = values.shape == wanted and values.dtype == np.uint8
+            require(fits, "the tables of the cache do not fit each other")
+            if len(rows):  # torch cannot view nothing as another dtype
+                found = torch.from_numpy(values.copy()).view(pool.dtype)
+                pool[torch.from_numpy(rows).to(device)] = found.to(device)
         return cache
+
+    def _used_rows(self, kind: int) -> np.ndarray:
+        """This rank's rows of all sequences, each once, ascending."""
+        rows: np.ndarray = np.unique(self.rows(self.sequences, kind))
+        return rows

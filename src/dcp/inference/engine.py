@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,16 +18,17 @@ from dcp.checks import whole
 from dcp.cluster import Cluster
 from dcp.errors import DCPError
 from dcp.inference.attention import CachedAttention
+from dcp.inference.books import Extent
 from dcp.inference.cache import KVCache
 from dcp.inference.inputs import Sampling, token_ids
 from dcp.inference.model import last_logits, use_cached_attention
-from dcp.inference.turn import Selector, plan_turn
+from dcp.inference.turn import Selector
 from dcp.wire import exactly, pack, reading, unpack
 
 Name = str | int
 CONVERSATIONS, _STATE = "conversations.dcp", "conversations"
 # tokens and pending ones of each conversation, extents of the caches, turns, slots
-_State = tuple[dict[Name, tuple[int, int]], list[dict[Any, np.ndarray]], int, int]
+_State = tuple[dict[Name, tuple[int, int]], list[Extent], int, int]
 
 
 @dataclass
@@ -49,7 +50,7 @@ class InferenceEngine:
         model: a Hugging Face model whose attention is causal (Llama and its like), on its device.
         num_ranks: all ranks in this process; None: this process is one rank of ``group``.
         group: a ``torch.distributed`` group; None: the default one, or a single rank.
-        num_pages, page_size: of the cache, see :class:`dcp.inference.KVCache`.
+        num_pages, page_size, window_pages: of the cache, see :class:`dcp.inference.KVCache`.
         cluster: the rates that turns are planned by; default rates otherwise.
         strategy: of prompts, see :func:`dcp.inference.plan_turn`. Decoding passes queries.
     """
@@ -62,6 +63,7 @@ class InferenceEngine:
         group: dist.ProcessGroup | None = None,
         num_pages: int = 256,
         page_size: int = 256,
+        window_pages: int | None = None,
         cluster: Cluster | None = None,
         strategy: str | Selector = "planned",
     ) -> None:
@@ -73,13 +75,15 @@ class InferenceEngine:
         if self.cluster.num_ranks != size:
             raise ValueError(f"the cluster has {self.cluster.num_ranks} ranks, there are {size}")
         self.model, self.strategy = model, strategy
-        self.spec = use_cached_attention(model)
+        self.spec, reach = use_cached_attention(model)
         self.device = next(model.parameters()).device
         caches = [
             KVCache(
                 self.spec,
-                num_layers=model.config.num_hidden_layers,
+                num_layers=len(reach),
+                reach=reach,
                 num_pages=num_pages,
+                window_pages=window_pages,
                 page_size=page_size,
                 rank=rank,
                 num_ranks=size,
@@ -161,6 +165,52 @@ class InferenceEngine:
             if name in cache.sequences:
                 cache.evict(name)
 
+    def fork(self, name: Name, *, from_: Name, num_tokens: int | None = None) -> None:
+        """Begin a conversation with the first tokens of another, which share its pages.
+
+        What is said to either one later is unknown to the other. The next turn reads the last token
+        again, so that it needs no prompt; and all of them where layers of windows or chunks have
+        forgotten what fewer tokens than all would see (:meth:`dcp.inference.KVCache.keeps`).
+
+        Args:
+            name: of the new conversation.
+            num_tokens: of ``from_``; all by default.
+
+        Raises ``ValueError`` for an unknown ``from_``, a known ``name``, and where pages do not
+        suffice; then nothing is changed.
+        """
+        self._known(from_)
+        self._check_name(name)
+        if name in self._conversations:
+            raise ValueError(f"there is a conversation {name!r} already: fork to a new name")
+        old = self._conversations[from_]
+        count = len(old.tokens)
+        if num_tokens is not None:
+            count = whole("num_tokens", num_tokens, least=1, most=count)
+        cached = min(count - 1, len(old.tokens) - old.num_pending)
+        if cached and self.attention.caches[0].keeps(from_, cached):
+            for cache in self.attention.caches:
+                cache.share(from_, name, num_tokens=cached)
+        else:
+            cached = 0
+        self._conversations[name] = _Conversation(
+            self._num_slots, old.tokens[:count], count - cached
+        )
+        self._num_slots += 1
+
+    def longest_prefix(self, tokens: Sequence[int]) -> tuple[Name | None, int]:
+        """The conversation that begins like ``tokens`` for longest, and how many tokens of it
+        :meth:`fork` could share with a conversation that begins with them; ``(None, 0)`` if none.
+        """
+        cache = self.attention.caches[0]
+        best: tuple[Name | None, int] = (None, 0)
+        for name, old in self._conversations.items():
+            pairs = zip(tokens, old.tokens[: len(old.tokens) - old.num_pending], strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            if common > best[1] and cache.keeps(name, common):
+                best = name, common
+        return best
+
     def _known(self, name: Name) -> None:
         if name not in self._conversations:
             raise ValueError(f"there is no conversation {name!r}")
@@ -194,15 +244,14 @@ class InferenceEngine:
         """Bring what is pending of these conversations into the cache; logits after it."""
         of = [self._conversations[name] for name in names]
         new = [c.tokens[len(c.tokens) - c.num_pending :] for c in of]
-        plan = plan_turn(
+        plans = self.attention.plans(
+            names,
             [len(tokens) for tokens in new],
-            self.attention.caches[0].held(names),
-            self.spec,
             self.cluster,
             strategy=strategy,
             shifts=[c.slot + self._num_turns for c in of],
         )
-        self.attention.begin(plan, names)
+        self.attention.begin(plans, names)
         self._num_turns += 1
         for conversation in of:
             conversation.num_pending = 0
@@ -256,12 +305,16 @@ class InferenceEngine:
         vocab_size = self.model.get_input_embeddings().num_embeddings
         said = {}
         for name, prompt in prompts.items():
-            if type(name) not in (str, int):
-                raise ValueError(f"a conversation is named by a str or an int, not {name!r}")
+            self._check_name(name)
             said[name] = token_ids(name, prompt, vocab_size=vocab_size)
             if not said[name] and name not in self._conversations:
                 raise ValueError(f"conversation {name!r} is new and its prompt is empty")
         return said
+
+    @staticmethod
+    def _check_name(name: Any) -> None:
+        if type(name) not in (str, int):
+            raise ValueError(f"a conversation is named by a str or an int, not {name!r}")
 
     # ------------------------------------------------------------------ on disk
 

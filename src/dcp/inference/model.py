@@ -12,12 +12,11 @@ from torch import Tensor
 
 from dcp.batch import AttentionSpec
 from dcp.inference.attention import CachedAttention
+from dcp.inference.reach import Reach, reach_of
 from dcp.integrations.describe import attention_of
 from dcp.integrations.model_checks import rotary_limit, try_model
-from dcp.integrations.model_masks import register_masks
+from dcp.integrations.model_masks import Asked, asked_of, register_masks
 from dcp.integrations.transformers import dcp_attention, local_logits, register_attention
-from dcp.plans import Plan
-from dcp.program import RankPlan
 from dcp.ragged import runs
 from dcp.runtime.kernels import KV, pack_kv
 from dcp.runtime.session import Call
@@ -27,14 +26,11 @@ NAME = "dcp_cached"
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a :class:`CachedAttention`, as :func:`dcp_attention` calls an executor.
-
-    ``plan`` is this rank's, or all ranks' where all run in this process.
-    """
+    """One layer of a :class:`CachedAttention`, as :func:`dcp_attention` calls an executor."""
 
     cached: CachedAttention
     index: int
-    plan: Plan | RankPlan | None
+    plan = None  # masks are compared here
 
     def attention(
         self,
@@ -47,24 +43,50 @@ class Layer:
     ) -> Tensor:
         """Attention of the new tokens in this layer. Raises ``ValueError`` for a named mask."""
         if mask is not None:
-            raise ValueError(f"mask {mask!r} cannot be honoured: inference is causal")
+            raise ValueError(f"mask {mask!r} cannot be honoured: each layer has its own here")
         call = Call(**options)
         return self.cached.attention(self.index, q, pack_kv(kv), sink=sink, call=call)
 
+    def check(self, module: Any, asked: Asked) -> None:
+        """Raise ``ValueError`` unless what a layer asks for is what its cache keeps."""
+        reach, seen = self.cached.reach_of(self.index), self.cached.compared
+        if (reach, asked.rule) in seen:
+            return
+        seen.add((reach, asked.rule))
+        if asked.fault or not asked.is_from(reach.first, self.cached.longest):
+            reason = asked.fault or "what it asks to see is not what its configuration says"
+            raise ValueError(
+                f"{type(module).__name__} of layer {self.index} cannot be served with {reach}: "
+                f"{reason}"
+            )
+
 
 def cached_attention(
-    module: Any, *tensors: Any, dcp_executor: CachedAttention | None = None, **others: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Asked | None,
+    *others: Any,
+    dcp_executor: CachedAttention | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """:func:`dcp.integrations.transformers.dcp_attention` over what is cached of this layer."""
     if dcp_executor is None:
         raise ValueError(f'attention "{NAME}" needs the model called by an InferenceEngine')
-    plan = dcp_executor.plan if dcp_executor.is_local else dcp_executor.rank_plan
-    layer = Layer(dcp_executor, module.layer_idx, plan)
-    return dcp_attention(module, *tensors, dcp_executor=layer, **others)
+    layer = Layer(dcp_executor, module.layer_idx)
+    asked = attention_mask if isinstance(attention_mask, Asked) else None
+    layer.check(module, asked_of(module, asked, sliding_window, is_causal))
+    return dcp_attention(
+        module, query, key, value, attention_mask, *others, dcp_executor=layer, **keywords
+    )
 
 
-def use_cached_attention(model: Any) -> AttentionSpec:
-    """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute.
+def use_cached_attention(model: Any) -> tuple[AttentionSpec, list[Reach]]:
+    """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute, and how
+    far back each of them sees.
 
     Raises ``ValueError`` for a model that dcp attention cannot serve, and for one whose keys and
     values have two widths.
@@ -72,8 +94,8 @@ def use_cached_attention(model: Any) -> AttentionSpec:
     from transformers import AttentionInterface
 
     register_attention()
-    spec = attention_of(model).spec
-    if spec.value_dim != spec.head_dim:
+    asked = attention_of(model, chunks=True)
+    if asked.spec.value_dim != asked.spec.head_dim:
         raise ValueError(
             f"{type(model).__name__} has latent attention, of keys and values of two widths, which "
             "the cache does not hold: train it with dcp, serve it elsewhere"
@@ -83,7 +105,7 @@ def use_cached_attention(model: Any) -> AttentionSpec:
     AttentionInterface.register(NAME, cached_attention)
     register_masks(NAME)
     model.set_attn_implementation(NAME)
-    return spec
+    return asked.spec, [reach_of(asked.masks[name]) for name in asked.layers]
 
 
 def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) -> dict[int, Tensor]:
@@ -98,14 +120,14 @@ def last_logits(model: Any, tokens: list[list[int]], cached: CachedAttention) ->
     plan = cached.plan
     assert plan is not None
     limit = rotary_limit(model.config.get_text_config())
-    if limit is not None and plan.longest > limit:
+    if limit is not None and cached.longest > limit:
         raise ValueError(
-            f"a conversation of {plan.longest} tokens is beyond {limit}, from which on the rotary "
-            "frequencies of this model depend on its length: keys that are cached would not fit"
+            f"a conversation of {cached.longest} tokens is beyond {limit}, from which on the "
+            "rotary frequencies of this model depend on its length: cached keys would not fit"
         )
     counts = np.array([len(of) for of in tokens])
     ends = np.cumsum(counts)
-    every = np.stack([np.concatenate(tokens).astype(np.int64), runs(plan.num_cached, counts)])
+    every = np.stack([np.concatenate(tokens).astype(np.int64), runs(cached.num_cached, counts)])
     mine = np.arange(ends[-1]) if cached.is_local else plan.token_indices(cached.caches[0].rank)
     kept = np.flatnonzero(np.isin(mine, ends - 1))
     device = cached.caches[0].pools[0].device

@@ -12,6 +12,7 @@ import numpy as np
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable
 from dcp.cluster import Cluster
+from dcp.masks import AttnMask
 from dcp.placement.passing import pass_either, pass_kv, pass_q, place_tokens
 from dcp.plans import Plan
 from dcp.simulate import simulate
@@ -30,8 +31,9 @@ def plan_turn(
     *,
     strategy: str | Selector = "planned",
     shifts: Sequence[int] | None = None,
+    masks: str | Sequence[AttnMask | str] = "causal",
 ) -> Plan:
-    """Plan causal attention of new tokens over cached and new ones.
+    """Plan attention of new tokens over cached and new ones.
 
     Args:
         new: new tokens of each sequence; one each is a step of decoding.
@@ -41,6 +43,8 @@ def plan_turn(
             from the totals of new and cached tokens, ``spec`` and ``cluster``.
         shifts: of each sequence, the rank that a lone token goes to (see
             :func:`dcp.placement.passing.place_tokens`); ``0, 1, …`` by default.
+        masks: what the new tokens of each sequence see, of the cached ones rank by rank and of each
+            other: new x (cached + new). By default all before them.
 
     Raises ``ValueError`` for an unknown strategy or arrays that do not fit.
     """
@@ -57,7 +61,7 @@ def plan_turn(
         strategy = strategy(int(tokens.sum()), int(held.sum()), spec, cluster)
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
-    batch = SequenceBatch(tokens + held.sum(axis=1), cached=held)
+    batch = SequenceBatch(tokens + held.sum(axis=1), masks, cached=held)
     shifts = range(len(tokens)) if shifts is None else shifts
     blocks, owner = place_tokens(batch, spec, cluster.num_ranks, shifts)
     if strategy == "planned":

@@ -24,7 +24,7 @@ from dcp.batch import AttentionSpec
 from dcp.checks import shown, whole
 from dcp.integrations.model_checks import OWN_TABLES, check_model, inner_model
 
-FULL, SLIDING = "full", "sliding"
+FULL, SLIDING, CHUNKED = "full", "sliding", "chunked"
 _KEYWORDS = {FULL: "dcp_mask", SLIDING: "dcp_sliding_mask"}
 _MASKS = {"full_attention": FULL, "attention": FULL, "sliding_attention": SLIDING}
 _OWN_MASK = "plan a mask of your own for it and give dcp_any_mask=True"
@@ -52,6 +52,7 @@ class Attention:
         masks: names for mask expressions, ``{"full": "causal", "sliding":
             "sliding_window:window=1024"}``; only those that a layer uses.
         weights: layers that use each mask, by the same names.
+        layers: the name of each layer's mask.
         keywords: of :func:`~dcp.integrations.transformers.local_logits` or the model, which say
             the mask of a layer: ``dcp_mask`` and ``dcp_sliding_mask``.
     """
@@ -59,6 +60,7 @@ class Attention:
     spec: AttentionSpec
     masks: dict[str, str]
     weights: dict[str, int]
+    layers: tuple[str, ...]
     keywords: dict[str, Any]
 
 
@@ -67,6 +69,7 @@ def attention_of(
     *,
     tensor_parallel: int = 1,
     dtype: str | torch.dtype | None = None,
+    chunks: bool = False,
 ) -> Attention:
     """What ``model_or_config`` asks of attention.
 
@@ -77,6 +80,8 @@ def attention_of(
         dtype: of queries, keys and values. Without it that of the model, or the one its
             configuration names; a configuration that names none gets torch's default, as a model
             made from it would. Autocast computes in another: give it then.
+        chunks: describe layers of chunked attention, too: ``"chunked:chunk=8192"``. That is no name
+            of a batch's mask, but the inference engine honours it.
 
     Raises ``ValueError`` for what is neither of both; for a model that dcp cannot serve
     (:func:`~dcp.integrations.model_checks.check_model`); and for attention that has no plan by
@@ -87,19 +92,20 @@ def attention_of(
     outer, config = _configs(model_or_config)
     kind = type(outer).__name__.removesuffix("Config")
     _check_kind(kind, outer, config)
-    layers = _layers(kind, config)
+    layers = _layers(kind, config, chunks=chunks)
     if isinstance(model_or_config, torch.nn.Module):
         check_model(model_or_config)
         dtype = dtype or _dtype_of(model_or_config)
     for each in (config, outer):  # the part that reads text may name none
         dtype = dtype or each.dtype
     spec = _spec(kind, config, dtype or torch.get_default_dtype(), tensor_parallel)
-    weights = {name: layers.count(name) for name in (FULL, SLIDING) if name in layers}
+    weights = {name: layers.count(name) for name in (FULL, SLIDING, CHUNKED) if name in layers}
     return Attention(
         spec=spec,
         masks={name: _mask(name, kind, config) for name in weights},
         weights=weights,
-        keywords={_KEYWORDS[name]: name for name in weights},
+        layers=tuple(layers),
+        keywords={_KEYWORDS[name]: name for name in weights if name in _KEYWORDS},
     )
 
 
@@ -175,7 +181,7 @@ def _has(config: PreTrainedConfig, name: str) -> bool:
 # ---------------------------------------------------------------------- layers and their masks
 
 
-def _layers(kind: str, config: PreTrainedConfig) -> list[str]:
+def _layers(kind: str, config: PreTrainedConfig, *, chunks: bool) -> list[str]:
     """The name of each layer's mask."""
     count = _size(kind, config, "num_hidden_layers")
     types = _layer_types(config)
@@ -186,7 +192,8 @@ def _layers(kind: str, config: PreTrainedConfig) -> list[str]:
         raise ValueError(
             f"{kind} has {len(types)} layer_types for num_hidden_layers={count}: give one a layer"
         )
-    others = sorted(set(types) - set(_MASKS))
+    known = _MASKS | ({"chunked_attention": CHUNKED} if chunks else {})
+    others = sorted(set(types) - set(known))
     if "chunked_attention" in others:
         size = getattr(config, "attention_chunk_size", None)
         raise ValueError(
@@ -197,7 +204,7 @@ def _layers(kind: str, config: PreTrainedConfig) -> list[str]:
             f"{kind} has layers of {', '.join(others)}: dcp shares out tokens that meet in full "
             "or sliding attention alone, use a model with no other layers"
         )
-    return [_MASKS[each] for each in types]
+    return [known[each] for each in types]
 
 
 def _layer_types(config: PreTrainedConfig) -> Any:
@@ -222,11 +229,12 @@ def _mask(name: str, kind: str, config: PreTrainedConfig) -> str:
     """The mask of the layers called ``name``; a window counts a token's own key, as a model's."""
     if name == FULL:
         return "causal"
-    window = getattr(config, "sliding_window", None)
+    field = {SLIDING: "sliding_window", CHUNKED: "attention_chunk_size"}[name]
     try:
-        return f"sliding_window:window={whole('sliding_window', window, least=1)}"
+        size = whole(field, getattr(config, field, None), least=1)
     except ValueError as error:
-        raise ValueError(f"{kind} has layers of sliding attention, and {error}") from None
+        raise ValueError(f"{kind} has layers of {name} attention, and {error}") from None
+    return f"sliding_window:window={size}" if name == SLIDING else f"chunked:chunk={size}"
 
 
 # ---------------------------------------------------------------------- heads

@@ -64,6 +64,20 @@ class Asked:
                 self._bands[longest] = None
         return self._bands[longest]
 
+    def is_from(self, first: Callable[[int], int], longest: int) -> bool:
+        """Whether a token at a position shows all from ``first(position)`` on, up to itself, in
+        sequences of up to ``longest`` tokens."""
+        if self.rule is None:
+            return False
+        query = _positions(longest)[:, None]
+        begin = torch.tensor([first(each) for each in query.flatten().tolist()])[:, None]
+        edges = torch.cat([begin - 1, begin, query, query + 1], dim=1).clamp(0, longest - 1)
+        for key in (query.T, edges):
+            wanted = (begin <= key) & (key <= query)
+            if not torch.equal(self._shown(*torch.broadcast_tensors(query, key)), wanted):
+                return False
+        return True
+
     def is_window(self, longest: int) -> bool:
         """A causal one that hides something from a sequence of ``longest`` tokens."""
         band = self.band(longest) if self.rule and longest > 1 else None
@@ -73,9 +87,7 @@ class Asked:
         last = longest - 1
         lo = bisect_left(range(longest), True, key=lambda key: bool(self._shown(last, key))) - last
         hi = bisect_left(range(longest), True, key=lambda key: not self._shown(0, key)) - 1
-        some = torch.arange(min(longest, _SAMPLES))
-        between = torch.linspace(0, last, _SAMPLES).long()
-        query = torch.cat([some, last - some, between]).unique()[:, None]
+        query = _positions(longest)[:, None]
         edges = query + torch.tensor([lo - 1, lo, hi, hi + 1])
         for key in (query.T, edges.clamp(0, last)):
             wanted = (lo <= key - query) & (key - query <= hi)
@@ -87,6 +99,13 @@ class Asked:
         assert self.rule is not None
         first, query, key = torch.tensor(0), torch.as_tensor(query), torch.as_tensor(key)
         return self.rule(first, first, query, key).expand(key.shape)
+
+
+def _positions(longest: int) -> torch.Tensor:
+    """Those at which rules are compared."""
+    some = torch.arange(min(longest, _SAMPLES))
+    between = torch.linspace(0, longest - 1, _SAMPLES).long()
+    return torch.cat([some, longest - 1 - some, between]).unique()
 
 
 def register_masks(name: str) -> None:
