@@ -15,20 +15,32 @@ from dcp.errors import DCPError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits, see :meth:`dcp.inference.InferenceEngine.generate`."""
+    """How a token is drawn from logits.
 
-    temperature: float
-    top_k: int | None
-    seed: int
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: draw from the likeliest ones only.
+        top_p: draw from the fewest, likeliest first, whose probabilities sum up to it.
+        seed, stream: a token drawn depends on both and on its position; conversations of one seed
+            differ in their stream.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    stream: int = 0
 
     def __post_init__(self) -> None:
         number("temperature", self.temperature)
         if self.top_k is not None:
             whole("top_k", self.top_k, least=1)
+        if number("top_p", self.top_p) > 1:
+            raise ValueError(f"top_p must be 1 or less, got {self.top_p!r}")
         whole("seed", self.seed)
 
-    def draw(self, logits: Tensor, slot: int, position: int) -> int:
-        """The token at a position of the conversation in a slot."""
+    def draw(self, logits: Tensor, position: int) -> int:
+        """The token at a position of its conversation."""
         if not torch.isfinite(logits).all():
             raise DCPError("the model's logits are not finite: its weights or dtype cannot be used")
         if self.temperature == 0:
@@ -38,9 +50,26 @@ class Sampling:
             scores = (scores - scores.max()) / self.temperature
         if self.top_k is not None and self.top_k < len(scores):
             scores[scores < np.partition(scores, -self.top_k)[-self.top_k]] = -np.inf
-        total = np.cumsum(np.exp(scores))
-        random = np.random.default_rng([self.seed, slot, position])
+        weights = np.exp(scores)
+        if self.top_p < 1:
+            order = np.argsort(-weights, kind="stable")
+            total = np.cumsum(weights[order])
+            weights[order[np.searchsorted(total, self.top_p * total[-1]) + 1 :]] = 0
+        total = np.cumsum(weights)
+        random = np.random.default_rng([self.seed, self.stream, position])
         return int(np.searchsorted(total, random.random() * total[-1], side="right"))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, and how likely the model thought it and others, where that was asked for.
+
+    Log-probabilities are the model's own, before temperature, top_k and top_p.
+    """
+
+    token: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
 
 def token_ids(name: str | int, prompt: Any, *, vocab_size: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""``dcp serve``: OpenAI's routes over HTTP on the first rank, the engine on all of them."""
