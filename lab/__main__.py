@@ -25,6 +25,7 @@ EXPERIMENTS = {  # command: its module, what it does
     "trainer": ("lab.trainer", "DCPTrainer beside plain Trainer with packed rows"),
     "soak": ("lab.soak", "training while planning workers are killed, beside a run in peace"),
     "inference": ("lab.inference", "generation over ranks, and whether to pass keys or queries"),
+    "serve": ("lab.serve", "dcp serve under many clients, beside single requests"),
     "data_centric": ("lab.data_centric", "data-centric parallelism beside its alternatives"),
     "published": ("lab.published", "the simulator beside the published microbenchmark"),
     "dryrun": ("lab.paper.dryrun", "plan many batches and run none: volume, time, balance"),

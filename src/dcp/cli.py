@@ -58,6 +58,7 @@ _GROUPS: dict[str, dict[str, _Command]] = {
     "train and serve": {
         "train": _Command("train a model here or on a cluster", "dcp.jobs", "add_arguments"),
         "generate": _Command("continue prompts over several ranks", "dcp.inference.command"),
+        "serve": _Command("a model by OpenAI's routes, over ranks", "dcp.inference.server.command"),
     },
     "this machine": {
         "doctor": _Command("check that everything a run needs works here", "dcp.doctor"),
