@@ -2,7 +2,7 @@
 
 Clients of the ``openai`` package ask again and again, at random: on both routes, streaming or not,
 greedy or seeded; some leave in the middle. Every reply must have the tokens that an engine of one
-rank says to that request alone, and at the end every page must be free and the server must end with
+rank says to that request alone; at the end nobody may be left behind, and the server must end with
 status 0.
 """
 
@@ -93,14 +93,15 @@ def run(args: argparse.Namespace) -> int:
         "reply_tokens": tally.num_tokens,
         "median_first_token_seconds": median(tally.first_token_seconds or [0.0]),
         "median_request_seconds": median(tally.request_seconds or [0.0]),
-        "free_pages": figures["dcp_free_pages"],
+        "shared_tokens": figures["dcp_shared_tokens"],
+        "left_behind": figures["dcp_running"] + figures["dcp_queue"],
         "exit_status": status,
     }
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "serve.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result) if args.json else "\n".join(f"{k}: {v}" for k, v in result.items()))
-    return int(bool(tally.wrong) or status != 0 or figures["dcp_free_pages"] != PAGES)
+    return int(bool(tally.wrong) or status != 0 or result["left_behind"] != 0)
 
 
 @contextmanager

@@ -79,6 +79,7 @@ def serve_all(batcher, requests, per_step=2):
             found[piece.id].append(piece.drawn)
             if piece.finish:
                 finish[piece.id] = piece.finish
+    batcher.room.drop_all()
     assert batcher.engine.names == []
     caches = batcher.engine.attention.caches
     assert all((cache.free_pages == cache.num_pages).all() for cache in caches)
@@ -167,6 +168,33 @@ def test_replies_that_outgrow_the_cache_wait_and_go_on():
     assert tokens(found) == {r.id: alone(r) for r in requests}
 
 
+@pytest.mark.parametrize(("num_ranks", "pages", "kept"), [(1, 60, 9), (2, 24, 9), (3, 16, 2)])
+def test_prompts_that_begin_alike_share_pages(num_ranks, pages, kept):
+    of = random.Random(1)
+    stems = [tuple(of.randrange(256) for _ in range(length)) for length in (70, 33, 9)]
+    ends = [tuple(of.randrange(256) for _ in range(length)) for length in (0, 3, 25, 25)]
+    requests = [Request(i, of.choice(stems) + of.choice(ends), 8) for i in range(14)]
+    engine = make_engine(num_ranks, num_pages=pages)
+    batcher = Batcher(engine, token_budget=50, most_kept=kept)
+    found, _ = serve_all(batcher, requests, per_step=1)
+    assert batcher.room.num_shared_tokens > 70
+    assert tokens(found) == {r.id: alone(r) for r in requests}
+
+
+def test_a_conversation_goes_on_from_its_own_pages():
+    batcher = Batcher(make_engine(2), token_budget=50)
+    first = Request(0, tuple(range(60)), 10)
+    batcher.join(first)
+    said = []
+    while not batcher.is_idle:
+        said += [piece.drawn.token for piece in batcher.step()]
+    assert (batcher.room.num_kept, batcher.room.num_shared_tokens) == (1, 0)
+    second = Request(1, (*first.tokens, *said, 5, 6), 4)
+    found, _ = serve_all(batcher, [second])
+    assert batcher.room.num_shared_tokens == 69  # all that was in the cache
+    assert tokens(found) == {1: alone(second)}
+
+
 @settings(max_examples=25)
 @given(st.data())
 def test_no_rank_holds_more_than_is_reckoned(data):
@@ -180,14 +208,15 @@ def test_no_rank_holds_more_than_is_reckoned(data):
         Request(i, (7,) * data.draw(st.integers(1, 60)), data.draw(st.integers(1, 30)))
         for i in range(data.draw(st.integers(1, 6)))
     ]
-    most = batcher._pages
     for request in requests:
         batcher.join(request)
     while not batcher.is_idle:
         batcher.step()
         for reply in batcher._running:
             held = caches[0].held([reply.request.id])[0]
-            assert -(-held.max() // caches[0].page_size) <= most(int(held.sum()))
+            assert held.max() <= batcher.room._share_of(int(held.sum()), reply.skew)
+    batcher.room.drop_all()
+    assert all((cache.free_pages == cache.num_pages).all() for cache in caches)
 
 
 class Stepless(InferenceEngine):
@@ -230,6 +259,7 @@ def test_one_that_fails_harms_no_other():
     assert "logits are not finite" in failed.error
     for request in good:
         assert [p.drawn.token for p in pieces if p.id == request.id] == said[request.id]
+    batcher.room.drop_all()
     assert engine.attention.caches[0].sequences == []
 
 
@@ -251,6 +281,7 @@ def test_those_who_leave_free_their_place():
             found[piece.id].append(piece.drawn.token)
     left = {r.id: alone(r) for r in requests[1:4]}
     assert found == {0: [], 4: []} | left
+    batcher.room.drop_all()
     assert batcher.engine.attention.caches[0].sequences == []
 
 
@@ -283,7 +314,7 @@ def test_top_p_draws_from_the_fewest_that_suffice(scores, top_p, position):
 
 def test_what_can_never_be_served_is_refused():
     batcher = Batcher(make_engine(2, num_pages=4))
-    fits = batcher.most_tokens
+    fits = batcher.room.most_tokens
     batcher.check(Request(0, (1,), fits - 1))
     with pytest.raises(ValueError, match=f"more than the {fits} that can be kept"):
         batcher.join(Request(0, (1,), fits))

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 
 from dcp.errors import DCPError
 from dcp.inference import CachedAttention, InferenceEngine, KVCache, plan_turn
-from dcp.inference.engine import CONVERSATIONS
 from dcp.inference.model import open_model
+from dcp.inference.saved import CONVERSATIONS
 from dcp.wire import WireError
 from tests.test_inference import SPEC, cluster_of, make_caches, spread
 

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 
 from dcp.checks import whole
 from dcp.inference.draws import Part
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.inputs import Drawn, token_ids
 from dcp.inference.requests import Piece, Request
+from dcp.inference.room import Reply, Room
 from dcp.inference.texts import Decode, TextStream
-
-# A sequence's tokens on the fullest rank beyond an equal share, see :meth:`Batcher._pages`.
-_SLACK = 3
-
-
-@dataclass(eq=False)
-class _Reply:
-    """A request under way: its prompt and reply so far, and the seat that it runs on."""
-
-    request: Request
-    text: TextStream | None
-    tokens: list[int] = field(init=False)
-    seat: int = -1
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.request.tokens)
-
-    @property
-    def num_new(self) -> int:
-        return len(self.tokens) - len(self.request.tokens)
 
 
 class Batcher:
@@ -44,6 +24,9 @@ class Batcher:
     - Where the cache is full, requests wait in a queue, first come, first served. Where replies
       outgrow it, the last to have begun goes back to the head of the queue; its tokens are kept,
       and enter the cache again when there is room. What waits at the head is never overtaken.
+    - A prompt that begins like a conversation in the cache, for a page or more, shares its pages.
+      Conversations that have ended stay for that purpose, ``most_kept`` at most, as long as nobody
+      needs their pages.
     - A step that fails leaves no trace, and is taken again request by request: only those that
       fail alone are given up.
 
@@ -61,22 +44,20 @@ class Batcher:
         *,
         token_budget: int = 2048,
         most_running: int | None = None,
+        most_kept: int = 64,
         decode: Decode | None = None,
     ) -> None:
         self.engine, self._decode = engine, decode
-        self._num_ranks = engine.cluster.num_ranks
-        self._grain = 2 * self._num_ranks  # so many tokens are shared out evenly
-        self.token_budget = whole("token_budget", token_budget, least=self._grain + 1)
-        most = token_budget - self._grain
-        self.most_running = whole("most_running", most_running or most, least=1, most=most)
         if engine.names:
             raise ValueError(
                 f"the engine has {len(engine.names)} conversations: evict them, or make another"
             )
-        cache = engine.attention.caches[0]
-        self._num_pages, self._page_size = cache.num_pages, cache.page_size
-        self._waiting: deque[_Reply] = deque()
-        self._running: list[_Reply] = []  # in the order in which they began
+        self.room = Room(engine, most_kept=whole("most_kept", most_kept))
+        self.token_budget = whole("token_budget", token_budget, least=self.room.grain + 1)
+        most = token_budget - self.room.grain
+        self.most_running = whole("most_running", most_running or most, least=1, most=most)
+        self._waiting: deque[Reply] = deque()
+        self._running: list[Reply] = []  # in the order in which they began
         self._num_steps = 0
 
     # ------------------------------------------------------------------ who is there
@@ -96,12 +77,6 @@ class Batcher:
         """Whether a step would have nothing to do."""
         return not self._waiting and not self._running
 
-    @property
-    def most_tokens(self) -> int:
-        """Of prompt and reply together, what fits in the cache and the model's frequencies."""
-        fits = (self._num_pages * self._page_size - _SLACK + 1) * self._num_ranks
-        return min(fits, self.engine.rotary_limit or fits)
-
     def check(self, request: Request) -> None:
         """``ValueError`` for a request that could never be served."""
         vocab_size = self.engine.vocab_size
@@ -111,11 +86,11 @@ class Batcher:
         if (request.num_likeliest or 0) > vocab_size:
             raise ValueError(f"the model has {vocab_size} tokens, fewer than the likeliest asked")
         total = len(request.tokens) + request.max_new_tokens
-        if total > self.most_tokens:
+        if total > self.room.most_tokens:
             raise ValueError(
                 f"{len(request.tokens)} tokens of the prompt and {request.max_new_tokens} of the "
-                f"reply are more than the {self.most_tokens} that can be kept: ask for fewer, or "
-                "serve with more pages"
+                f"reply are more than the {self.room.most_tokens} that can be kept: ask for fewer, "
+                "or serve with more pages"
             )
 
     def join(self, request: Request) -> None:
@@ -123,8 +98,9 @@ class Batcher:
         self.check(request)
         if any(request.id == reply.request.id for reply in [*self._waiting, *self._running]):
             raise ValueError(f"there is a request {request.id} already")
+        self.room.drop(request.id)  # an earlier one of this id
         text = None if self._decode is None else TextStream(self._decode, request.stop)
-        self._waiting.append(_Reply(request, text))
+        self._waiting.append(Reply(request, text))
 
     def leave(self, id: int) -> None:
         """Forget a request, wherever it is; one that has ended is none."""
@@ -132,7 +108,7 @@ class Batcher:
             if reply.request.id == id:
                 self._forget(reply)
 
-    def _forget(self, reply: _Reply) -> None:
+    def _forget(self, reply: Reply) -> None:
         if reply in self._waiting:
             self._waiting.remove(reply)
         else:
@@ -149,12 +125,19 @@ class Batcher:
         pieces = [self._piece(reply, drawn) for reply, drawn in found if drawn is not None]
         for piece in pieces:
             if piece.finish is not None:
-                self.leave(piece.id)
+                self._end(piece)
         return pieces
 
-    def _schedule(self) -> list[tuple[_Reply, int]]:
+    def _end(self, piece: Piece) -> None:
+        if piece.finish == "error":
+            self.leave(piece.id)
+        else:
+            self._running = [reply for reply in self._running if reply.request.id != piece.id]
+            self.room.keep(piece.id)
+
+    def _schedule(self) -> list[tuple[Reply, int]]:
         """Who takes part in the next step, with how many tokens."""
-        while sum(self._pages(len(reply.tokens)) for reply in self._running) > self._num_pages:
+        while not self.room.has_for(self._running):
             self._put_back(self._running[-1])
         pending = {id(r): self.engine.num_pending(r.request.id) for r in self._running}
         chunks = [(reply, 1) for reply in self._running if pending[id(reply)] == 1]
@@ -163,43 +146,38 @@ class Batcher:
             if pending[id(reply)] > 1 and (count := self._chunk(pending[id(reply)], left)):
                 chunks.append((reply, count))
                 left -= count
-        while self._waiting and (count := self._chunk(len(self._waiting[0].tokens), left)):
-            if not self._has_room(self._waiting[0]):
+        while self._waiting and self._chunk(len(self._waiting[0].tokens), left):
+            if not self._has_place(self._waiting[0]):
                 break
-            chunks.append((self._begin(), count))
+            reply = self._begin()
+            count = self._chunk(self.engine.num_pending(reply.request.id), left)
+            chunks.append((reply, count))
             left -= count
+        self.room.make(chunks)
         return chunks
 
     def _chunk(self, pending: int, left: int) -> int:
         """Tokens of a prompt that enter: all, or as many as are shared out evenly."""
-        return pending if pending <= left else left - left % self._grain
+        return pending if pending <= left else left - left % self.room.grain
 
-    def _has_room(self, reply: _Reply) -> bool:
-        pages = sum(self._pages(len(each.tokens)) for each in [*self._running, reply])
-        return pages <= self._num_pages and len(self._running) < self.most_running
+    def _has_place(self, reply: Reply) -> bool:
+        has_seat = len(self._running) < self.most_running
+        return has_seat and self.room.has_for([*self._running, reply])
 
-    def _pages(self, tokens: int) -> int:
-        """Pages that no rank needs more of for a sequence.
-
-        All of a prompt's chunks but the last are multiples of twice the number of ranks, and give
-        each rank as many tokens; the last gives none 2 more than its share, and what follows goes
-        round the ranks: 1 more. Rounding included, that is a slack of 3.
-        """
-        return -(-(tokens // self._num_ranks + _SLACK) // self._page_size)
-
-    def _begin(self) -> _Reply:
+    def _begin(self) -> Reply:
         reply = self._waiting.popleft()
         taken = {each.seat for each in self._running}
         reply.seat = next(seat for seat in range(self.most_running) if seat not in taken)
+        self.room.begin(reply, running=self._running)
         self._running.append(reply)
-        self.engine.say(reply.request.id, reply.tokens)
         return reply
 
-    def _put_back(self, reply: _Reply) -> None:
+    def _put_back(self, reply: Reply) -> None:
         self._forget(reply)
+        reply.skew = 0
         self._waiting.appendleft(reply)
 
-    def _part(self, reply: _Reply, count: int) -> Part:
+    def _part(self, reply: Reply, count: int) -> Part:
         """Lone tokens go round the ranks step by step, from a rank of the seat's own."""
         request = reply.request
         is_last = count == self.engine.num_pending(request.id)
@@ -212,8 +190,8 @@ class Batcher:
         )
 
     def _take(
-        self, parts: list[tuple[_Reply, Part]]
-    ) -> list[tuple[_Reply, Drawn | Exception | None]]:
+        self, parts: list[tuple[Reply, Part]]
+    ) -> list[tuple[Reply, Drawn | Exception | None]]:
         """What was drawn for each, or why it failed."""
         if not parts:
             return []
@@ -227,7 +205,7 @@ class Batcher:
             return [found for each in parts for found in self._take([each])]
         return list(zip([reply for reply, _ in parts], drawn, strict=True))
 
-    def _piece(self, reply: _Reply, drawn: Drawn | Exception) -> Piece:
+    def _piece(self, reply: Reply, drawn: Drawn | Exception) -> Piece:
         request, text = reply.request, ""
         if isinstance(drawn, Exception):
             said = " ".join(str(drawn).split()) or type(drawn).__name__

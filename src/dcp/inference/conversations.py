@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dcp.checks import whole
 from dcp.inference.inputs import token_ids
@@ -47,6 +48,20 @@ class Conversations(dict[Name, Conversation]):
             raise ValueError(f"there is no conversation {name!r}")
         return self[name]
 
+    def checked(
+        self, prompts: Mapping[Any, Sequence[int]], *, vocab_size: int
+    ) -> dict[Name, list[int]]:
+        """What is to be said to each; ``ValueError`` for what cannot be."""
+        if not isinstance(prompts, Mapping):
+            raise ValueError(f"prompts must map names to tokens, got a {type(prompts).__name__}")
+        said = {}
+        for name, prompt in prompts.items():
+            check_name(name)
+            said[name] = token_ids(name, prompt, vocab_size=vocab_size)
+            if not said[name] and name not in self:
+                raise ValueError(f"conversation {name!r} is new and its prompt is empty")
+        return said
+
     def extent(self) -> Extent:
         """How far everything is, for :meth:`undo`."""
         kept = {name: (len(c.tokens), c.num_pending) for name, c in self.items()}
@@ -84,3 +99,9 @@ class Conversations(dict[Name, Conversation]):
             made.num_turns = whole("num_turns", meta["num_turns"])
             made.num_slots = whole("num_slots", meta["num_slots"])
             return made
+
+
+def check_name(name: Any) -> None:
+    """``ValueError`` for what cannot name a conversation."""
+    if type(name) not in (str, int):
+        raise ValueError(f"a conversation is named by a str or an int, not {name!r}")

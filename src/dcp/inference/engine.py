@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from itertools import takewhile
 from pathlib import Path
 from time import perf_counter
@@ -19,14 +18,13 @@ from dcp.errors import DCPError
 from dcp.inference.attention import CachedAttention
 from dcp.inference.books import Extent as Held
 from dcp.inference.cache import KVCache
-from dcp.inference.conversations import Conversations, Extent, Name
+from dcp.inference.conversations import Conversations, Extent, Name, check_name
 from dcp.inference.draws import Draws, Meeting, Part
-from dcp.inference.inputs import Drawn, Sampling, token_ids
+from dcp.inference.inputs import Drawn, Sampling
 from dcp.inference.model import last_logits, use_cached_attention
+from dcp.inference.saved import load, save
 from dcp.inference.turn import Selector
 from dcp.integrations.model_checks import rotary_limit
-
-CONVERSATIONS = "conversations.dcp"
 
 
 class InferenceEngine:
@@ -193,7 +191,14 @@ class InferenceEngine:
                 cache.evict(name)
                 cache.extent()  # nobody takes this back: its pages are free at once
 
-    def fork(self, name: Name, *, from_: Name, num_tokens: int | None = None) -> None:
+    def fork(
+        self,
+        name: Name,
+        *,
+        from_: Name,
+        num_tokens: int | None = None,
+        then: Sequence[int] = (),
+    ) -> None:
         """Begin a conversation with the first tokens of another, which share its pages.
 
         What is said to either one later is unknown to the other. The next turn reads the last token
@@ -203,25 +208,26 @@ class InferenceEngine:
         Args:
             name: of the new conversation.
             num_tokens: of ``from_``; all by default.
+            then: tokens that are said next, as by :meth:`say`; with them, no token is read again.
 
         Raises ``ValueError`` for an unknown ``from_``, a known ``name``, and where pages do not
         suffice; then nothing is changed.
         """
         old = self._conversations.known(from_)
-        self._check_name(name)
+        check_name(name)
         if name in self._conversations:
             raise ValueError(f"there is a conversation {name!r} already: fork to a new name")
         count = len(old.tokens)
         if num_tokens is not None:
             count = whole("num_tokens", num_tokens, least=1, most=count)
-        cached = min(count - 1, old.num_cached)
+        cached = min(count if then else count - 1, old.num_cached)
         if cached and self.attention.caches[0].keeps(from_, cached):
             for cache in self.attention.caches:
                 cache.share(from_, name, num_tokens=cached)
         else:
             cached = 0
-        self._conversations.say(name, old.tokens[:count])
-        self._conversations[name].num_pending = count - cached
+        self._conversations.say(name, [*old.tokens[:count], *then])
+        self._conversations[name].num_pending -= cached
 
     def longest_prefix(self, tokens: Sequence[int]) -> tuple[Name | None, int]:
         """The conversation that begins like ``tokens`` for longest, and how many tokens of it
@@ -299,33 +305,13 @@ class InferenceEngine:
         whole("max_new_tokens", max_new_tokens, least=1)
         if end is not None:
             whole("end", end)
-        if not isinstance(prompts, Mapping):
-            raise ValueError(f"prompts must map names to tokens, got a {type(prompts).__name__}")
-        said = {}
-        for name, prompt in prompts.items():
-            self._check_name(name)
-            said[name] = token_ids(name, prompt, vocab_size=self.vocab_size)
-            if not said[name] and name not in self._conversations:
-                raise ValueError(f"conversation {name!r} is new and its prompt is empty")
-        return said
-
-    @staticmethod
-    def _check_name(name: Any) -> None:
-        if type(name) not in (str, int):
-            raise ValueError(f"a conversation is named by a str or an int, not {name!r}")
+        return self._conversations.checked(prompts, vocab_size=self.vocab_size)
 
     # ------------------------------------------------------------------ on disk
 
     def save(self, folder: str | Path) -> None:
         """Write all conversations and this process's part of the cache, for :meth:`load`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        message = self._conversations.pack()
-        for cache in self.attention.caches:
-            cache.note = sha256(message).hexdigest()
-            cache.save(folder / f"rank-{cache.rank}.kv")
-        if self.attention.caches[0].rank == 0:
-            (folder / CONVERSATIONS).write_bytes(message)
+        save(folder, self._conversations, self.attention.caches)
         if self._group is not None:
             dist.barrier(group=self._group)
 
@@ -335,20 +321,5 @@ class InferenceEngine:
         Raises ``ValueError`` where the files are of another model, cache or number of ranks, are
         damaged, or do not belong together; then nothing is changed.
         """
-        folder, here = Path(folder), self.attention.caches
-        there = []
-        for old in here:
-            path = folder / f"rank-{old.rank}.kv"
-            new = KVCache.load(path, device=self.device)
-            if old.shape != new.shape:
-                raise ValueError(f"{folder} holds a cache of {new.shape}, here it is {old.shape}")
-            there.append((path, new))
-        message = (folder / CONVERSATIONS).read_bytes()
-        conversations = Conversations.unpack(message)
-        for path, cache in there:
-            held = cache.held(list(conversations)).sum(axis=1).tolist()
-            wanted = [c.num_cached for c in conversations.values()]
-            if cache.note != sha256(message).hexdigest() or held != wanted:
-                raise ValueError(f"{path} was not saved together with {folder / CONVERSATIONS}")
-        self.attention.caches[:] = [cache for _, cache in there]
-        self._conversations = conversations
+        caches = self.attention.caches
+        self._conversations, caches[:] = load(folder, caches, device=self.device)

@@ -16,7 +16,6 @@ from dcp.inference.command import MOST_COUNT, MOST_SEED
 from dcp.inference.turn import STRATEGIES
 from dcp.launch.environment import is_launched
 
-DRAIN = "drain"  # a file that says: end when all have been answered
 NEEDED = ("transformers", "fastapi", "uvicorn", "prometheus_client")
 _COUNTS = ("max_length", "max_running", "token_budget", "num_pages", "page_size", "num_processes")
 
@@ -37,6 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-queue", type=int, default=128, metavar="N", help=text)
     text = "requests in a step (default: as many as the token budget takes)"
     parser.add_argument("--max-running", type=int, metavar="N", help=text)
+    text = "conversations that stay for prompts that begin alike (default: %(default)s; 0: none)"
+    parser.add_argument("--max-kept", type=int, default=64, metavar="N", help=text)
     text = "most tokens of a step; longer prompts enter in chunks (default: %(default)s)"
     parser.add_argument("--token-budget", type=int, default=2048, metavar="N", help=text)
     text = f"of prompts: {', '.join(STRATEGIES)} (default: %(default)s)"
@@ -58,6 +59,7 @@ def _check(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None:
             whole(f"--{name.replace('_', '-')}", value, least=1, most=MOST_COUNT)
     whole("--max-queue", args.max_queue, least=1, most=MOST_COUNT)
+    whole("--max-kept", args.max_kept, most=MOST_COUNT)
     whole("--port", args.port, most=65535)
     whole("--seed", args.seed, most=MOST_SEED)
     if args.model is not None and not Path(args.model).is_dir():
@@ -72,23 +74,26 @@ def run(args: argparse.Namespace) -> int:
     if is_launched():  # a rank that torchrun started
         from dcp.inference.server.rank import serve
 
-        serve(job | {"folder": None})
+        serve(job | {"drain": None})
         return 0
     from dcp.launch.ranks import run_ranks
 
     work = "dcp.inference.server.rank:serve"
-    with tempfile.TemporaryDirectory(prefix="dcp-serve-") as folder, draining(Path(folder)):
-        run_ranks(work, job | {"folder": folder}, num_processes=args.num_processes)
+    with tempfile.TemporaryDirectory(prefix="dcp-serve-") as folder:
+        drain = Path(folder) / "drain"
+        with touched_by_sigterm(drain):
+            run_ranks(work, job | {"drain": str(drain)}, num_processes=args.num_processes)
     return 0
 
 
 @contextmanager
-def draining(folder: Path) -> Iterator[None]:
-    """Inside, SIGTERM asks the ranks to end when they have answered; a second one ends them."""
+def touched_by_sigterm(file: Path) -> Iterator[None]:
+    """Inside, SIGTERM makes a file, at which the ranks end when all is answered; a second one ends
+    them at once."""
     before = signal.getsignal(signal.SIGTERM)
 
     def ask(*_: object) -> None:
-        (folder / DRAIN).touch()
+        file.touch()
         signal.signal(signal.SIGTERM, before)
 
     signal.signal(signal.SIGTERM, ask)

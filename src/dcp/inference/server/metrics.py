@@ -27,6 +27,10 @@ class Metrics:
         )
         self._queue = Gauge("dcp_queue", "Requests that wait", registry=of)
         self._running = Gauge("dcp_running", "Requests in the cache", registry=of)
+        self._kept = Gauge("dcp_kept", "Ended conversations in the cache", registry=of)
+        self._shared = Gauge(
+            "dcp_shared_tokens", "Tokens of prompts that were in the cache", registry=of
+        )
         self._free = Gauge("dcp_free_pages", "Free pages of the fullest rank's cache", registry=of)
 
     def ended(self, outcome: str) -> None:
@@ -37,6 +41,8 @@ class Metrics:
         """Note where things stand; called by the thread that runs the batcher."""
         self._running.set(batcher.num_running)
         self._queue.set(max(num_open - batcher.num_running, 0))
+        self._kept.set(batcher.room.num_kept)
+        self._shared.set(batcher.room.num_shared_tokens)
         self._free.set(int(batcher.engine.attention.caches[0].free_pages.min()))
 
     def text(self) -> bytes:

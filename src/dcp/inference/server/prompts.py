@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,10 @@ class Prompts:
     max_length: int
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @cached_property
+    def _encoder(self) -> ChatEncoder:
+        return ChatEncoder(self.tokenizer.for_transformers())
+
     def request(self, asked: Asked) -> Request:
         """The request, without an id yet; ``ValueError`` for what cannot be asked."""
         with self._lock:  # tokenizers keep state
@@ -71,9 +76,8 @@ class Prompts:
         return said(self.tokenizer, prompt, begin=self.begin, end=end, later=False)
 
     def _chat(self, asked: ChatAsked) -> list[int]:
-        encoder = ChatEncoder(self.tokenizer.for_transformers())
         messages = checked_messages(asked.messages, "messages")
-        return encoder.messages(messages, "messages", add_generation_prompt=True)
+        return self._encoder.messages(messages, "messages", add_generation_prompt=True)
 
     def _max_new_tokens(self, asked: Asked, num_tokens: int) -> int:
         left = self.max_length - num_tokens

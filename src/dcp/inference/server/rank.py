@@ -15,10 +15,10 @@ import torch.distributed as dist
 import uvicorn
 
 from dcp.data.tokenizers import open_tokenizer
+from dcp.errors import DCPError
 from dcp.inference.batching import Batcher
 from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
-from dcp.inference.server.command import DRAIN
 from dcp.inference.server.inbox import Inbox
 from dcp.inference.server.metrics import Metrics
 from dcp.inference.server.prompts import Prompts
@@ -55,8 +55,8 @@ def _lead(
         ends=end_tokens(batcher.engine.model),
         max_length=_max_length(job["max_length"], batcher),
     )
-    if job["folder"]:
-        threading.Thread(target=_watch, args=(Path(job["folder"]), inbox), daemon=True).start()
+    if job["drain"]:
+        threading.Thread(target=_watch, args=(Path(job["drain"]), inbox), daemon=True).start()
     app = make_app(inbox, prompts, metrics, name=job["name"])
     with _listening(app, listener):
         host, port = listener.getsockname()[:2]
@@ -80,6 +80,7 @@ def _batcher(job: dict[str, Any], device: torch.device, group: dist.ProcessGroup
         engine,
         token_budget=job["token_budget"],
         most_running=job["max_running"],
+        most_kept=job["max_kept"],
         decode=open_tokenizer(job["model"] or "bytes").decode,
     )
 
@@ -96,7 +97,7 @@ def end_tokens(model: Any) -> tuple[int, ...]:
 def _max_length(wanted: int | None, batcher: Batcher) -> int:
     """Tokens of prompt and reply that are served."""
     known = batcher.engine.model.config.get_text_config().max_position_embeddings
-    most = min(batcher.most_tokens, known)
+    most = min(batcher.room.most_tokens, known)
     if wanted is not None and wanted > most:
         why = "the model knows" if most == known else "the cache holds of one conversation"
         raise ValueError(f"--max-length {wanted} is more than the {most} tokens that {why}")
@@ -126,6 +127,8 @@ def _listening(app: Any, listener: socket.socket) -> Iterator[None]:
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(0.01)
+    if not server.started:
+        raise DCPError("the HTTP server could not start")
     try:
         yield
     finally:
@@ -133,7 +136,8 @@ def _listening(app: Any, listener: socket.socket) -> Iterator[None]:
         thread.join(CLOSE_SECONDS + 1)
 
 
-def _watch(folder: Path, inbox: Inbox) -> None:
-    while not (folder / DRAIN).exists():
+def _watch(file: Path, inbox: Inbox) -> None:
+    """Drain once there is this file."""
+    while not file.exists():
         time.sleep(WATCH_SECONDS)
     inbox.drain()
