@@ -248,6 +248,7 @@ def test_options_of_train(capsys, words, said):
         ("--temperature inf", "got inf"),
         ("--temperature=-1", "--temperature must be 0 or more, got -1"),
         ("--temperature hot", "'hot'"),
+        ("--top-p 1.5", "--top-p must be 1 or less, got 1.5"),
         ("--top-k 0", "--top-k must be 1 or more, got 0"),
         ("--top-k=-2", "got -2"),
         ("--seed " + SEED, "--seed must be 9223372036854775807 or less"),

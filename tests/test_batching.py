@@ -195,6 +195,25 @@ def test_a_conversation_goes_on_from_its_own_pages():
     assert tokens(found) == {1: alone(second)}
 
 
+def test_layers_that_see_a_window():
+    config = transformers.Gemma2Config(
+        vocab_size=258, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=12,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    requests = [Request(i, tuple(range(30 + 3 * i)), 20) for i in range(5)]
+    said = {}
+    for request in requests:
+        engine = InferenceEngine(model, num_ranks=1, num_pages=40, page_size=8)
+        said[request.id] = engine.generate({0: request.tokens}, max_new_tokens=20)[0]
+    batcher = Batcher(
+        InferenceEngine(model, num_ranks=2, num_pages=16, page_size=8), token_budget=25
+    )
+    found, _ = serve_all(batcher, requests)
+    assert tokens(found) == said
+
+
 @settings(max_examples=25)
 @given(st.data())
 def test_no_rank_holds_more_than_is_reckoned(data):

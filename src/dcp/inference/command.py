@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): greedy")
     parser.add_argument("--top-k", type=int, metavar="N", help="sample from the N likeliest tokens")
+    text = "sample from the fewest likeliest tokens whose probabilities sum up to P"
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help=text)
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of sampling and of the tiny model"
     )
@@ -45,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> None:
     """``ValueError`` for what no rank could honour, before any is started."""
     number("--temperature", args.temperature)
+    if number("--top-p", args.top_p) > 1:
+        raise ValueError(f"--top-p must be 1 or less, got {args.top_p}")
     whole("--seed", args.seed, most=MOST_SEED)
     for name in ("max_new_tokens", "num_pages", "page_size", "num_processes"):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), least=1, most=MOST_COUNT)

@@ -15,6 +15,8 @@ from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 from dcp.launch.group import choose_device, joined_group
 
+SAMPLED = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
 
 def generate(job: dict[str, Any]) -> dict[str, Any] | None:
     """:func:`converse` in the group that the environment describes; None but on the first rank."""
@@ -41,7 +43,7 @@ def converse(
         page_size=job["page_size"],
         strategy=job["strategy"],
     )
-    options = {name: job[name] for name in ("max_new_tokens", "temperature", "top_k", "seed")}
+    options = {name: job[name] for name in SAMPLED}
     ends = model.config.eos_token_id
     end = ends[0] if isinstance(ends, list) else ends
     turns: list[list[list[int]]] = []
