@@ -36,6 +36,12 @@ RESOLUTIONS = {  # pixels, height and width
     "720p": (720, 1280),
 }
 FRAMES = (1, 51, 102, 204, 408)
+# Height over width, as Open-Sora 1.2 names them: 0.56 is 9:16.
+ASPECT_RATIOS = (
+    *("0.39", "0.42", "0.48", "0.50", "0.52", "0.56", "0.66", "0.75"),
+    *("1.00", "1.33", "1.52", "1.78", "1.92", "2.00", "2.10"),
+)
+NEARLY = 0.8  # share of a resolution's pixels that a clip needs to be scaled up to it
 DISTRIBUTIONS = ("short", "balanced", "long")  # of lengths, for draw_buckets
 
 
@@ -52,6 +58,54 @@ def video_buckets(*, pixels: int = 8, frames: int = 17) -> list[Bucket]:
         for name, (height, width) in RESOLUTIONS.items()
         for count in FRAMES
     ]
+
+
+@dataclass(frozen=True)
+class PixelBucket:
+    """What clips are scaled, cropped and cut to.
+
+    Attributes:
+        name: resolution, aspect ratio and frames: ``"240p 0.56 x 51"``.
+        shape: frames, height and width in pixels.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+
+def pixel_bucket(
+    shape: tuple[int, int, int],
+    *,
+    resolutions: Sequence[str] = tuple(RESOLUTIONS),
+    frames: Sequence[int] = FRAMES,
+    multiple: int = 1,
+) -> PixelBucket:
+    """The bucket of a clip, by Open-Sora's rule.
+
+    The largest resolution of whose pixels the clip has :data:`NEARLY` all, the most frames that it
+    has (1 is for images alone), the nearest aspect ratio.
+
+    Args:
+        shape: the clip's frames, height and width.
+        resolutions, frames: those there are.
+        multiple: what heights and widths are rounded to.
+
+    Raises ``ValueError`` for a clip that is smaller or shorter than any.
+    """
+    count, height, width = shape
+    areas = {name: prod(RESOLUTIONS[name]) for name in resolutions}
+    fitting = [name for name, area in areas.items() if height * width >= NEARLY * area]
+    lengths = [n for n in frames if (n == 1) == (count == 1) and n <= count]
+    if not fitting or not lengths:
+        raise ValueError(
+            f"{count} frames of {height} x {width} fit no bucket: resolutions are "
+            f"{', '.join(resolutions)}, frames {', '.join(map(str, frames))}"
+        )
+    resolution, length = max(fitting, key=lambda name: areas[name]), max(lengths)
+    ratio = min(ASPECT_RATIOS, key=lambda name: abs(float(name) - height / width))
+    tall = (areas[resolution] * float(ratio)) ** 0.5
+    sides = (max(round(side / multiple), 1) * multiple for side in (tall, tall / float(ratio)))
+    return PixelBucket(f"{resolution} {ratio} x {length}", (length, *sides))
 
 
 def text_buckets(longest: int) -> list[Bucket]:

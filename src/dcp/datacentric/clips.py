@@ -41,13 +41,22 @@ def rendered_latents(
         for n, by in zip(shape, (RENDERED_FRAMES, RENDERED_PIXELS, RENDERED_PIXELS), strict=True)
     )
     clip = np.stack([_frame(discs, time, rows, columns) for time in range(frames)])
-    cells = clip.reshape(
-        shape[0], RENDERED_FRAMES, shape[1], RENDERED_PIXELS, shape[2], RENDERED_PIXELS, 3
-    )
+    return pooled_latents(clip, frames=RENDERED_FRAMES, pixels=RENDERED_PIXELS), _text(discs)
+
+
+def pooled_latents(clip: np.ndarray, *, frames: int, pixels: int) -> np.ndarray:
+    """Latents ``[4, frames, rows, columns]`` of pixels ``[frames, height, width, 3]`` in 0..1.
+
+    No autoencoder: red, green and blue are averaged over cells of ``frames`` x ``pixels`` x
+    ``pixels``; the spread of brightness inside a cell is the fourth channel.
+    """
+    count, height, width, _ = clip.shape
+    shape = (count // frames, frames, height // pixels, pixels, width // pixels, pixels, 3)
+    cells = clip.reshape(shape)
     colour = cells.mean(axis=(1, 3, 5))
     spread = cells.mean(axis=-1).std(axis=(1, 3, 5))
     latents = np.concatenate([2 * colour - 1, 4 * spread[..., None]], axis=-1)
-    return latents.transpose(3, 0, 1, 2).astype(np.float32), _text(discs)
+    return latents.transpose(3, 0, 1, 2).astype(np.float32)
 
 
 def _frame(discs: np.ndarray, time: int, rows: int, columns: int) -> np.ndarray:
