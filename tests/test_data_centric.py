@@ -306,6 +306,21 @@ def test_a_job_profiles_once_and_trains(gloo_pool, tmp_path):
     )
 
 
+def test_runs_of_one_shape_share_a_profile(gloo_pool, tmp_path):
+    folder = tmp_path / "profiles"
+    shared = {"profile_path": f"{folder}/", "profile_only": True}
+    jobs = {"first": {}, "second": {"max_steps": 9}, "wider": {"hidden_size": 64}}
+    written = []
+    for name, change in jobs.items():
+        values = JOB | change | shared | {"output_dir": str(tmp_path / name)}
+        gloo_pool(2).run(only_profile, values)
+        written.append({path.name: path.read_text() for path in folder.glob("*.json")})
+    assert len(written[0]) == 1
+    assert written[1] == written[0], "nothing is measured again"
+    assert len(written[2]) == 2
+    assert written[0].items() <= written[2].items()
+
+
 def only_profile(values):
     from dcp.datacentric import trainer as data_centric
 

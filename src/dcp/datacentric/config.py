@@ -47,7 +47,11 @@ class DataCentricArguments:
     calculate_imbalance: bool = option(False, "log predicted and measured imbalance, and plot it")
     sp_size: int = option(1, "sequence-parallel degree where dynamic_sp is off")
     max_batch_size: int = option(8, "most samples of a micro-batch that are profiled")
-    profile_path: str = option("", "profile of this model and machine; '' is in the output folder")
+    profile_path: str = option(
+        "",
+        "profile of this model and machine, or a folder of profiles that runs share; '' is in the "
+        "output folder",
+    )
     profile_depth: int = option(
         2, "layers of each kind that are profiled, the rest is extrapolated"
     )

@@ -6,6 +6,7 @@ Few layers are measured and the rest extrapolated. A profile belongs to one mach
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,12 @@ class Profile:
             seconds += more * (2 * layer.forward_seconds + layer.backward_seconds)
             num_bytes += more * layer.input_bytes
         return seconds, num_bytes
+
+    @property
+    def file_name(self) -> str:
+        """Of its machine and model alone: runs of one shape share it in a folder of profiles."""
+        shape = json.dumps([self.machine, self.model, self.depth], sort_keys=True)
+        return f"profile-{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
 
     def _kinds(self, measured: Measurement) -> list[LayerKind]:
         return [

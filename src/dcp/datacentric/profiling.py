@@ -45,8 +45,8 @@ def job_profile(
     num_ranks, first = dist.get_world_size(group), dist.get_rank(group) == 0
     if config.sp_size > num_ranks and not config.dynamic_sp:
         raise ValueError(f"--sp-size {config.sp_size} is more than the {num_ranks} ranks")
-    path = Path(config.profile_path or Path(str(run.output_dir)) / FILE)
     profile = _empty_profile(config, run, workload, model, num_ranks, device)
+    path = path_of(config.profile_path, str(run.output_dir), profile)
     if first and path.exists():
         profile = _read_profile(config, path, expected=profile)
     profile = _spread(profile, group, device)
@@ -61,6 +61,15 @@ def job_profile(
     if first and len(profile.found) > known:
         _show(run, f"{len(profile.found)} cases in {path}")
     return profile
+
+
+def path_of(asked: str, output_dir: str, profile: Profile) -> Path:
+    """Where a job's profile is: the file that is asked for, or the one of this machine and model in
+    a folder, which exists or is written with a slash at its end; else in the output folder."""
+    if not asked:
+        return Path(output_dir) / FILE
+    is_folder = asked.endswith("/") or Path(asked).is_dir()
+    return Path(asked) / profile.file_name if is_folder else Path(asked)
 
 
 def _empty_profile(
