@@ -1,5 +1,8 @@
 """LTX-Video with planned attention: a packed batch equals diffusers' own model, video by video."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import distributed as dist
 from dcp import AttentionExecutor, Cluster, plan
 from dcp.datacentric.sums import sum_over_ranks
 from dcp.integrations.packed_video import PackedLTX
+from tests.pool import run_script
 
 # latent frames, rows and columns; words of the prompt; an image and a single token among them
 BATCHES = {
@@ -149,6 +153,15 @@ def test_ranks_share_the_tokens(gloo_pool):
     assert sum(sizes[0]) == 60 + 4 + 45 + 1 + 14
     assert min(sizes[0]) > 0
     assert sorted(sizes[1]) == [0, 0, 1]
+
+
+def test_the_example_learns_the_same_on_any_number_of_ranks(gloo_pool):
+    script = str(Path(__file__).parents[1] / "examples" / "packed_ltx.py")
+    first, second = (
+        json.loads(gloo_pool(world).run(run_script, script, [])[0])["losses"] for world in (1, 3)
+    )
+    assert second == pytest.approx(first, rel=1e-5)
+    assert first[-1] < first[0]
 
 
 def test_patches_of_several_latents():

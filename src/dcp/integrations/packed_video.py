@@ -182,13 +182,9 @@ class PackedShare:
         _check_count("scales", scales, len(self.shapes))
         needed = [_words(texts[sample], sample) for sample in self.samples]
         times = self.of_samples(timesteps.to(rows.device))
-        spans, coordinates = (
-            self._spans([len(words) for words in needed]),
-            self._coordinates(scales),
-        )
-        if (
-            not needed
-        ):  # the model's own reshapes need a token, and it a word; see PackedShare.local
+        spans = self._spans([len(words) for words in needed])
+        coordinates = self._coordinates(scales)
+        if not needed:  # the model's reshapes need a token, and that a word; see PackedShare.local
             rows, times = rows.new_zeros(1, rows.shape[1]), times.new_zeros(1)
             needed = [rows.new_zeros(1, self.words_width)]
             spans, coordinates = torch.tensor([(0, 1, 0, 1)]), torch.zeros(3, 1)
