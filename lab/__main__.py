@@ -27,6 +27,8 @@ EXPERIMENTS = {  # command: its module, what it does
     "inference": ("lab.inference", "generation over ranks, and whether to pass keys or queries"),
     "serve": ("lab.serve", "dcp serve under many clients, beside single requests"),
     "data_centric": ("lab.data_centric", "data-centric parallelism beside its alternatives"),
+    "short_videos": ("lab.short_videos", "why short videos gain less than published, simulated"),
+    "packed_video": ("lab.packed_video", "planned attention for videos beside groups, simulated"),
     "published": ("lab.published", "the simulator beside the published microbenchmark"),
     "dryrun": ("lab.paper.dryrun", "plan many batches and run none: volume, time, balance"),
     "figures": ("lab.paper.redraw", "run and draw the paper's experiments"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,41 +92,49 @@ def run(args: argparse.Namespace) -> int:
 # --------------------------------------------------------------------------- simulated
 
 
-def preset_keys(preset: str, *, degree: int, steps: int = 5) -> dict[str, Any]:
-    """The options of a preset: the degree and the longest accumulation where it has a use."""
+def preset_keys(preset: str, *, degree: int, steps: int = 5, least: int = 2) -> dict[str, Any]:
+    """The options of a preset: the degree; most and least accumulation where they have a use."""
     if preset in BASELINES:
         return {"preset": "", "sp_size": degree}
     keys: dict[str, Any] = {"preset": preset}
     if "auto_grad_accumulation" in PRESETS[preset]:
-        keys["max_grad_accumulation_steps"] = steps
+        keys |= {"max_grad_accumulation_steps": steps, "min_grad_accumulation_steps": least}
     return keys
 
 
 def chooser_for(
-    preset: str, profile: Profile, sizes: dict[str, int], *, degree: int, steps: int = 5
+    preset: str, profile: Profile, sizes: dict[str, int], *, degree: int, **caps: int
 ) -> Chooser:
-    """A preset's chooser, or a baseline's."""
+    """A preset's chooser, or a baseline's. ``caps``: as for :func:`preset_keys`."""
     if preset in BASELINES:
         return make_baseline(preset, profile, sizes, degree=degree)
-    return make_chooser(
-        profile, DataCentricArguments(**preset_keys(preset, degree=degree, steps=steps))
-    )
+    return make_chooser(profile, DataCentricArguments(**preset_keys(preset, degree=degree, **caps)))
 
 
 def simulate_video(num_ranks: int, distribution: str, num_samples: int) -> dict[str, Any]:
     """Tokens per second and imbalance of every preset over one epoch of the same samples."""
     per_node = min(num_ranks, 8)
     cluster = Cluster.preset("h100", num_nodes=num_ranks // per_node, devices_per_node=per_node)
-    cost, buckets = VideoCost(cluster), video_buckets()
-    profile = cost.profile(buckets, memory_bytes=MEMORY_BYTES, max_batch=512)
-    drawn = draw_buckets(buckets, num_samples, distribution)
+    drawn = draw_buckets(video_buckets(), num_samples, distribution)
+    row = {"world": num_ranks, "distribution": distribution}
+    return row | {"presets": video_epoch(VideoCost(cluster), drawn)}
+
+
+def video_epoch(
+    cost: VideoCost, drawn: list[Bucket], presets: Sequence[str] = ORDER, **caps: int
+) -> dict[str, Any]:
+    """The figures of presets over one epoch of these samples.
+
+    ``caps``: most and least accumulation of those that accumulate, see :func:`preset_keys`.
+    """
+    num_ranks, by_name = cost.cluster.num_ranks, {b.name: b for b in video_buckets()}
+    profile = cost.profile(list(by_name.values()), memory_bytes=MEMORY_BYTES, max_batch=512)
     tokens = sum(cost.num_tokens(bucket) for bucket in drawn)
     names = [bucket.name for bucket in drawn]
-    by_name = {bucket.name: bucket for bucket in buckets}
-    sizes = {bucket.name: bucket.size for bucket in buckets}
-    row: dict[str, Any] = {"world": num_ranks, "distribution": distribution, "presets": {}}
-    for preset in ORDER:
-        chooser = chooser_for(preset, profile, sizes, degree=FIXED_DEGREE)
+    sizes = {bucket.name: bucket.size for bucket in by_name.values()}
+    found = {}
+    for preset in presets:
+        chooser = chooser_for(preset, profile, sizes, degree=FIXED_DEGREE, **caps)
         iterations = list(epoch_iterations(chooser, names, num_ranks, seed=0, epoch=0))
         seconds = [
             np.repeat(
@@ -135,14 +144,14 @@ def simulate_video(num_ranks: int, distribution: str, num_samples: int) -> dict[
             for it in iterations
         ]
         total = sum(each.max() + profile.sync_seconds for each in seconds)
-        row["presets"][preset] = {
+        found[preset] = {
             "tokens_per_second": float(tokens / total),
             "imbalance": epoch_imbalance(seconds),
             "iterations": len(iterations),
-            "samples_per_iteration": num_samples / len(iterations),
+            "samples_per_iteration": len(drawn) / len(iterations),
             "idle_share": sum(it.idle_ranks for it in iterations) / (num_ranks * len(iterations)),
         }
-    return row
+    return found
 
 
 def group_seconds(

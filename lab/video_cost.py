@@ -22,7 +22,7 @@ WIDTH, DEPTH, WORDS, PATCH, BYTES = 1152, 28, 300, 2, 2  # BYTES of a bfloat16
 # model of the same structure.
 KEPT_ROWS = 31
 MOVED_ROWS = 3 * KEPT_ROWS  # read and written by all that is no product, per token and block
-LAUNCH_SECONDS = 300e-6  # of a block's forward kernels, from Python
+LAUNCH_SECONDS = 300e-6  # of a block's forward kernels, from Python: a guess
 LINEAR_FLOPS = 28 * WIDTH**2  # per token and block: self- and cross-attention's products, the MLP
 NUM_WEIGHTS = 1.1e9
 KINDS = ("spatial", "temporal")
@@ -31,10 +31,20 @@ STATE_BYTES = 4, 12  # of a weight on every rank (itself, its gradient), and sha
 
 @dataclass(frozen=True)
 class VideoCost:
-    """Micro-batches of the model on ``cluster``, groups inside nodes where they fit."""
+    """Micro-batches of the model on ``cluster``, groups inside nodes where they fit.
+
+    Attributes:
+        linear_share: of the device's matrix rate that products reach.
+        launch_seconds: of a block's forward kernels, from Python.
+        exchange_seconds: of launching one exchange, whatever its size.
+        step_seconds: of a step, beside adding up gradients.
+    """
 
     cluster: Cluster
-    linear_share: float = 0.75  # of the device's matrix rate that products reach
+    linear_share: float = 0.75
+    launch_seconds: float = LAUNCH_SECONDS
+    exchange_seconds: float = 0.0
+    step_seconds: float = 0.0
 
     def measure(self, bucket: Bucket, degree: int, batch_size: int) -> Measurement:
         """As :class:`dcp.datacentric.measure.Meter` has it, of all layers at once."""
@@ -52,9 +62,9 @@ class VideoCost:
     def block_seconds(self, kind: str, degree: int, parts: list[tuple[Bucket, int]]) -> float:
         """Forward pass of one block over (bucket, samples) that are packed into one."""
         works, exchanged = zip(*(self._part(kind, b, degree, n) for b, n in parts), strict=True)
-        seconds = max(sum(works), LAUNCH_SECONDS)
+        seconds = max(sum(works), self.launch_seconds)
         if kind == "spatial" and degree > 1:
-            seconds += 2 * self._exchange(sum(exchanged), degree)
+            seconds += 2 * (self._exchange(sum(exchanged), degree) + self.exchange_seconds)
         return seconds
 
     def _part(self, kind: str, bucket: Bucket, degree: int, batch_size: int) -> tuple[float, float]:
@@ -88,7 +98,7 @@ class VideoCost:
         """Adding up all gradients in bfloat16, as a ring does."""
         several = self.cluster.num_nodes > 1
         rate = self.cluster.inter_node_bandwidth if several else self.cluster.intra_node_bandwidth
-        return 2 * NUM_WEIGHTS * BYTES / rate
+        return 2 * NUM_WEIGHTS * BYTES / rate + self.step_seconds
 
     def profile(self, buckets: list[Bucket], *, memory_bytes: float, max_batch: int) -> Profile:
         """The profile of these buckets, searched for as a measured one is."""
