@@ -192,6 +192,34 @@ def test_groups_switch_without_communicators_of_their_own(gloo_pool, size, gathe
         assert all(all(each) for each in found if each is not None)
 
 
+def runs_there_and_back(size):
+    """Two runs of tokens one after the other, exchanged for heads and gathered whole."""
+    rank = dist.get_rank()
+    if rank >= size:
+        return None
+    group = SequenceGroup(0, size, rank, GroupCommunicator(dist.group.WORLD))
+    runs = [torch.arange(float(n * 3)).view(n, 3) + 100 * n for n in (5, 7)]
+    whole = torch.cat(runs)
+    mine = torch.cat([run[group.part(len(run))] for run in runs]).requires_grad_()
+    by_heads = group.switch(mine, gather=0, split=1, total=(5, 7))
+    back = group.switch(by_heads, gather=1, split=0, total=3, parted=(5, 7))
+    gathered = group.gather(mine, dim=0, total=(5, 7))
+    (gathered * (rank + 1)).sum().backward()
+    weights = size * (size + 1) / 2  # every rank's gradient comes home
+    return (
+        torch.equal(by_heads, whole[:, group.part(3)]),
+        torch.equal(back, mine),
+        torch.equal(gathered, whole),
+        torch.equal(mine.grad, torch.full_like(mine, weights)),
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_sequences_side_by_side_are_whole_one_after_the_other(gloo_pool, size):
+    found = gloo_pool(4).run(runs_there_and_back, size)
+    assert all(all(each) for each in found if each is not None)
+
+
 def count_groups(values, plans):
     from torch.distributed import distributed_c10d as c10d
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 import torch
@@ -109,6 +110,17 @@ def test_the_preference_example_spares_tokens(run_on_two, tmp_path):
 
 def test_the_policy_gradient_example_raises_the_likelihood(run_on_two):
     assert "step 2: " in run_on_two("policy_gradient.py")
+
+
+def test_the_video_example_trains_what_declares_its_split(run_on_two, tmp_path):
+    pytest.importorskip("diffusers")
+    page = (ROOT / "docs" / "data_centric.md").read_text(encoding="utf-8")
+    example = (ROOT / "examples" / "data_centric_wan.py").read_text(encoding="utf-8")
+    workload = example[example.index("class Clips") : example.index("def main")].rstrip()
+    assert indent(workload, "    ") in page
+    said = run_on_two("data_centric_wan.py", "--output", tmp_path)
+    assert "'num_samples'" in said
+    assert (tmp_path / "model" / "diffusion_pytorch_model.safetensors").exists()
 
 
 def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkeypatch):

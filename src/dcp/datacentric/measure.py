@@ -106,7 +106,7 @@ class Meter:
         group: dist.ProcessGroup,
         device: torch.device,
         *,
-        depth: int,
+        depth: int | None,
         autocast: bool = False,
     ) -> None:
         self.workload, self.group, self.device, self.autocast = workload, group, device, autocast
@@ -192,7 +192,8 @@ class Meter:
             peak = float(torch.cuda.max_memory_allocated(self.device) - before)
         else:  # every layer's input, and one layer at a time recomputed
             inputs = sum(costs[kind].input_bytes * len(each) for kind, each in self.layers.items())
-            peak = outside.num_bytes + inputs + max(c.activation_bytes for c in costs.values())
+            saved = max((cost.activation_bytes for cost in costs.values()), default=0)
+            peak = outside.num_bytes + inputs + saved
         return [seconds, peak] + [
             getattr(costs[kind], field) for kind in self.layers for field in _FIELDS
         ]
@@ -201,6 +202,7 @@ class Meter:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
             loss = self.workload.summed_loss(self.model, batch, own)
         loss.backward()
+        self.workload.release()
         self.model.zero_grad()
 
     def _allocated(self) -> int:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers import TrainingArguments
 
 from dcp.datacentric.config import DataCentricArguments
 from dcp.datacentric.measure import Meter, memory_cap
@@ -21,7 +22,6 @@ from dcp.datacentric.profile import Profile
 from dcp.datacentric.search import candidate_degrees, search
 from dcp.datacentric.workload import Workload
 from dcp.launch.environment import local_world_size
-from dcp.train.arguments import RunArguments
 
 FILE = "profile.json"
 STATES = 4  # of a weight: itself, its gradient, and two moments
@@ -29,7 +29,7 @@ STATES = 4  # of a weight: itself, its gradient, and two moments
 
 def job_profile(
     config: DataCentricArguments,
-    run: RunArguments,
+    run: TrainingArguments,
     workload: Workload,
     model: nn.Module,
     group: dist.ProcessGroup,
@@ -74,7 +74,7 @@ def path_of(asked: str, output_dir: str, profile: Profile) -> Path:
 
 def _empty_profile(
     config: DataCentricArguments,
-    run: RunArguments,
+    run: TrainingArguments,
     workload: Workload,
     model: nn.Module,
     num_ranks: int,
@@ -84,7 +84,11 @@ def _empty_profile(
     depth = {kind: min(config.profile_depth, count) for kind, count in workload.depth.items()}
     return Profile(
         machine=_machine(run, num_ranks, device),
-        model={**workload.identity, "max_batch_size": config.max_batch_size},
+        model={
+            **workload.identity,
+            "max_batch_size": config.max_batch_size,
+            "autocast": run.bf16,
+        },
         depth=dict(workload.depth),
         measured_depth=depth,
         memory_bytes=memory_bytes(config, device),
@@ -118,7 +122,7 @@ def _measure_missing(
         workload,
         group,
         device,
-        depth=max(profile.measured_depth.values()),
+        depth=max(profile.measured_depth.values(), default=None),
         autocast=autocast,
     )
     if not profile.sync_seconds:
@@ -135,7 +139,7 @@ def _measure_missing(
         )
 
 
-def _show(run: RunArguments, text: str, *, end: str = "\n") -> None:
+def _show(run: TrainingArguments, text: str, *, end: str = "\n") -> None:
     if not run.disable_tqdm:
         print(f"\rprofile: {text}", end=end, file=sys.stderr, flush=True)
 
@@ -152,13 +156,13 @@ def memory_bytes(config: DataCentricArguments, device: torch.device) -> int:
     return int(config.alloc_memory_fraction * whole)
 
 
-def _machine(run: RunArguments, num_ranks: int, device: torch.device) -> dict[str, Any]:
+def _machine(run: TrainingArguments, num_ranks: int, device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     return {
         "device": f"{device.type} {name or platform.machine()}",
         "num_ranks": num_ranks,
         "ranks_per_node": local_world_size(num_ranks),
-        "threads": run.threads,
+        "threads": torch.get_num_threads(),
     }
 
 

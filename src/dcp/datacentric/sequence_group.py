@@ -7,6 +7,7 @@ the moment it is named, and costs nothing to switch to.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,34 +38,83 @@ class SequenceGroup:
         start = sum(sizes[: self.index])
         return slice(start, start + sizes[self.index])
 
-    def switch(self, x: Tensor, *, gather: int, split: int, total: int) -> Tensor:
+    def switch(
+        self,
+        x: Tensor,
+        *,
+        gather: int,
+        split: int,
+        total: int | Sequence[int],
+        parted: Sequence[int] | None = None,
+    ) -> Tensor:
         """Exchange so that dimension ``gather`` is whole here, and ``split`` shared out instead.
 
         Args:
             x: this rank's part along ``gather``, everything along ``split``.
-            total: size of ``gather`` over all ranks.
+            total: size of ``gather`` over all ranks; or of each of several runs of it, where every
+                rank has its part of each, one after the other. They are whole in the same order.
+            parted: of ``split`` likewise, where it has several runs.
 
         Every rank of the group must call it. Differentiable: the gradient goes the way back.
         """
         if self.size == 1:
             return x
-        return _Switch.apply(x, self, gather, split, total)
+        return _Switch.apply(x, self, gather, split, _runs(total), parted or (x.shape[split],))
 
-    def exchange(self, x: Tensor, gather: int, split: int, total: int) -> Tensor:
-        """:meth:`switch` of values alone."""
-        sends = [
-            part.contiguous() for part in x.split(split_evenly(x.shape[split], self.size), split)
+    def gather(self, x: Tensor, *, dim: int, total: int | Sequence[int]) -> Tensor:
+        """Every rank's part along ``dim``, whole on every rank; ``total`` as in :meth:`switch`.
+
+        Differentiable: the gradients that all ranks have of a part are added up where it came from.
+        """
+        if self.size == 1:
+            return x
+        return _Gather.apply(x, self, dim, _runs(total))
+
+    def exchange(
+        self, x: Tensor, gather: int, split: int, total: Sequence[int], parted: Sequence[int]
+    ) -> Tensor:
+        """:meth:`switch` of values alone, ``split`` consisting of runs of the sizes ``parted``."""
+        sends = self._cut(x, split, parted)
+        shape = list(sends[self.index].shape)
+        return self._joined(self._swapped(sends, self._shapes(shape, gather, total)), gather, total)
+
+    def collect(self, x: Tensor, dim: int, total: Sequence[int]) -> Tensor:
+        """:meth:`gather` of values alone."""
+        shapes = self._shapes(list(x.shape), dim, total)
+        return self._joined(self._swapped([x.contiguous()] * self.size, shapes), dim, total)
+
+    def sum_parts(self, x: Tensor, dim: int, total: Sequence[int]) -> Tensor:
+        """This rank's part along ``dim`` of the sum of all ranks' ``x``."""
+        sends = self._cut(x, dim, total)
+        shapes = [list(sends[self.index].shape)] * self.size
+        return torch.stack(self._swapped(sends, shapes)).sum(0)
+
+    def _cut(self, x: Tensor, dim: int, total: Sequence[int]) -> list[Tensor]:
+        """Every rank's part of ``x``."""
+        runs = [
+            run.split(split_evenly(run.shape[dim], self.size), dim)
+            for run in x.split(list(total), dim)
         ]
-        shape = list(x.shape)
-        shape[split] = sends[self.index].shape[split]
-        receives = []
-        for size in split_evenly(total, self.size):
-            shape[gather] = size
-            receives.append(x.new_empty(shape))
+        return [torch.cat(parts, dim) for parts in zip(*runs, strict=True)]
+
+    def _joined(self, parts: list[Tensor], dim: int, total: Sequence[int]) -> Tensor:
+        """The whole of which :meth:`_cut` makes these parts."""
+        sizes = zip(*(split_evenly(size, self.size) for size in total), strict=True)
+        cut = [part.split(list(own), dim) for part, own in zip(parts, sizes, strict=True)]
+        return torch.cat([part for run in zip(*cut, strict=True) for part in run], dim)
+
+    def _shapes(self, shape: list[int], dim: int, total: Sequence[int]) -> list[list[int]]:
+        """``shape`` with every rank's size along ``dim``."""
+        sizes = zip(*(split_evenly(size, self.size) for size in total), strict=True)
+        return [[*shape[:dim], sum(own), *shape[dim + 1 :]] for own in sizes]
+
+    def _swapped(self, sends: list[Tensor], shapes: list[list[int]]) -> list[Tensor]:
+        """What every rank sent to this one, in these shapes."""
+        receives = [sends[self.index].new_empty(shape) for shape in shapes]
         receives[self.index] = sends[self.index]
-        self.before_messages(x.device)
+        self.before_messages(sends[self.index].device)
         self._deliver(sends, receives)
-        return torch.cat(receives, gather)
+        return receives
 
     def before_messages(self, device: torch.device) -> None:
         """Runs in every exchange when all that it needs is allocated."""
@@ -106,15 +156,30 @@ class CheckedGroup(SequenceGroup):
             raise PeerFailed("another rank of the group failed")
 
 
+def _runs(total: int | Sequence[int]) -> tuple[int, ...]:
+    return (total,) if isinstance(total, int) else tuple(total)
+
+
 class _Switch(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: SequenceGroup, gather: int, split: int, total: int
-    ) -> Tensor:
-        ctx.back = (group, split, gather, x.shape[split])
-        return group.exchange(x, gather, split, total)
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup, *way: Any) -> Tensor:
+        gather, split, total, parted = way
+        ctx.back = (group, split, gather, parted, total)
+        return group.exchange(x, *way)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        group, gather, split, total = ctx.back
-        return group.exchange(gradients[0], gather, split, total), None, None, None, None
+        group, *way = ctx.back
+        return group.exchange(gradients[0], *way), None, None, None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: SequenceGroup, *way: Any) -> Tensor:
+        ctx.back = (group, *way)
+        return group.collect(x, *way)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        group, *way = ctx.back
+        return group.sum_parts(gradients[0], *way), None, None, None

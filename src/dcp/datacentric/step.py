@@ -75,5 +75,6 @@ class IterationRunner:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
                 loss = self.workload.summed_loss(self.model, batch, group) / weight
             loss.backward()
+            self.workload.release()
             total += loss.detach()
         return total

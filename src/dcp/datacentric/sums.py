@@ -1,4 +1,4 @@
-"""Sums over ranks."""
+"""Sums over ranks, and what all of them have of the first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def sum_over_ranks(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
@@ -19,3 +19,10 @@ def sum_over_ranks(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
         dist.all_reduce(flat, group=group)
         for tensor, total in zip(same, flat.split([t.numel() for t in same]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def spread_weights(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give every rank the first one's parameters and buffers."""
+    first = dist.get_global_rank(group, 0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), src=first, group=group)

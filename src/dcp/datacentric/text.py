@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from dcp.data.samples import IGNORED, SampleFormat
 from dcp.datacentric.buckets import Bucket, text_buckets
 from dcp.datacentric.sequence_group import SequenceGroup
+from dcp.datacentric.workload import Workload
 from dcp.train.arguments import DataArguments, ModelArguments, require
 from dcp.train.model import config_of, open_model, open_texts, tokenizer_of
 
@@ -35,7 +36,7 @@ class TextBatch:
     lengths: list[int]
 
 
-class TextWorkload:
+class TextWorkload(Workload):
     """Documents, cut at ``max_seqlen``, in buckets of powers of two; attention is causal.
 
     The loss is a mean over all tokens that have a label.
@@ -51,7 +52,8 @@ class TextWorkload:
         dtype: str = "float32",
     ) -> None:
         AttentionInterface.register(NAME, group_attention)
-        self._model, self._seed, self.device = model, seed, torch.device(device)
+        super().__init__(device=device, seed=seed)
+        self._model = model
         if model.lora:
             raise ValueError("--lora is for planned attention: leave it out, or --job")
         tokenizer = tokenizer_of(model)
@@ -73,11 +75,14 @@ class TextWorkload:
             "buckets": {bucket.name: list(bucket.shape) for bucket in self.buckets},
         }
 
+    def sizes(self) -> Sequence[tuple[int, ...]]:
+        return [(stop - start,) for _, start, stop in self._pieces]
+
     def build(self, depth: int | None = None) -> nn.Module:
         config = copy(self._config)
         if depth is not None:
             config.num_hidden_layers = depth
-        torch.manual_seed(self._seed)
+        torch.manual_seed(self.seed)
         model: Any = open_model(self._model, config)
         model.to(self.device)
         model.set_attn_implementation(NAME)
@@ -125,9 +130,6 @@ class TextWorkload:
     def weight(self, samples: Sequence[int]) -> int:
         pieces = (self._pieces[sample] for sample in samples)
         return sum(self._dataset.num_loss_tokens(*piece) for piece in pieces)
-
-    def num_tokens(self, samples: Sequence[int]) -> int:
-        return sum(stop - start for _, start, stop in (self._pieces[s] for s in samples))
 
     def _tensor(self, arrays: list[np.ndarray]) -> Tensor:
         return torch.as_tensor(np.concatenate(arrays), dtype=torch.int64, device=self.device)

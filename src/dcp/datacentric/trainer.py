@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from dcp.datacentric.choosers import Chooser, make_chooser
 from dcp.datacentric.config import DataCentricArguments
@@ -19,6 +19,7 @@ from dcp.datacentric.profile import Profile
 from dcp.datacentric.profiling import job_profile
 from dcp.datacentric.schedule import epoch_iterations
 from dcp.datacentric.step import IterationRunner
+from dcp.datacentric.sums import spread_weights
 from dcp.datacentric.text import TextWorkload
 from dcp.datacentric.video import VideoWorkload
 from dcp.datacentric.workload import Workload
@@ -37,7 +38,9 @@ def train(
     chooser_of: ChooserOf = make_chooser,
 ) -> DataCentricTrainer:
     """Train the job on this rank, or only measure its profile."""
-    trainer = DataCentricTrainer(arguments, group, device, chooser_of=chooser_of)
+    *_, config, run = arguments
+    workload = open_workload(arguments, device)
+    trainer = DataCentricTrainer(workload, run, config, group=group, chooser_of=chooser_of)
     if trainer.config.profile_only:
         return trainer
     record_job(trainer, options)
@@ -94,31 +97,37 @@ class DataCentricTrainer(ExactResume, Trainer):  # type: ignore[misc]  # of its 
     """Trainer whose step is an iteration: samples are dealt out whole to groups of ranks.
 
     Args:
-        arguments: what is trained (:class:`VideoArguments`, or a model and its data), how it is
-            chosen (:class:`DataCentricArguments`), and Trainer's own.
-        chooser_of: makes the chooser from the profile and the arguments.
+        workload: what is trained. The model that it builds gets the first rank's weights.
+        args: Trainer's own.
+        config: how iterations are chosen.
+        group: all ranks, those of the default group unless given.
+        chooser_of: makes the chooser from the profile and ``config``.
     """
 
     def __init__(
         self,
-        arguments: tuple[Any, ...],
-        group: dist.ProcessGroup,
-        device: torch.device,
+        workload: Workload,
+        args: TrainingArguments,
+        config: DataCentricArguments,
         *,
+        group: dist.ProcessGroup | None = None,
         chooser_of: ChooserOf = make_chooser,
     ) -> None:
-        *_, self.config, run = arguments
-        if run.gradient_accumulation_steps != 1:
+        self.workload, self.config = workload, config
+        if args.gradient_accumulation_steps != 1:
             raise ValueError(
-                f"--gradient-accumulation-steps {run.gradient_accumulation_steps} has no place in "
+                f"--gradient-accumulation-steps {args.gradient_accumulation_steps} has no place in "
                 "a data-centric job, whose iterations accumulate as is best: leave it out"
             )
-        self.workload = open_workload(arguments, device)
-        super().__init__(self.workload.build().train(), run)
+        super().__init__(workload.build().train(), args)
         model: Any = self.model
-        self.profile = job_profile(self.config, run, self.workload, model, group, device)
-        self.chooser = chooser_of(self.profile, self.config)
-        self.runner = IterationRunner(self.workload, model, group, device, autocast=run.bf16)
+        device = args.device  # which also joins the default group, where nobody has yet
+        group = group or dist.group.WORLD
+        assert group is not None
+        spread_weights(model, group)
+        self.profile = job_profile(config, args, workload, model, group, device)
+        self.chooser = chooser_of(self.profile, config)
+        self.runner = IterationRunner(workload, model, group, device, autocast=args.bf16)
         self._details: dict[str, Any] = {}
         self._logged = time.perf_counter()
 

@@ -16,6 +16,7 @@ from dcp.datacentric.clips import TEXT_SIZE, WORDS, rendered_latents, synthetic_
 from dcp.datacentric.config import VideoArguments
 from dcp.datacentric.sequence_group import SequenceGroup
 from dcp.datacentric.video_model import SpaceTimeTransformer, VideoModelConfig
+from dcp.datacentric.workload import Workload
 
 # Small latents for a small model: 64 x 64 pixels, 17 frames; the largest bucket has 1,440 patches.
 PIXELS, FRAMES = 64, 85
@@ -32,7 +33,7 @@ class VideoBatch:
     text: Tensor
 
 
-class VideoWorkload:
+class VideoWorkload(Workload):
     """Synthetic latents or rendered clips, in 25 buckets.
 
     The loss is a mean over samples, each a mean over the numbers of its latents. Noise and time of
@@ -48,7 +49,8 @@ class VideoWorkload:
         dtype: str = "float32",
         buckets: Sequence[Bucket] | None = None,
     ) -> None:
-        self.config, self.device, self.seed = config, torch.device(device), seed
+        super().__init__(device=device, seed=seed)
+        self.config = config
         self.buckets = list(buckets or video_buckets(pixels=PIXELS, frames=FRAMES))
         drawn = draw_buckets(
             self.buckets, config.video_samples, config.video_distribution, seed=seed
@@ -68,6 +70,9 @@ class VideoWorkload:
             "dtype": dtype,
             "buckets": {bucket.name: list(bucket.shape) for bucket in self.buckets},
         }
+
+    def sizes(self) -> Sequence[tuple[int, ...]]:
+        return self._shapes
 
     def build(self, depth: int | None = None) -> nn.Module:
         torch.manual_seed(self.seed)
@@ -110,9 +115,6 @@ class VideoWorkload:
         error = (flow - target[:, :, mine]).square() * real[:, :, mine]
         wide = torch.promote_types(error.dtype, torch.float32)
         return error.to(wide).sum() / clean[0].numel()
-
-    def weight(self, samples: Sequence[int]) -> int:
-        return len(samples)
 
     def num_tokens(self, samples: Sequence[int]) -> int:
         patch = self._model_config.patch
