@@ -340,7 +340,9 @@ class DCPDataLoader:
     def sequence_batch(self, epoch: int, position: int) -> SequenceBatch:
         """Sequences and masks of one batch, on a planning rank: to plan or draw it again."""
         if self._stream is not None:
-            raise ValueError("a batch of a stream cannot be had again: the stream has gone on")
+            raise ValueError(
+                "a batch of a stream cannot be had again: give a dataset with a length instead"
+            )
         if self._batches is None:
             raise ValueError(f"rank {self._exchange.rank} does not plan; ask a planning rank")
         place = next(self._places(epoch, position))

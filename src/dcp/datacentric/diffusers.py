@@ -211,7 +211,9 @@ def group_attention(
     if _parallel_config is None:
         return attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
     if dropout_p or is_causal:
-        raise ValueError("attention over a group of ranks has no dropout, and is not causal")
+        raise ValueError(
+            "attention over a group of ranks has no dropout and is not causal: leave both out"
+        )
     return exchanged_attention(
         query, key, value, attn_mask, attend, active.shared, crossed=active.crossed
     )

@@ -138,7 +138,7 @@ class TextWorkload(Workload):
 def _pieces(lengths: np.ndarray, longest: int, over_long: str) -> list[tuple[int, int, int]]:
     """(document, start, stop) of every sequence."""
     if not len(lengths):
-        raise ValueError("the data has no documents")
+        raise ValueError("the data has no documents: give files that hold some")
     if over_long == "raise" and lengths.max() > longest:
         raise ValueError(
             f"document {int(lengths.argmax())} has {lengths.max()} tokens, more than "

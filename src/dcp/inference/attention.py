@@ -164,7 +164,9 @@ class CachedAttention:
             if held != cached:
                 raise ValueError(f"the plan is for {cached} cached tokens, the cache holds {held}")
             if not all(map(np.array_equal, new_owners(plan), new_owners(plans[0]))):
-                raise ValueError("the plans share out new tokens differently: plan them together")
+                raise ValueError(
+                    "the plans share out new tokens differently: make them in one plan_turn"
+                )
 
     def attention(
         self,

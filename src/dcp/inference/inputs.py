@@ -42,7 +42,9 @@ class Sampling:
     def draw(self, logits: Tensor, position: int) -> int:
         """The token at a position of its conversation."""
         if not torch.isfinite(logits).all():
-            raise DCPError("the model's logits are not finite: its weights or dtype cannot be used")
+            raise DCPError(
+                "the model's logits are not finite: use another dtype, or check its weights"
+            )
         if self.temperature == 0:
             return int(logits.argmax())
         scores = logits.double().cpu().numpy()

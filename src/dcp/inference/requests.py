@@ -100,7 +100,7 @@ def unpack_orders(message: bytes) -> Orders:
         exactly("orders", arrays, ("length", "tokens"))
         ends = np.cumsum(arrays["length"])
         if len(ends) != len(meta["joins"]) or len(arrays["tokens"]) != (ends[-1:].sum()):
-            raise ValueError("prompts and requests do not fit each other")
+            raise ValueError(f"{len(ends)} prompts do not fit {len(meta['joins'])} requests")
         prompts = np.split(arrays["tokens"], ends[:-1])
         joins = [
             _read_request(fields, prompt.tolist())

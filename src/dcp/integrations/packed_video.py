@@ -253,7 +253,9 @@ class PackedSelfAttention:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         if encoder_hidden_states is not None or attention_mask is not None:
-            raise ValueError("planned self-attention takes no other states and no mask")
+            raise ValueError(
+                "planned self-attention takes no other states and no mask: leave them out"
+            )
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states))
         value = attn.to_v(hidden_states)
         if image_rotary_emb is not None:

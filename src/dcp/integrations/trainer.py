@@ -66,7 +66,9 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         plan: PlanningArguments, peft_config: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         if options.get("data_collator") is not None:
-            raise ValueError("data_collator has no part in planned batches: prepare the samples")
+            raise ValueError(
+                "data_collator has no part in planned batches: leave it out, prepare the samples"
+            )
         if peft_config is not None:
             from peft import get_peft_model
 

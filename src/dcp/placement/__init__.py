@@ -193,7 +193,7 @@ def get_strategy(name: str) -> Strategy:
     if isinstance(name, str) and name in _BY_NAME:
         return _BY_NAME[name]
     one_of("strategy", name, ["auto", *_BY_NAME])
-    raise ValueError("'auto' is no strategy of its own: it chooses among the others")
+    raise ValueError("'auto' chooses among strategies and is none: give it to dcp.plan")
 
 
 def floor_seconds(name: str, batch: SequenceBatch, spec: AttentionSpec, cluster: Cluster) -> float:

@@ -32,7 +32,9 @@ def _read_yaml(path: Path) -> Any:
         if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_YAML_BRACKETS:
             raise ValueError(f"{len(text)} characters or their brackets are no configuration")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise ValueError("aliases are not read")  # a few of them may stand for gigabytes
+            raise ValueError(
+                "aliases (&name, *name) are not read: make them values"
+            )  # a few of them may stand for gigabytes
         return yaml.safe_load(text)
     except (ValueError, RecursionError, yaml.YAMLError, *_YAML_BUGS) as error:
         raise ValueError(f"{path} is not YAML: {error}") from None

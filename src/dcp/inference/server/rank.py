@@ -128,7 +128,9 @@ def _listening(app: Any, listener: socket.socket) -> Iterator[None]:
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     if not server.started:
-        raise DCPError("the HTTP server could not start")
+        raise DCPError(
+            "the HTTP server could not start, its log says why: give another --port or --host"
+        )
     try:
         yield
     finally:
