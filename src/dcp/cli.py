@@ -64,6 +64,7 @@ _GROUPS: dict[str, dict[str, _Command]] = {
         "doctor": _Command("check that everything a run needs works here", "dcp.doctor"),
         "profile": _Command("measure this cluster, write a cluster file", "dcp.profile"),
         "bench kernels": _Command("attention kernels beside torch's", "dcp.bench.kernels"),
+        "bench compiled": _Command("what our kernels compile to; no GPU", "dcp.bench.compiled"),
     },
     "the shell": {
         "completion": _Command("complete dcp's words: bash, zsh, tcsh", "dcp.cli", "_completion"),

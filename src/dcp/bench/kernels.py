@@ -29,7 +29,8 @@ from dcp.cluster import Cluster
 from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
-from dcp.runtime.kernels.triton import SHAPES, place_tables
+from dcp.runtime.kernels.triton import place_tables
+from dcp.runtime.kernels.triton_shapes import SHAPES
 from dcp.runtime.prepared import PreparedPlan
 
 PARTS = ("errors", "tune", "dense", "masks", "program", "host")
@@ -271,7 +272,7 @@ def ready_row(plans: list[RankPlan]) -> Row:
         prepared = PreparedPlan(rank_plan)
         for backward in (False, True):
             prepared.instructions(None, torch.device("cpu"), backward=backward)
-        place_tables(rank_plan.mask_program(), torch.device("cpu"), SHAPES[128, 2])
+        place_tables(rank_plan.mask_program(), torch.device("cpu"), SHAPES[90, 128, 2])
         times.append(perf_counter() - began)
     case = f"{PLAN_TOKENS} tokens, 32 ranks"
     note = "milliseconds on the host, without the copy; off the critical path with ready()"

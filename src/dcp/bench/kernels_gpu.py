@@ -4,7 +4,6 @@ and tile shapes."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from statistics import mean, median
 from typing import Any
@@ -24,7 +23,8 @@ from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import get_kernel
-from dcp.runtime.kernels.triton import SHAPES, Shape, Shapes, launch, place_tables
+from dcp.runtime.kernels.triton import launch, place_tables
+from dcp.runtime.kernels.triton_shapes import Shape, Shapes, choose_shapes
 from dcp.runtime.reference import dense_attention, relative_error
 from dcp.runtime.session import Call
 
@@ -250,12 +250,11 @@ FLOPS = {"forward": 2, "query_gradient": 3, "key_gradient": 4}  # products a pai
 
 def candidates() -> Iterator[tuple[str, Shape]]:
     """(kernel, shape), the one in use first."""
-    used = SHAPES[SPEC.head_dim, 2]
     for name, shapes in CANDIDATES.items():
-        now = getattr(used, name)
+        now = shape_in_use(name)
         yield name, now
         for text in shapes.split(", "):
-            shape = Shape(*map(int, text.split()))
+            shape = Shape.parse(text)
             if shape != now:
                 yield name, shape
 
@@ -264,15 +263,19 @@ def shape_rate(name: str, shape: Shape, repeat: int) -> tuple[float, str]:
     """TFLOP/s of one kernel with this tile on one causal sequence."""
     seconds = device_medians({"ours": launch_of(name, shape, torch.device("cuda"))}, repeat)["ours"]
     pairs = PICK_TOKENS**2 / 2 * SPEC.num_heads
-    note = "in use" if shape == getattr(SHAPES[SPEC.head_dim, 2], name) else ""
+    note = "in use" if shape == shape_in_use(name) else ""
     return FLOPS[name] * 2 * SPEC.head_dim * pairs / seconds / 1e12, note
+
+
+def shape_in_use(name: str) -> Shape:
+    device, dtype = torch.device("cuda"), getattr(torch, SPEC.dtype)
+    shape: Shape = getattr(choose_shapes(device, SPEC.head_dim, dtype), name)
+    return shape
 
 
 def launch_of(name: str, shape: Shape, device: torch.device) -> Callable[[], Any]:
     """One launch of the kernel, on random tensors."""
-    shapes = replace(SHAPES[SPEC.head_dim, 2], **{name: shape})
-    if name == "query_gradient":  # it shares its table with the forward kernel
-        shapes = Shapes(shape, shape, shapes.key_gradient)
+    shapes = Shapes.alike(shape)
     dtype = getattr(torch, SPEC.dtype)
     program = one_rank("causal", [PICK_TOKENS]).mask_program()
     [work] = place_tables(program, device, shapes).values()

@@ -71,7 +71,7 @@ class PreparedPlan:
         self.copied: torch.cuda.Event | None = None  # when tables made ahead are on the device
         self._instructions: dict[tuple[str, bool, torch.device], list[Step]] = {}
         self._num_rows: dict[str, list[int]] = {}
-        self._work: dict[tuple[str, str, torch.device, torch.dtype], dict[int, Any]] = {}
+        self._work: dict[tuple[str, Kernel, torch.device, torch.dtype], dict[int, Any]] = {}
 
     def use_here(self) -> None:
         """Let the current stream use tables that were made ahead, on another stream: it waits for
@@ -102,7 +102,7 @@ class PreparedPlan:
         self, mask: str | None, kernel: Kernel, device: torch.device, dtype: torch.dtype
     ) -> dict[int, Any]:
         """What ``kernel`` needs for each division, by step."""
-        key = mask or next(iter(self.plan.masks)), kernel.name, device, dtype
+        key = mask or next(iter(self.plan.masks)), kernel, device, dtype
         if key not in self._work:
             program, spec = self.plan.mask_program(mask), self.plan.spec
             widest = max(spec.head_dim, spec.value_dim)

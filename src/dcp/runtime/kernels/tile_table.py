@@ -2,8 +2,9 @@
 
 An *outer tile* is a run of rows that one program keeps in registers: queries for outputs and query
 gradients, keys for key and value gradients. Its *entries* say which inner tiles it visits: a run
-of full ones, or one that is partly masked with the bands whose union is its mask. Inner tiles are
-counted from the first row that the outer tile sees, and empty ones have no entry.
+of full ones, or one that is partly masked, with the band that is its mask. Where several bands meet
+in a tile, which is rare, each has an entry: bands are disjoint. Inner tiles are counted from the
+first row that the outer tile sees, and empty ones have no entry.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from dcp.ragged import expand
 from dcp.runtime.division import DKV_SHIFT, OUT_SHIFT
 from dcp.slices import HI, K0, K1, LO, Q0, Q1
 
-# Columns of the tables, int32.
-# Entries of a tile: full runs from first_entry on, then from first_masked on the masked ones.
-TILE = ("row", "rows", "result_row", "first_entry", "first_masked", "end_entry")
-ENTRY = ("row", "num_tiles", "first_band", "num_bands", "shift")
-BAND = ("outer0", "outer1", "inner0", "inner1", "lo", "hi", "shift")
-WIDTH = 8  # every table row is padded to this many numbers, so that all are aligned
+# Columns of the tables, int32. Entries of a tile: full runs from first_entry on, then from
+# first_masked on the masked ones; ``row`` is the first of the inner tile or run.
+TILE = ("row", "rows", "result_row", "first_entry", "first_masked", "end_entry", "", "")
+FULL = ("row", "num_tiles", "", "", "", "", "", "shift")
+MASKED = ("row", "outer0", "outer1", "inner0", "inner1", "lo", "hi", "shift")
+WIDTH = 8  # every table row has this many numbers, so that all are aligned
 
 FAR = 1 << 30  # beyond any row: bounds are clipped to it
 
@@ -32,16 +33,15 @@ class TileTable:
 
     Attributes:
         tiles: outer tiles, longest work first within each division.
-        entries: inner tiles of each outer tile.
-        bands: bands of partly masked entries: the pair counts when ``outer0 <= a < outer1``,
-            ``inner0 <= b < inner1`` and ``lo <= b - a <= hi`` for rows a and b of both sides.
+        entries: inner tiles of each outer tile. In a masked one a pair counts when ``outer0 <= a <
+            outer1``, ``inner0 <= b < inner1`` and ``lo <= b - a <= hi`` for rows a and b of both
+            sides; inner0 and inner1 enclose just the rows that one of the tile's outer rows sees.
         tile_start: first tile of each division, and the end: int64 ``[num_divisions + 1]``.
         num_visits: inner tiles visited by each division's outer tiles, int64 ``[num_divisions]``.
     """
 
     tiles: np.ndarray
     entries: np.ndarray
-    bands: np.ndarray
     tile_start: np.ndarray
     num_visits: np.ndarray
 
@@ -92,20 +92,25 @@ def build_table(
     np.minimum.at(origin, tile, ranges[0])
     first, end, full_first, full_end = _inner_tiles(origin[tile], *ranges, inner=inner)
 
+    seen = np.concatenate([bands, shift[:, None]], axis=1)[band]
+    seen[:, 2:4] = np.stack(ranges[:2], axis=1)
     is_full = np.flatnonzero(full_first < full_end)
-    full = _entries(
-        tile[is_full],
-        full_first[is_full],
-        full_end[is_full] - full_first[is_full],
-        shift[band][is_full],
-    )
-    partial, band_table = _partial_entries(
-        tile, band, np.stack([first, full_end]), np.stack([full_first, end]), bands, shift
-    )
-    entries = np.concatenate([full, partial])  # columns: tile, index, num_tiles, band, bands, shift
-    entries = entries[np.lexsort((entries[:, 1], entries[:, 4] > 0, entries[:, 0]))]
+    full = np.zeros((len(is_full), WIDTH - 1), dtype=np.int64)
+    full[:, 0], full[:, -1] = (full_end - full_first)[is_full], seen[is_full, -1]
+    # partly masked: before the full ones and behind them
+    partial, index = expand(np.maximum([full_first - first, end - full_end], 0).reshape(-1))
+    index += np.concatenate([first, full_end])[partial]
+    partial %= max(len(tile), 1)
     return _order(
-        entries, band_table, tile_division, row, rows, result_row, origin, inner, len(runs)
+        np.concatenate([tile[is_full], tile[partial]]),
+        np.repeat([False, True], [len(is_full), len(partial)]),
+        np.concatenate([full_first[is_full], index]),
+        np.concatenate([full, seen[partial]]),
+        tile_division,
+        np.stack([row, rows, result_row], axis=1),
+        origin,
+        inner,
+        len(runs),
     )
 
 
@@ -170,59 +175,32 @@ def _overlaps(
     return first[band] + index, band
 
 
-def _entries(
-    tile: np.ndarray, index: np.ndarray, num_tiles: np.ndarray, shift: np.ndarray
-) -> np.ndarray:
-    none = np.zeros(len(tile), dtype=np.int64)
-    return np.stack([tile, index, num_tiles, none, none, shift], axis=1)
-
-
-def _partial_entries(
-    tile: np.ndarray,
-    band: np.ndarray,
-    first: np.ndarray,
-    end: np.ndarray,
-    bands: np.ndarray,
-    shift: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One entry for each inner tile in ``[first, end)``, with the bands that meet there."""
-    of, index = expand(np.maximum(end - first, 0).reshape(-1))
-    pair = of % max(len(tile), 1)
-    index, tile, band = first.reshape(-1)[of] + index, tile[pair], band[pair]
-    order = np.lexsort((band, index, tile))
-    index, tile, band = index[order], tile[order], band[order]
-    change = (tile[1:] != tile[:-1]) | (index[1:] != index[:-1])
-    start = np.flatnonzero(np.append(True, change)[: len(tile)])
-    entries = _entries(tile[start], index[start], np.ones_like(start), np.zeros_like(start))
-    entries[:, 3], entries[:, 4] = start, np.diff(np.append(start, len(tile)))
-    return entries, np.concatenate([bands[band], shift[band][:, None]], axis=1)
-
-
 def _order(
-    entries: np.ndarray,
-    bands: np.ndarray,
+    tile: np.ndarray,
+    masked: np.ndarray,
+    index: np.ndarray,
+    rest: np.ndarray,
     tile_division: np.ndarray,
-    row: np.ndarray,
-    rows: np.ndarray,
-    result_row: np.ndarray,
+    tiles: np.ndarray,
     origin: np.ndarray,
     inner: int,
     num_divisions: int,
 ) -> TileTable:
-    """The tables in their final form: tiles of a division by falling work, unused ones left out."""
-    tile = entries[:, 0]
-    visits = np.bincount(tile, weights=entries[:, 2], minlength=len(row)).astype(np.int64)
-    edges = np.searchsorted(tile, np.arange(len(row) + 1))
-    order = np.lexsort((row, -visits, tile_division))
+    """The tables in their final form: tiles of a division by falling work, unused ones left out.
+
+    Entries come as (their tile, whether masked, index of the inner tile, numbers behind the row).
+    """
+    order = np.lexsort((index, masked, tile))
+    tile, masked, index, rest = (x[order] for x in (tile, masked, index, rest))
+    num_tiles = len(tiles)
+    visits = np.bincount(tile, weights=np.where(masked, 1, rest[:, 0]), minlength=num_tiles)
+    edges = np.searchsorted(2 * tile + masked, np.arange(2 * num_tiles + 1))
+    tiles = np.concatenate([tiles, edges[:-1].reshape(-1, 2), edges[2::2, None]], axis=1)
+    order = np.lexsort((tiles[:, 0], -visits, tile_division))
     order = order[visits[order] > 0]
-    num_full = np.bincount(tile[entries[:, 4] == 0], minlength=len(row))
-    masked = edges[:-1] + num_full
-    tiles = np.stack([row, rows, result_row, edges[:-1], masked, edges[1:]], axis=1)[order]
-    table = np.stack([origin[tile] + entries[:, 1] * inner, *entries[:, 2:].T], axis=1)
     return TileTable(
-        tiles=_padded(tiles),
-        entries=_padded(table),
-        bands=_padded(bands),
+        tiles=_padded(tiles[order]),
+        entries=_padded(np.concatenate([(origin[tile] + index * inner)[:, None], rest], axis=1)),
         tile_start=np.searchsorted(tile_division[order], np.arange(num_divisions + 1)),
         num_visits=np.bincount(tile_division, weights=visits, minlength=num_divisions).astype(
             np.int64
