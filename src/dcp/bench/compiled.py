@@ -57,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print, and write the table. Returns the exit status."""
-    page = args.write.read_text() if args.write else BEGIN + END
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{args.write} does not have the lines {BEGIN!r} and {END!r} once each")
+    if args.write:
+        around(args.write)  # refused before anything is compiled
     rows = []
     for row in all_rows(args.architectures, args.head_dims, args.forms):
         rows.append(row)
@@ -68,10 +67,18 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"conditions": conditions(), "rows": [asdict(row) for row in rows]}))
     if args.write:
-        before, rest = page.split(BEGIN)
+        before, behind = around(args.write)
         table = "\n".join(as_table(rows))
-        args.write.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+        args.write.write_text(f"{before}{BEGIN}\n{table}\n{END}{behind}")
     return 0
+
+
+def around(page: Path) -> tuple[str, str]:
+    """What stands before and behind the table of a page."""
+    text = page.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ValueError(f"{page} does not have the lines {BEGIN!r} and {END!r} once each")
+    return text.split(BEGIN)[0], text.split(END)[1]
 
 
 def all_rows(architectures: list[int], head_dims: list[int], forms: list[str]) -> Iterator[Row]:
