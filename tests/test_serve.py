@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
+from dcp.cli import main  # noqa: E402
 from dcp.data.tokenizers import ByteTokenizer  # noqa: E402
 from dcp.inference import InferenceEngine  # noqa: E402
 from dcp.inference.model import open_model  # noqa: E402
@@ -355,3 +356,24 @@ def test_a_chat_gets_what_is_left_where_it_does_not_say():
     assert len(request.tokens) + request.max_new_tokens == 100
     assert request.sampling.temperature == 1
     assert request.sampling.seed != prompts.request(asked).sampling.seed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--port 70000", "--port must be 65535 or less, got 70000"),
+        ("--max-queue 0", "--max-queue must be 1 or more, got 0"),
+        ("--max-length 0", "--max-length must be 1 or more"),
+        ("--token-budget=-1", "--token-budget must be 1 or more, got -1"),
+        ("--model /nowhere", "model '/nowhere' is no folder on this machine"),
+    ],
+)
+def test_mistakes_of_the_command_are_named_before_ranks_start(capsys, words, said):
+    assert main(["serve", *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_the_command_needs_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("dcp.inference.server.command.find_spec", lambda name: None)
+    assert main(["serve"]) == 2
+    assert "pip install 'dynamic-context-parallel[serve]'" in capsys.readouterr().err
