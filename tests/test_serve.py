@@ -158,7 +158,7 @@ BAD = [
     (False, {"seed": -1}, 400, None, "seed must be 0 or more"),
     (False, {"max_tokens": 0}, 400, None, "max_new_tokens must be 1 or more"),
     (False, {"max_tokens": 394}, 400, None, "are more than the 400 that are served"),
-    (True, {"max_completion_tokens": 1000}, 400, None, "more than the 400"),
+    (True, {"max_tokens": None, "max_completion_tokens": 1000}, 400, None, "more than the 400"),
     (False, {"prompt": "x" * 500}, 400, None, "501 tokens of the prompt and 30 of the reply"),
     (True, {"messages": [{"role": "user", "content": "x" * 900}]}, 400, None, "the 400"),
     (False, {"prompt": "x" * 2_000_000}, 413, None, "longer than 1074176 bytes"),
@@ -168,6 +168,8 @@ BAD = [
     (False, {"stop": [""]}, 400, None, "none of them empty"),
     (False, {"logprobs": 21}, 400, None, "must be 20 or less, got 21"),
     (True, {"top_logprobs": 2}, 400, None, "top_logprobs needs logprobs=true"),
+    (True, {"stream_options": {"include_usage": True}}, 400, None, "needs stream=true"),
+    (True, {"max_completion_tokens": 3}, 400, None, "give one of them"),
     (True, {"messages": []}, 400, None, "holds no message"),
     (True, {"messages": [{"content": "x"}]}, 400, None, "has no 'role'"),
     (True, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "text"),
@@ -280,7 +282,7 @@ def test_sigterm_lets_what_runs_finish_and_refuses_more():
 
 
 def see_it_drain(process, url, client):
-    stream = ask(client, False, temperature=0, max_tokens=150, stream=True, extra_body=IDS)
+    stream = ask(client, False, temperature=0, max_tokens=80, stream=True, extra_body=IDS)
     first = next(iter(stream)).choices[0].token_ids
     process.send_signal(signal.SIGTERM)
     refused, end = None, time.monotonic() + 30
@@ -294,7 +296,7 @@ def see_it_drain(process, url, client):
     with pytest.raises(urllib.error.HTTPError, match="503"):
         urllib.request.urlopen(url.removesuffix("/v1") + "/health")
     parts = [part.choices[0] for part in stream]
-    assert len(first) + sum(len(part.token_ids) for part in parts) == 150
+    assert len(first) + sum(len(part.token_ids) for part in parts) == 80
     assert parts[-1].finish_reason == "length"
     assert process.wait(60) == 0
     assert process.stderr.read() == ""
@@ -354,6 +356,9 @@ def test_a_chat_gets_what_is_left_where_it_does_not_say():
     asked = ChatAsked(model="bytes", messages=[{"role": "user", "content": "Hi"}])
     request = prompts.request(asked)
     assert len(request.tokens) + request.max_new_tokens == 100
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    again = ChatAsked(model="bytes", messages=[{"role": "user", "content": parts}])
+    assert prompts.request(again).tokens == request.tokens
     assert request.sampling.temperature == 1
     assert request.sampling.seed != prompts.request(asked).sampling.seed
 

@@ -46,6 +46,8 @@ class Prompts:
 
     def request(self, asked: Asked) -> Request:
         """The request, without an id yet; ``ValueError`` for what cannot be asked."""
+        if asked.stream_options is not None and not asked.stream:
+            raise ValueError("stream_options needs stream=true")
         with self._lock:  # tokenizers keep state
             tokens = self._chat(asked) if isinstance(asked, ChatAsked) else self._text(asked)
         return Request(
@@ -76,7 +78,7 @@ class Prompts:
         return said(self.tokenizer, prompt, begin=self.begin, end=end, later=False)
 
     def _chat(self, asked: ChatAsked) -> list[int]:
-        messages = checked_messages(asked.messages, "messages")
+        messages = checked_messages([*map(_as_text, asked.messages)], "messages")
         return self._encoder.messages(messages, "messages", add_generation_prompt=True)
 
     def _max_new_tokens(self, asked: Asked, num_tokens: int) -> int:
@@ -84,6 +86,8 @@ class Prompts:
         wanted = asked.max_tokens
         if isinstance(asked, ChatAsked):
             if asked.max_completion_tokens is not None:
+                if wanted is not None:
+                    raise ValueError("max_tokens and max_completion_tokens: give one of them")
                 wanted = asked.max_completion_tokens
             wanted = max(left, 1) if wanted is None else wanted
         elif wanted is None:
@@ -94,6 +98,16 @@ class Prompts:
                 f"{self.max_length} that are served"
             )
         return wanted
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts, if all are texts, are one: few templates read parts."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+    ):
+        return message
+    return message | {"content": "".join(part["text"] for part in parts)}
 
 
 def _sampling(asked: Asked) -> Sampling:
