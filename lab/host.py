@@ -21,7 +21,7 @@ import torch
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.alone import Alone
 from dcp.bench.conditions import conditions
-from dcp.bench.kernels import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
+from dcp.bench.host import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
 from dcp.planner import plan
 from dcp.program import RankPlan
 from lab.operations import NoKernel, count_operations

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.alone import Alone
-from dcp.bench.kernels import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
+from dcp.bench.host import PLAN_CLUSTER, PLAN_TOKENS, long_tailed
 from dcp.planner import plan
 from dcp.program import MaskProgram
 from dcp.runtime.kernels import Kernel, Options

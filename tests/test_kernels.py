@@ -12,7 +12,8 @@ import torch
 
 from dcp import Cluster, LocalWorld, SequenceBatch, plan
 from dcp.bench import kernels
-from dcp.bench.alone import Alone, in_one_launch
+from dcp.bench.alone import Alone, _random, in_one_launch
+from dcp.bench.rows import README, Row, readme_table
 from dcp.cli import main
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, DCPAttention, cells
@@ -192,6 +193,36 @@ def test_a_program_alone_and_its_blocks_in_one_launch():
         alone.backward(*alone.forward())
 
 
+@pytest.mark.parametrize("kernel", ["torch_cpu", "dense"])
+def test_no_row_of_the_comparison_is_uninitialised(monkeypatch, kernel):
+    """Memory that is not initialised is NaN here, and reaches no result."""
+    empty = torch.empty
+
+    def poisoned(*args, **options):
+        found = empty(*args, **options)
+        return found.fill_(torch.nan if found.is_floating_point() else 255)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    a_plan = make_plan("streaming", 3)
+    kernel = get_kernel(kernel, CPU, torch.float32, Options(16, 1.0))
+    for rank in range(3):
+        for each in (a_plan.rank_plan(rank), in_one_launch(a_plan.rank_plan(rank))):
+            alone = Alone(each, kernel, CPU, torch.float32)
+            for _ in range(3):
+                out, lse = alone.forward()
+                alone.backward(out, lse)
+                assert out.isfinite().all()
+            held = [x for way in alone.noise.values() for x in way.held]
+            assert not any(x.isnan().any() for x in held)
+            messages = [x.view(torch.float32) for x in held if x.dtype == torch.uint8]
+            assert all(x.isfinite().all() and x.std() > 0.1 for x in messages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_bytes_of_messages_are_numbers_in_any_dtype(dtype):
+    assert _random([8000], torch.uint8, CPU).view(dtype).isfinite().all()
+
+
 def num_pairs(program):
     sizes = program.buffer_rows[:2]
     steps = [merged_slices(step.items, program.slices) for step in attention_steps(program)]
@@ -210,14 +241,18 @@ def test_benchmark_rows_without_a_gpu_are_empty_with_the_reason(capsys):
     assert {row["note"] for row in empty} == {kernels.NO_GPU}
     assert {row["figure"].split(":")[0] for row in rows if row["value"]} == {
         "ready() of a rank",
+        "two processes by gloo",
         "CPU",
     }
+    [gloo] = [row for row in rows if row["figure"].startswith("two processes")]
+    assert gloo["case"] == "2 ranks on cpu"
+    assert 0 < gloo["value"] <= 2
 
 
 def test_all_parts_apart_and_what_must_hold(tmp_path, monkeypatch, capfd):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(kernels, "PARTS", ("errors", "host"))
+    monkeypatch.setattr(kernels, "PARTS", ("errors", "messages", "host"))
     out = tmp_path / "kernels.json"
     words = f"bench kernels --all --repeat 1 --cpu-tokens 512 --out {out}"
     assert main(words.split()) == 0
@@ -229,9 +264,53 @@ def test_all_parts_apart_and_what_must_hold(tmp_path, monkeypatch, capfd):
         in shown
     )
     assert f"ready() of a rank{' ' * 26}<= 1     1 of 1 cases: median {ours['value']:.2f}" in shown
+    table = shown[shown.index("README, GPU figures") :].splitlines()
+    assert all(len(line) <= 110 for line in table)
+    fate = {line[:36].rstrip(): line.split("  ")[-1] for line in table[1:]}
+    assert fate["errors, beside dense attention"] == f"no: {kernels.NO_GPU}"
+    assert fate["two processes on one device"] == "no: measured on the CPU"
+    assert fate["dense causal, beside cuDNN"] == "no: not run"
+    assert list(fate) == list(README)
+    conditions = json.loads(out.read_text())["conditions"]
+    assert {"cuda", "driver"} <= set(conditions)
+    assert {"torch", "triton"} <= set(conditions["versions"])
     assert main([*words.split(), "--resume"]) == 0
     again = json.loads(out.read_text())["rows"]
     assert [row["case"] for row in again] == [row["case"] for row in rows]
+
+
+def test_a_row_of_the_readme_is_filled_by_all_of_its_cases():
+    def rows(*values):
+        figure = "rank's program / one fused launch"
+        return [Row(figure, f"case {n}", "<= 1.10", value=v) for n, v in enumerate(values)]
+
+    def fate(rows):
+        [line] = [x for x in readme_table(rows) if x.startswith("a rank's program beside")]
+        return line
+
+    assert fate(rows(1.02, 1.08, 1.03)).split()[-5:] == ["<=", "1.10", "1.03", "1.08", "yes"]
+    assert fate(rows(1.02, None)).endswith("no: ")
+
+
+def test_options_are_handed_on_to_the_parts():
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    words = [
+        "--repeat",
+        "3",
+        "--cpu-tokens",
+        "5",
+        "6",
+        "--dense-tokens",
+        "--threads",
+        "2",
+        "--out",
+        "x.json",
+    ]
+    given = parser.parse_args(words)
+    again = parser.parse_args(kernels.words_of(given))
+    assert again == given
+    assert again.dense_tokens == []
 
 
 def test_a_row_that_is_there_is_not_measured_again(monkeypatch):

@@ -23,6 +23,7 @@ def conditions() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
+        "driver": _driver(),
     }
 
 
@@ -39,6 +40,14 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def _driver() -> str | None:
+    """NVIDIA's kernel driver, where there is one."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        return None
 
 
 def _version(name: str) -> str | None:

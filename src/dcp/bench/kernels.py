@@ -12,58 +12,43 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
+from typing import Any
 
-import numpy as np
 import torch
 
-from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench import kernels_gpu as gpu
-from dcp.bench import rivals
+from dcp.bench import messages, rivals, tiles
 from dcp.bench.conditions import conditions
-from dcp.cluster import Cluster
-from dcp.planner import plan
-from dcp.program import RankPlan
-from dcp.runtime import AttentionExecutor, LocalWorld
-from dcp.runtime.kernels.triton import place_tables
-from dcp.runtime.kernels.triton_shapes import SHAPES
-from dcp.runtime.prepared import PreparedPlan
+from dcp.bench.host import cpu_row, long_tailed, rank_plans, ready_row
+from dcp.bench.rows import Row, as_line, read_rows, readme_table, summary
 
-PARTS = ("errors", "tune", "dense", "masks", "program", "host")
-CPU_SPEC = AttentionSpec(num_heads=8, num_kv_heads=8, head_dim=64, dtype="float32")
-PLAN_TOKENS, PLAN_CLUSTER = 131072, Cluster(num_nodes=4, devices_per_node=8)
+PARTS = ("errors", "messages", "tune", "dense", "masks", "program", "host")
 MASKS = ("causal", "streaming", "causal_blockwise", "shared_question")
 NO_GPU = "no CUDA device on this machine"
 Found = tuple[float | None, str]  # value and note of a row
 Measure = Callable[[], Sequence[Found]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One figure; ``value`` is None where there is none, for the reason in ``note``."""
-
-    figure: str
-    case: str
-    must: str
-    aim: str = ""
-    value: float | None = None
-    note: str = ""
+# What a part is measured with: --all hands these on to the process of each.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--repeat": {"type": int, "default": 7, "help": "timed runs per case; median kept"},
+    "--cpu-tokens": {"type": int, "nargs": "*", "default": [4096, 8192, 16384]},
+    "--dense-tokens": {"type": int, "nargs": "*", "default": [8192 << n for n in range(5)]},
+    "--mask-tokens": {"type": int, "default": 32768},
+    "--num-batches": {"type": int, "default": 20, "help": "long-tailed packed batches"},
+    "--threads": {"type": int, "help": "CPU threads; torch's default otherwise"},
+    "--limit-seconds": {
+        "type": float, "default": 480.0, "help": "GPU rows of a part begin within this time",
+    },
+    "--out": {"type": Path, "help": "file for the JSON result, written row by row"},
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--repeat", type=int, default=7, help="timed runs per case; median kept")
-    for name, default in (
-        ("--cpu-tokens", [4096, 8192, 16384]),
-        ("--dense-tokens", [8192, 16384, 32768, 65536, 131072]),
-    ):
-        parser.add_argument(name, default=default, nargs="*", type=int)
-    parser.add_argument("--mask-tokens", type=int, default=32768)
-    parser.add_argument("--num-batches", type=int, default=20, help="long-tailed packed batches")
-    parser.add_argument("--threads", type=int, help="CPU threads; torch's default otherwise")
+    for name, keywords in OPTIONS.items():
+        parser.add_argument(name, **keywords)
     parser.add_argument(
         "--only",
         nargs="+",
@@ -72,18 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="parts to measure; by default all but tune, which times tile shapes",
     )
     parser.add_argument(
-        "--limit-seconds", type=float, default=480, help="GPU rows begin within this time"
-    )
-    parser.add_argument(
         "--all",
         action="store_true",
-        help="every part in a process of its own, then a table of what must hold",
+        help="every part in a process of its own, then what must hold and what the README lacks",
     )
-    parser.add_argument("--out", type=Path, help="file for the JSON result, written row by row")
     parser.add_argument(
         "--resume", action="store_true", help="keep what --out has measured already"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """The :data:`OPTIONS` as they were given, for another process."""
+    words = []
+    for name in OPTIONS:
+        value = getattr(args, name.removeprefix("--").replace("-", "_"))
+        if value is not None:
+            words += [name, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def run(args: argparse.Namespace) -> int:
@@ -115,50 +106,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def as_line(row: Row) -> str:
-    value = "     -" if row.value is None else f"{row.value:6.3f}"
-    must = f"must {row.must}" if row.must else f"aim {row.aim}" if row.aim else ""
-    return f"{row.figure:42} {row.case:34} {must:12} {value}  {row.note}"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where there is none."""
-    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
-
-
 def run_apart(args: argparse.Namespace) -> int:
-    """Every part in a process of its own; then what must hold. Returns the worst exit status."""
+    """Every part in a process of its own; then what must hold, and which rows of the README are
+    filled. Returns the worst exit status."""
     if not args.out:
         raise ValueError("--all needs --out, the file that the parts add their rows to")
-    given = [f"--{name.replace('_', '-')}" for name in ("cpu_tokens", "dense_tokens")]
-    numbers = [list(map(str, getattr(args, name))) for name in ("cpu_tokens", "dense_tokens")]
-    words = ["--repeat", str(args.repeat), "--mask-tokens", str(args.mask_tokens)]
-    words += ["--num-batches", str(args.num_batches), "--resume", "--out", str(args.out)]
-    words += ["--limit-seconds", str(args.limit_seconds)]
-    words += ["--threads", str(args.threads)] if args.threads else []
-    words += [word for name, some in zip(given, numbers, strict=True) for word in (name, *some)]
     status = 0
-    for part in PARTS:
-        command = [sys.executable, "-m", "dcp.cli", "bench", "kernels", "--only", part, *words]
-        found = subprocess.run(command).returncode
+    for number, part in enumerate(PARTS):
+        command = [sys.executable, "-m", "dcp.cli", "bench", "kernels", "--only", part]
+        command += ["--resume"] if args.resume or number else []
+        found = subprocess.run([*command, *words_of(args)]).returncode
         if found:
             print(f"the part {part!r} ended with status {found}", file=sys.stderr)
         status = max(status, abs(found))
-    print("\n".join(summary(read_rows(args.out))))
+    rows = read_rows(args.out)
+    print("\n".join([*summary(rows), "", *readme_table(rows)]))
     return status
-
-
-def summary(rows: Sequence[Row]) -> list[str]:
-    """One line for every figure that must hold or is aimed at: its worst and median case."""
-    lines = []
-    for figure in dict.fromkeys(row.figure for row in rows if row.must or row.aim):
-        some = [row for row in rows if row.figure == figure]
-        values = [row.value for row in some if row.value is not None]
-        wanted = some[0].must or some[0].aim
-        worst = max(values, default=0.0) if wanted.startswith("<") else min(values, default=0.0)
-        found = f"median {median(values):.2f}, worst {worst:.2f}" if values else some[0].note
-        lines.append(f"{figure:42} {wanted:8} {len(values)} of {len(some)} cases: {found}")
-    return lines
 
 
 def all_rows(args: argparse.Namespace, done: dict[tuple[str, str], Row]) -> Iterator[Row]:
@@ -169,6 +132,8 @@ def all_rows(args: argparse.Namespace, done: dict[tuple[str, str], Row]) -> Iter
         if part in args.only:
             known = [done.get((row.figure, row.case)) for row in rows]
             yield from [row for row in known if row] if all(known) else on_gpu(rows, measure, end)
+    if "messages" in args.only:
+        yield gloo_row(done)
     if "host" in args.only:
         yield ready_row(rank_plans())
         for tokens in args.cpu_tokens:
@@ -189,11 +154,13 @@ def _gpu_parts(args: argparse.Namespace) -> Iterator[tuple[str, list[Row], Measu
         row = Row("error, ours / dense in the same dtype", case, "<= 2")
         measure = partial(gpu.error_ratio, "bfloat16", 128, 4, kernel=kernel)
         yield "errors", [row], _one(partial(measure, deterministic=deterministic))
+    row = Row("NCCL, one rank: time / without a group", "1 rank on cuda", "")
+    yield "messages", [row], _one(partial(messages.nccl_ratio, args.repeat))
     if torch.cuda.is_available() and "tune" in args.only:
-        for name, shape in gpu.candidates():
+        for name, shape in tiles.candidates():
             case = f"{shape.outer}x{shape.inner}, {shape.warps} warps, {shape.stages} stages"
             row = Row(f"tile of {name}: TFLOP/s", case, "")
-            yield "tune", [row], _one(partial(gpu.shape_rate, name, shape, args.repeat))
+            yield "tune", [row], _one(partial(tiles.shape_rate, name, shape, args.repeat))
     settings: gpu.Settings = []  # FlexAttention's best, picked when first needed
 
     def picked() -> gpu.Settings:
@@ -214,6 +181,19 @@ def _gpu_parts(args: argparse.Namespace) -> Iterator[tuple[str, list[Row], Measu
         yield "masks", rows, partial(_masks, mask, batches, picked, repeat)
     row = Row("rank's program / one fused launch", "32 ranks, mean", "<= 1.10", "<= 1.03")
     yield "program", [row], _one(lambda: gpu.program_ratio(rank_plans(), args.repeat))
+
+
+def gloo_row(done: dict[tuple[str, str], Row]) -> Row:
+    """Two processes on this machine's GPU, or where there is none on its CPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    row = Row("two processes by gloo: error / dense", f"2 ranks on {device}", "<= 2")
+    if known := done.get((row.figure, row.case)):
+        return known
+    try:
+        value, note = messages.gloo_error(device)
+    except Exception as error:  # its row says so
+        return replace(row, note=gpu.first_line(error))
+    return replace(row, value=value, note=note)
 
 
 def _one(measure: Callable[[], Found]) -> Measure:
@@ -259,68 +239,3 @@ def on_gpu(rows: list[Row], measure: Measure, end: float) -> list[Row]:
         logging.getLogger("dcp").info("a row failed", exc_info=True)
         return [replace(row, note=gpu.first_line(error)) for row in rows]
     return [replace(row, value=v, note=n) for row, (v, n) in zip(rows, found, strict=True)]
-
-
-# --------------------------------------------------------------------------- host and CPU rows
-
-
-def ready_row(plans: list[RankPlan]) -> Row:
-    """Host time of all that a rank makes of its plan before the first launch."""
-    times = []
-    for rank_plan in plans * 3:
-        began = perf_counter()
-        prepared = PreparedPlan(rank_plan)
-        for backward in (False, True):
-            prepared.instructions(None, torch.device("cpu"), backward=backward)
-        place_tables(rank_plan.mask_program(), torch.device("cpu"), SHAPES[90, 128, 2])
-        times.append(perf_counter() - began)
-    case = f"{PLAN_TOKENS} tokens, 32 ranks"
-    note = "milliseconds on the host, without the copy; off the critical path with ready()"
-    return Row("ready() of a rank", case, "<= 1", "", 1e3 * median(times), note)
-
-
-def cpu_row(tokens: int, block_size: int, world: int, repeat: int) -> Row:
-    """Time of the block-wise path (all ranks in turn) over one fused call, forward and backward."""
-    row = Row(
-        "CPU: block-wise / one-shot time",
-        f"{tokens} tokens, block {block_size}, {world} rank{'s' * (world > 1)}",
-        "<= 1.15" if world == 1 else "",
-    )
-    cluster = Cluster(devices_per_node=world)
-    made = plan(SequenceBatch([tokens]), CPU_SPEC, cluster, strategy="magi", block_size=block_size)
-    heads, kv_heads = CPU_SPEC.num_heads, CPU_SPEC.num_kv_heads
-    q = torch.randn(tokens, heads, CPU_SPEC.head_dim, requires_grad=True)
-    kv = torch.randn(tokens, 2, kv_heads, CPU_SPEC.head_dim, requires_grad=True)
-    grad = torch.randn(q.shape)
-    executor, local = AttentionExecutor(kernel="torch_cpu"), LocalWorld(made, kernel="torch_cpu")
-    if world == 1:
-        executor.prepare(made)
-
-    def ours() -> None:
-        out = executor.attention(q, kv) if world == 1 else local.attention(q, *kv.unbind(1))
-        torch.autograd.grad(out, (q, kv), grad)
-
-    def one_shot() -> None:
-        query, key, value = (x.transpose(0, 1)[None] for x in (q, *kv.unbind(1)))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        torch.autograd.grad(out, (q, kv), grad.transpose(0, 1)[None])
-
-    seconds = rivals.host_medians({"ours": ours, "one_shot": one_shot}, repeat)
-    note = f"{seconds['ours']:.3f} s against {seconds['one_shot']:.3f} s, forward and backward"
-    return replace(row, value=seconds["ours"] / seconds["one_shot"], note=note)
-
-
-# --------------------------------------------------------------------------- inputs
-
-
-def long_tailed(tokens: int, *, seed: int) -> list[int]:
-    """Document lengths, log-normal, that fill ``tokens``."""
-    draws = np.random.default_rng(seed).lognormal(7.5, 1.2, size=4096).astype(int) + 1
-    ends = np.minimum(np.cumsum(draws), tokens)
-    return [int(n) for n in np.diff(np.append(0, ends)) if n]
-
-
-def rank_plans() -> list[RankPlan]:
-    batch = SequenceBatch(long_tailed(PLAN_TOKENS, seed=0))
-    made = plan(batch, gpu.SPEC, PLAN_CLUSTER, strategy=gpu.STRATEGY)
-    return [made.rank_plan(rank) for rank in range(PLAN_CLUSTER.num_ranks)]
