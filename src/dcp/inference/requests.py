@@ -113,11 +113,10 @@ def unpack_orders(message: bytes) -> Orders:
 
 
 def _read_request(fields: dict[str, Any], prompt: list[int]) -> Request:
-    made = record(
-        Request, fields | {"sampling": record(Sampling, fields["sampling"]), "tokens": prompt}
-    )
+    made = record(Request, fields | {"tokens": prompt})
     return replace(
         made,
+        sampling=record(Sampling, fields["sampling"]),
         tokens=tuple(made.tokens),
         stop=tuple(made.stop),
         stop_tokens=tuple(made.stop_tokens),
