@@ -263,6 +263,9 @@ def test_options_of_train(capsys, words, said):
         ("--device tpu", "'tpu'"),
         ("--dtype int8", "'int8'"),
         ("--strategy best", "'best'"),
+        ("--window-pages 0", "--window-pages must be 1 or more, got 0"),
+        ("--tensor-parallel 0", "--tensor-parallel must be 1 or more, got 0"),
+        ("--tensor-parallel 2", "--tensor-parallel=2 does not divide --num-processes=1"),
     ],
 )
 def test_options_of_generate(capsys, words, said):

@@ -73,6 +73,7 @@ def steps(draw):
         st.tuples(st.just("evict"), names),
         st.tuples(st.just("extent")),
         st.tuples(st.just("undo")),
+        st.tuples(st.just("settle")),
         st.tuples(st.just("disk")),
     )
     return num_ranks, draw(st.lists(step, max_size=25))
@@ -115,6 +116,10 @@ def test_whatever_happens_each_sequence_finds_its_own_tokens(told, tmp_path_fact
                 each.said = dict(said)
         elif what == "disk":
             before = None  # another cache
+        elif what == "settle":
+            before = None
+            for each in told:
+                each.cache.settle()
         for each in told:
             each.check()
         books = [[used_pages(each.cache, kind) for kind in range(3)] for each in told]
@@ -122,7 +127,7 @@ def test_whatever_happens_each_sequence_finds_its_own_tokens(told, tmp_path_fact
     for each in told:
         for name in list(each.said):
             each.cache.evict(name)
-        each.cache.extent()  # nothing waits any longer
+        each.cache.settle()
         assert each.cache.free_pages.tolist() == [9] * num_ranks
 
 

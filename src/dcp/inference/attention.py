@@ -191,6 +191,13 @@ class CachedAttention:
         """
         if not self._kinds:
             raise ValueError("no turn has begun: call begin(plan, sequences) first")
+        spec = self.caches[0].spec
+        for name, given, wanted in (
+            ("q", q, (spec.num_heads, spec.head_dim)),
+            ("kv", kv, spec.kv_shape()),
+        ):
+            if tuple(given.shape[1:]) != wanted:
+                raise ValueError(f"{name} is {list(given.shape)}, a token's is {list(wanted)}")
         turn = self._kinds[self.caches[0].layers[layer]]
         queries, new = self._split(q), self._split(kv)
         keys = []

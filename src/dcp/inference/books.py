@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dcp.checks import shown, whole
+from dcp.inference.held import RANK_TYPE, Held, SequenceId, Table
 from dcp.inference.pages import Pages
 from dcp.inference.reach import Reach, turn_mask
 from dcp.masks import AttnMask
 from dcp.ragged import runs
-
-SequenceId = Hashable
-RANK_TYPE, MOST_RANKS = "H", 1 << 16  # of arrays of ranks
-
-
-@dataclass(frozen=True)
-class Table:
-    """Pages of one sequence, for layers of one kind.
-
-    Attributes:
-        first: tokens before this position are not kept.
-        gone: how many of those each rank had, int64 ``[num_ranks]``.
-        pages: of each rank, from the page of its first kept token on.
-    """
-
-    first: int
-    gone: np.ndarray
-    pages: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Held:
-    """One sequence.
-
-    Attributes:
-        owner: rank of each token; what is behind ``num_tokens`` was undone.
-        held: tokens of each rank, int64 ``[num_ranks]``.
-        tables: of each kind of layers.
-    """
-
-    owner: array[int]
-    held: np.ndarray
-    tables: tuple[Table, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.held.sum())
-
-    def owners(self, first: int, end: int) -> np.ndarray:
-        """The ranks of the tokens at these positions."""
-        return np.array(self.owner[first:end], dtype=np.int64)
-
 
 Extent = dict[SequenceId, Held]
 
@@ -131,7 +89,7 @@ class Books:
             past = known.num_tokens
             owner = known.owners(reach.first(past), past)
             masks.append(turn_mask(reach, past, owner, count))
-        return masks
+        return masks if any(isinstance(mask, AttnMask) for mask in masks) else "causal"
 
     @property
     def free_pages(self) -> np.ndarray:
@@ -187,7 +145,7 @@ class Books:
         for each, of, had, adds, wanted in zip(sequences, owners, before, new, more, strict=True):
             known = self._sequences.get(each, self._empty())
             tables = [
-                self._longer(table, pages, wanted)
+                table.longer(pages, wanted)
                 for table, pages in zip(known.tables, self._pages, strict=True)
             ]
             del known.owner[known.num_tokens :]
@@ -233,7 +191,7 @@ class Books:
             shared = [of[a:b] for of, a, b in zip(table.pages, begin, end, strict=True)]
             for rank, pages in enumerate(shared):
                 book.share(rank, pages)
-            tables.append(self._longer(Table(first, gone, tuple(shared)), book, last))
+            tables.append(Table(first, gone, tuple(shared)).longer(book, last))
             if rest[self.rank]:
                 old, new = (of.pages[self.rank] for of in (table, tables[-1]))
                 copies.append((old[end[self.rank]], new[-1], int(rest[self.rank])))
@@ -247,10 +205,15 @@ class Books:
         return dict(self._sequences)
 
     def extent(self) -> Extent:
-        """What is held now, for :meth:`undo`. Until the next extent its pages are kept."""
+        """What is held now, for :meth:`undo`; its pages are kept until :meth:`settle`."""
         for pages in self._pages:
             pages.checkpoint()
         return self.now()
+
+    def settle(self) -> None:
+        """Nothing is undone any more: pages that nobody uses are free."""
+        for pages in self._pages:
+            pages.settle()
 
     def undo(self, before: Extent) -> None:
         """Take back what happened since the last :meth:`extent`, which said ``before``; or what was
@@ -285,23 +248,11 @@ class Books:
 
     def _shortened(self, known: Held) -> Held:
         """Without what the next token does not see."""
-        tables = []
-        for kind, (table, book) in enumerate(zip(known.tables, self._pages, strict=True)):
-            first, gone = self._gone(known, kind)
-            leaves = gone // self.page_size - table.gone // self.page_size
-            kept = list(table.pages)
-            for rank in np.flatnonzero(leaves).tolist():
-                book.release(rank, kept[rank][: leaves[rank]])
-                kept[rank] = kept[rank][leaves[rank] :]
-            tables.append(Table(first, gone, tuple(kept)))
+        tables = [
+            table.shortened(book, *self._gone(known, kind), self.page_size)
+            for kind, (table, book) in enumerate(zip(known.tables, self._pages, strict=True))
+        ]
         return Held(known.owner, known.held, tuple(tables))
-
-    def _longer(self, table: Table, book: Pages, more: np.ndarray) -> Table:
-        """With so many more pages on each rank."""
-        pages = list(table.pages)
-        for rank in np.flatnonzero(more).tolist():
-            pages[rank] += book.take(rank, int(more[rank]))
-        return Table(table.first, table.gone, tuple(pages))
 
     def _new_rows(
         self, sequences: Sequence[SequenceId], before: np.ndarray, kind: int

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from dcp.batch import AttentionSpec
-from dcp.inference.books import MOST_RANKS, Books, SequenceId
+from dcp.inference.books import Books
+from dcp.inference.held import MOST_RANKS, SequenceId
 from dcp.inference.reach import Reach
 from dcp.inference.stored import from_arrays, names_of_arrays, to_arrays
 from dcp.received import MOST, require

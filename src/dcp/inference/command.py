@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help=text)
     text = "local ranks; under torchrun its processes are used"
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help=text)
+    text = "ranks that share the weights, of each node's; it divides the processes (default: 1)"
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="K", help="most tokens of a reply"
     )
@@ -41,6 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--num-pages", type=int, default=64, help="pages of each rank's KV cache")
     parser.add_argument("--page-size", type=int, default=256, help="tokens of a page")
+    text = "pages for layers of windows or chunks, which forget (default: --num-pages)"
+    parser.add_argument("--window-pages", type=int, help=text)
     parser.add_argument("--json", action="store_true", help="print tokens, text and seconds")
 
 
@@ -52,8 +56,16 @@ def _check(args: argparse.Namespace) -> None:
     whole("--seed", args.seed, most=MOST_SEED)
     for name in ("max_new_tokens", "num_pages", "page_size", "num_processes"):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), least=1, most=MOST_COUNT)
+    whole("--tensor-parallel", args.tensor_parallel, least=1)
+    if not is_launched() and args.num_processes % args.tensor_parallel:
+        raise ValueError(
+            f"--tensor-parallel={args.tensor_parallel} does not divide "
+            f"--num-processes={args.num_processes}"
+        )
     if args.top_k is not None:
         whole("--top-k", args.top_k, least=1)
+    if args.window_pages is not None:
+        whole("--window-pages", args.window_pages, least=1, most=MOST_COUNT)
     if args.model is not None and not Path(args.model).is_dir():
         raise ValueError(f"model {args.model!r} is no folder on this machine")
 

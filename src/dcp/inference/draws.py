@@ -69,6 +69,10 @@ class Draws:
         """Say that this rank failed."""
         self._failed[rank] = 1
 
+    def be_silent(self) -> None:
+        """Another rank says what was drawn."""
+        self._rows.zero_()
+
     def failed_ranks(self) -> list[int]:
         """Ranks that failed, once all have been summed up."""
         return self._failed.nonzero().flatten().tolist()
@@ -89,19 +93,31 @@ class Draws:
 
 
 class Meeting:
-    """Where the ranks of a group tell each other what they drew.
+    """Where the ranks tell each other what they drew.
+
+    Args:
+        groups: by meeting in one after the other, all ranks meet: that of attention, and that of
+            tensor parallelism.
+        speaks: ranks that share weights draw the same, and one of them says it.
 
     Attributes:
         lost: why they can no longer meet; None while they can.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self._group = group
+    def __init__(self, groups: Sequence[dist.ProcessGroup], *, speaks: bool = True) -> None:
+        self._groups, self._speaks = list(groups), speaks
         self.lost: str | None = None
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        for group in self._groups:
+            dist.barrier(group=group)
 
     def finish(self, draws: Draws, failed: Exception | None) -> list[Drawn | None]:
         """What all ranks drew; raises on each where ``failed`` says that one of them did."""
-        if self._group is not None:
+        if not self._speaks:
+            draws.be_silent()
+        if self._groups:
             self._sum(draws.table, failed)
         if failed is not None:
             raise failed
@@ -111,9 +127,13 @@ class Meeting:
 
     def _sum(self, table: Tensor, failed: Exception | None) -> None:
         """Sum over the ranks. Where that fails, the group is of no more use."""
+        alone = failed is not None and not isinstance(failed, ValueError | DCPError)
+        if alone and len(self._groups) > 1:  # those that share its weights wait inside a layer
+            self.lost = self.lost or f"{type(failed).__name__}: {failed}"
         if self.lost is None:
             try:
-                dist.all_reduce(table, group=self._group)
+                for group in self._groups:
+                    dist.all_reduce(table, group=group)
                 return
             except RuntimeError as error:
                 self.lost = str(error).strip().splitlines()[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dcp.checks import whole
 from dcp.cluster import Cluster
@@ -25,21 +26,29 @@ from dcp.inference.model import last_logits, use_cached_attention
 from dcp.inference.saved import load, save
 from dcp.inference.turn import Selector
 from dcp.integrations.model_checks import rotary_limit
+from dcp.runtime.group import resolve_group
 
 
 class InferenceEngine:
     """A causal language model that continues many conversations at once.
 
     Every rank makes one and calls the same methods with the same arguments; all get the same
-    tokens. Weights are whole on each rank; keys and values are shared out.
+    tokens. Keys and values are shared out over the ranks of ``group``. Weights are whole on each of
+    them, or shared out over a ``tensor_group`` (:func:`dcp.inference.weights.share_weights`), whose
+    ranks then also have KV heads of their own: a mesh of (ranks of attention) x (ranks of tensor
+    parallelism), of which each rank gives its row and its column.
 
     Args:
         model: a Hugging Face model whose attention is causal (Llama and its like), on its device.
         num_ranks: all ranks in this process; None: this process is one rank of ``group``.
-        group: a ``torch.distributed`` group; None: the default one, or a single rank.
+        group: a ``torch.distributed`` group or a mesh of one axis; None: the default one, or a
+            single rank.
+        tensor_group: the ranks that share the weights of ``model`` with this one; None: it is
+            whole.
         num_pages, page_size, window_pages: of the cache, see :class:`dcp.inference.KVCache`.
         cluster: the rates that turns are planned by; default rates otherwise.
         strategy: of prompts, see :func:`dcp.inference.plan_turn`. Decoding passes queries.
+        kernel: as :class:`dcp.AttentionExecutor` takes it.
     """
 
     def __init__(
@@ -47,22 +56,28 @@ class InferenceEngine:
         model: Any,
         *,
         num_ranks: int | None = None,
-        group: dist.ProcessGroup | None = None,
+        group: dist.ProcessGroup | DeviceMesh | None = None,
+        tensor_group: DeviceMesh | None = None,
         num_pages: int = 256,
         page_size: int = 256,
         window_pages: int | None = None,
         cluster: Cluster | None = None,
         strategy: str | Selector = "planned",
+        kernel: str = "auto",
     ) -> None:
-        is_group = num_ranks is None and dist.is_available() and dist.is_initialized()
-        self._group = (group or dist.group.WORLD) if is_group else None
-        size = dist.get_world_size(self._group) if is_group else num_ranks or 1
-        ranks = [dist.get_rank(self._group)] if is_group else range(size)
+        if tensor_group is not None and group is None:
+            raise ValueError("tensor_group needs group, too: the other axis of the ranks' mesh")
+        self._group = resolve_group(group) if num_ranks is None else None
+        self._tensor_group = None if tensor_group is None else tensor_group.get_group()
+        shares = 1 if tensor_group is None else tensor_group.size()
+        self._share = 0 if tensor_group is None else tensor_group.get_local_rank()
+        size = dist.get_world_size(self._group) if self._group else num_ranks or 1
+        ranks = [dist.get_rank(self._group)] if self._group else range(size)
         self.cluster = cluster or Cluster(devices_per_node=size)
         if self.cluster.num_ranks != size:
             raise ValueError(f"the cluster has {self.cluster.num_ranks} ranks, there are {size}")
         self.model, self.strategy = model, strategy
-        self.spec, reach = use_cached_attention(model)
+        self.spec, reach = use_cached_attention(model, tensor_parallel=shares)
         self.device = next(model.parameters()).device
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.rotary_limit = rotary_limit(model.config.get_text_config())
@@ -80,10 +95,11 @@ class InferenceEngine:
             )
             for rank in ranks
         ]
-        self.attention = CachedAttention(caches, group=self._group)
+        self.attention = CachedAttention(caches, group=self._group, kernel=kernel)
         self._conversations = Conversations()
         self.step_seconds: list[float] = []  # of the last call: a prompt, then token by token
-        self._meeting = Meeting(self._group)
+        groups = [group for group in (self._group, self._tensor_group) if group is not None]
+        self._meeting = Meeting(groups, speaks=self._share == 0)
 
     # ------------------------------------------------------------------ talking
 
@@ -122,6 +138,8 @@ class InferenceEngine:
             self.step_seconds = seconds
             self._undo(before)
             raise
+        finally:
+            self._settle()
 
     def _converse(
         self, said: dict[Name, list[int]], max_new_tokens: int, sampling: Sampling, end: int | None
@@ -167,6 +185,8 @@ class InferenceEngine:
         except BaseException:
             self._undo(before)
             raise
+        finally:
+            self._settle()
 
     @property
     def names(self) -> list[Name]:
@@ -189,7 +209,6 @@ class InferenceEngine:
         for cache in self.attention.caches:
             if name in cache.sequences:
                 cache.evict(name)
-                cache.extent()  # nobody takes this back: its pages are free at once
 
     def fork(
         self,
@@ -254,6 +273,11 @@ class InferenceEngine:
         for cache, extent in zip(self.attention.caches, held, strict=True):
             cache.undo(extent)
 
+    def _settle(self) -> None:
+        """Nothing is undone any more."""
+        for cache in self.attention.caches:
+            cache.settle()
+
     def _forward(self, parts: Sequence[Part]) -> dict[int, Tensor]:
         """Bring tokens of these conversations into the cache; logits after the last of each."""
         names = [part.name for part in parts]
@@ -311,9 +335,8 @@ class InferenceEngine:
 
     def save(self, folder: str | Path) -> None:
         """Write all conversations and this process's part of the cache, for :meth:`load`."""
-        save(folder, self._conversations, self.attention.caches)
-        if self._group is not None:
-            dist.barrier(group=self._group)
+        save(folder, self._conversations, self.attention.caches, share=self._share)
+        self._meeting.wait()
 
     def load(self, folder: str | Path) -> None:
         """Go on where :meth:`save` was called, on as many ranks; what was here is forgotten.
@@ -322,4 +345,4 @@ class InferenceEngine:
         damaged, or do not belong together; then nothing is changed.
         """
         caches = self.attention.caches
-        self._conversations, caches[:] = load(folder, caches, device=self.device)
+        self._conversations, caches[:] = load(folder, caches, device=self.device, share=self._share)

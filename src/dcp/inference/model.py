@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dcp.batch import AttentionSpec
 from dcp.inference.attention import CachedAttention
 from dcp.inference.reach import Reach, reach_of
+from dcp.inference.weights import share_weights
 from dcp.integrations.describe import attention_of
 from dcp.integrations.model_checks import rotary_limit, try_model
 from dcp.integrations.model_masks import Asked, asked_of, register_masks
@@ -84,9 +86,11 @@ def cached_attention(
     )
 
 
-def use_cached_attention(model: Any) -> tuple[AttentionSpec, list[Reach]]:
+def use_cached_attention(
+    model: Any, *, tensor_parallel: int = 1
+) -> tuple[AttentionSpec, list[Reach]]:
     """Let the layers of ``model`` call :func:`cached_attention`; returns what they compute, and how
-    far back each of them sees.
+    far back each of them sees. ``tensor_parallel``: ranks that share the weights of ``model``.
 
     Raises ``ValueError`` for a model that dcp attention cannot serve, and for one whose keys and
     values have two widths.
@@ -94,7 +98,7 @@ def use_cached_attention(model: Any) -> tuple[AttentionSpec, list[Reach]]:
     from transformers import AttentionInterface
 
     register_attention()
-    asked = attention_of(model, chunks=True)
+    asked = attention_of(model, chunks=True, tensor_parallel=tensor_parallel)
     if asked.spec.value_dim != asked.spec.head_dim:
         raise ValueError(
             f"{type(model).__name__} has latent attention, of keys and values of two widths, which "
@@ -145,15 +149,19 @@ def open_model(
     seed: int = 0,
     dtype: str = "float32",
     device: str = "cpu",
+    tensor_group: DeviceMesh | None = None,
     **sizes: int,
 ) -> Any:
     """A model from a local folder (nothing is downloaded); without one, a tiny Llama over bytes.
 
     Args:
         seed: of the tiny model's random weights.
+        tensor_group: ranks that share its weights: the device holds this rank's part of them alone.
+            The host holds all of them until then.
         sizes: of the tiny model, see :func:`tiny_config`.
 
-    Raises ``ValueError`` for a folder that holds no causal language model.
+    Raises ``ValueError`` for a folder that holds no causal language model, and as
+    :func:`dcp.inference.weights.share_weights` does.
     """
     from transformers import AutoModelForCausalLM
 
@@ -171,6 +179,8 @@ def open_model(
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"model {path!r} cannot be loaded: {reason}") from None
+    if tensor_group is not None:
+        share_weights(model, tensor_group)
     return model.eval().to(device)
 
 

@@ -14,7 +14,7 @@ class Pages:
     """Pages of one kind of layers, on all ranks; each may have several users.
 
     A page that nobody uses is free, and low pages are taken first, so that runs are long. Pages in
-    use at the last :meth:`checkpoint` stay as they are until the next one, whoever lets go of them:
+    use at a :meth:`checkpoint` stay as they are until :meth:`settle`, whoever lets go of them:
     :meth:`recount` can give them back to their users.
     """
 
@@ -23,8 +23,9 @@ class Pages:
         self._users: list[Counter[int]] = [Counter() for _ in range(num_ranks)]
         self._returned: list[list[int]] = [[] for _ in range(num_ranks)]  # heaps
         self._unused = [0] * num_ranks  # this page and those above were never taken
+        self._is_open = False  # between a checkpoint and the settling
         self._taken: list[set[int]] = [set() for _ in range(num_ranks)]  # since the checkpoint
-        self._waiting: list[set[int]] = [set() for _ in range(num_ranks)]  # for the next one
+        self._waiting: list[set[int]] = [set() for _ in range(num_ranks)]  # for the settling
 
     @property
     def free(self) -> np.ndarray:
@@ -46,7 +47,8 @@ class Pages:
                 pages.append(self._unused[rank])
                 self._unused[rank] += 1
         assert self._unused[rank] <= self.num_pages, "more pages than are free"
-        self._taken[rank].update(pages)
+        if self._is_open:
+            self._taken[rank].update(pages)
         self._users[rank].update(pages)
         return tuple(pages)
 
@@ -61,14 +63,20 @@ class Pages:
             if self._users[rank][page]:
                 continue
             del self._users[rank][page]
-            if page in self._taken[rank]:
-                self._taken[rank].remove(page)
-                heapq.heappush(self._returned[rank], page)
-            else:
+            if self._is_open and page not in self._taken[rank]:
                 self._waiting[rank].add(page)
+            else:
+                self._taken[rank].discard(page)
+                heapq.heappush(self._returned[rank], page)
 
     def checkpoint(self) -> None:
         """From now on, pages in use now are kept."""
+        self.settle()
+        self._is_open = True
+
+    def settle(self) -> None:
+        """Pages are not given back any more: those that nobody uses are free."""
+        self._is_open = False
         for rank in range(self.num_ranks):
             for page in self._waiting[rank]:
                 heapq.heappush(self._returned[rank], page)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dcp.data.tokenizers import Tokenizer, open_tokenizer
 from dcp.inference.engine import InferenceEngine
@@ -27,20 +28,46 @@ def generate(job: dict[str, Any]) -> dict[str, Any] | None:
         return found if dist.get_rank(group) == 0 else None
 
 
+def meshes(device: torch.device, tensor_parallel: int) -> tuple[DeviceMesh, DeviceMesh]:
+    """This rank's group of attention and its group of tensor parallelism, which are neighbours.
+
+    Raises ``ValueError`` where ``tensor_parallel`` does not divide the ranks there are.
+    """
+    size = dist.get_world_size()
+    if size % tensor_parallel:
+        raise ValueError(f"tensor_parallel={tensor_parallel} does not divide {size} processes")
+    shape = (size // tensor_parallel, tensor_parallel)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("attention", "tensor"))
+    return mesh["attention"], mesh["tensor"]
+
+
 def converse(
-    job: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None
+    job: dict[str, Any],
+    device: torch.device,
+    group: dist.ProcessGroup | DeviceMesh | None,
 ) -> dict[str, Any]:
     """What ``dcp generate --json`` prints.
 
     ``tokens`` and ``text`` are all replies to each prompt; ``turns`` has them turn by turn.
     """
-    model = open_model(job["model"], seed=job["seed"], dtype=job["dtype"], device=str(device))
+    tensor_group = None
+    if job["tensor_parallel"] > 1:
+        group, tensor_group = meshes(device, job["tensor_parallel"])
+    model = open_model(
+        job["model"],
+        seed=job["seed"],
+        dtype=job["dtype"],
+        device=str(device),
+        tensor_group=tensor_group,
+    )
     tokenizer = open_tokenizer(job["model"] or "bytes")
     engine = InferenceEngine(
         model,
         group=group,
+        tensor_group=tensor_group,
         num_pages=job["num_pages"],
         page_size=job["page_size"],
+        window_pages=job["window_pages"],
         strategy=job["strategy"],
     )
     options = {name: job[name] for name in SAMPLED}

@@ -14,19 +14,24 @@ from dcp.inference.conversations import Conversations
 CONVERSATIONS = "conversations.dcp"
 
 
-def save(folder: str | Path, conversations: Conversations, caches: Sequence[KVCache]) -> None:
-    """Write the caches of this process and, on the first rank, the conversations."""
+def save(
+    folder: str | Path, conversations: Conversations, caches: Sequence[KVCache], *, share: int = 0
+) -> None:
+    """Write the caches of this process and, on the first rank, the conversations.
+
+    ``share``: which of the ranks that share weights this is.
+    """
     folder, message = Path(folder), conversations.pack()
     folder.mkdir(parents=True, exist_ok=True)
     for cache in caches:
         cache.note = sha256(message).hexdigest()
-        cache.save(folder / f"rank-{cache.rank}.kv")
-    if caches[0].rank == 0:
+        cache.save(folder / _name(cache, share))
+    if caches[0].rank == share == 0:
         (folder / CONVERSATIONS).write_bytes(message)
 
 
 def load(
-    folder: str | Path, caches: Sequence[KVCache], *, device: torch.device | str
+    folder: str | Path, caches: Sequence[KVCache], *, device: torch.device | str, share: int = 0
 ) -> tuple[Conversations, list[KVCache]]:
     """What :func:`save` wrote, for the ranks of ``caches``.
 
@@ -35,7 +40,7 @@ def load(
     """
     folder, there = Path(folder), []
     for old in caches:
-        path = folder / f"rank-{old.rank}.kv"
+        path = folder / _name(old, share)
         new = KVCache.load(path, device=device)
         if old.shape != new.shape:
             raise ValueError(f"{folder} holds a cache of {new.shape}, here it is {old.shape}")
@@ -48,3 +53,8 @@ def load(
         if cache.note != sha256(message).hexdigest() or held != wanted:
             raise ValueError(f"{path} was not saved together with {folder / CONVERSATIONS}")
     return conversations, [cache for _, cache in there]
+
+
+def _name(cache: KVCache, share: int) -> str:
+    """The file of a cache."""
+    return f"rank-{cache.rank}-{share}.kv" if share else f"rank-{cache.rank}.kv"

@@ -7,7 +7,8 @@ from collections import Counter
 
 import numpy as np
 
-from dcp.inference.books import RANK_TYPE, Books, Held, SequenceId, Table
+from dcp.inference.books import Books
+from dcp.inference.held import RANK_TYPE, Held, SequenceId, Table
 from dcp.ragged import split
 from dcp.received import check_columns, require, within
 
