@@ -8,6 +8,7 @@ from dcp import AttentionSpec
 T = pytest.importorskip("transformers")
 
 from dcp.inference.model import use_cached_attention  # noqa: E402
+from dcp.inference.reach import Reach  # noqa: E402
 from dcp.integrations.transformers import attention_of  # noqa: E402
 from tests.model_cases import LATENT, WINDOW, make_tiny, relative_error  # noqa: E402
 
@@ -161,6 +162,6 @@ def test_models_that_cannot_be_served_are_refused():
 def test_caches_hold_what_is_described():
     model = make_tiny("Qwen3")
     spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, dtype="float32")
-    assert use_cached_attention(model) == spec
+    assert use_cached_attention(model) == (spec, [Reach(), Reach()])
     with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has latent attention"):
         use_cached_attention(make_tiny("DeepseekV3", **LATENT))
