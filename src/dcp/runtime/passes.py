@@ -23,6 +23,7 @@ from dcp.simulate import COMPUTE, TRANSFER, Span
 from dcp.transfers import DKV, KV, OUT, Q
 
 Field = tuple[Tensor, torch.dtype]  # a buffer's tensor [rows, …] and the dtype it travels in
+_SHOWN = {Division: "attention", Fold: "reduce"}  # as the plan's instructions are called
 Key = slice | Tensor  # one run of rows, or row numbers
 
 
@@ -155,7 +156,8 @@ class AttentionPass:
         if self.spans is not None:
             step = getattr(instruction, "step", "")
             pass_name = "backward" if self.backward else "forward"
-            name = f"{pass_name}: {type(instruction).__name__.lower()} {step}".rstrip()
+            kind = _SHOWN.get(type(instruction)) or type(instruction).__name__.lower()
+            name = f"{pass_name}: {kind} {step}".rstrip()
             self.spans.append(Span(self.rank, track, name, began, perf_counter()))
 
     # What a pass defines.
