@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -19,6 +20,15 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium to open
 
 KEYS = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39}
 KEYS |= {"ArrowDown": 40, "Tab": 9}
+
+
+def data_of(page: str):
+    """What a page of :mod:`dcp.report` holds of data."""
+    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page)[1])
+
+
+class BrowserError(Exception):
+    """What the browser could not do."""
 
 
 class Page:
@@ -44,7 +54,8 @@ class Page:
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self._number:
             self._note(answer)
-        assert "error" not in answer, (method, answer["error"])
+        if "error" in answer:
+            raise BrowserError(f"{method}: {answer['error']['message']}")
         return answer["result"]
 
     def _next(self, seconds: float = 60):
@@ -81,12 +92,27 @@ class Page:
         self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def run(self, code: str):
-        """The value of an expression in the page; a promise is waited for."""
-        found = self.call(
-            "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
-        )
+        """The value of an expression in the page; a promise is waited for. Where the page is just
+        reading itself again, that of the new one."""
+        for attempt in range(20):
+            try:
+                found = self.call(
+                    "Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True
+                )
+                break
+            except BrowserError:
+                if attempt == 19:
+                    raise
+                time.sleep(0.05)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def text(self, name: str) -> str:
+        """What the element with this id says."""
+        return self.run(f"document.getElementById({name!r}).textContent")
+
+    def focus(self, name: str) -> None:
+        self.run(f"document.getElementById({name!r}).focus()")
 
     def wait(self, code: str, seconds: float = 20) -> None:
         """Until an expression is true."""

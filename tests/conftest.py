@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 from dcp import Cluster, plan
 from tests.batches import SPEC, make_batch
+from tests.browser import Page, browser
 from tests.pool import GlooPool
 
 # A busy machine is no failure: examples are counted, not timed.
@@ -41,6 +42,20 @@ def gloo_pool() -> Iterator[Callable[[int], GlooPool]]:
     yield get
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browser(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def page(chromium: Page) -> Page:
+    """The session's page of a browser, with no error noted yet."""
+    chromium.errors.clear()
+    chromium.requests.clear()
+    return chromium
 
 
 @pytest.fixture(scope="module")

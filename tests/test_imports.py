@@ -23,6 +23,7 @@ PLANNING = (
         "mask_mod",
         "mask_names",
         "packing",
+        "pictures",
         "masks",
         "batch",
         "blocks",

@@ -1,6 +1,5 @@
 """The plan page: complete, self-contained and true to the plan."""
 
-import json
 import re
 
 import numpy as np
@@ -10,7 +9,7 @@ from dcp import AttentionSpec, AttnMask, Cluster, SequenceBatch, plan
 from dcp.report.plan_page import plan_page_data, write_plan_page
 from dcp.tables import Item, Move
 from dcp.transfers import DKV, KV, OUT, Q
-from tests.browser import browser, needs_browser
+from tests.browser import data_of, needs_browser
 
 SPEC = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16)
 CLUSTER = Cluster(num_nodes=2, devices_per_node=2)
@@ -25,10 +24,6 @@ def made():
     }
     batch = SequenceBatch(seqlens, masks, weights={"local": 3})
     return plan(batch, SPEC, CLUSTER, strategy="zigzag", block_size=256)
-
-
-def data_of(page):
-    return json.loads(re.search(r'<script type="application/json"[^>]*>(.*?)</script>', page)[1])
 
 
 def test_the_page_needs_nothing_else(made, tmp_path):
@@ -133,16 +128,6 @@ def test_small_plans_have_a_page_too(seqlens, tmp_path):
 # ---------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    with browser(tmp_path_factory.mktemp("browser")) as opened:
-        yield opened
-
-
-def shown(page, name):
-    return page.run(f"document.getElementById({name!r}).textContent")
-
-
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_is_drawn_and_fits(page, made, tmp_path, width):
@@ -163,8 +148,8 @@ def test_the_page_is_drawn_and_fits(page, made, tmp_path, width):
 @needs_browser
 def test_the_numbers_of_the_page_are_the_plans(page, made, tmp_path):
     page.open(write_plan_page(made, tmp_path / "plan.html"))
-    stats, figures = made.stats, shown(page, "figures")
-    assert f"{made.num_tokens:,} tokens on 4 ranks" in shown(page, "title")
+    stats, figures = made.stats, page.text("figures")
+    assert f"{made.num_tokens:,} tokens on 4 ranks" in page.text("title")
     assert f"{stats.compute_balance:.3f}compute balance" in figures
     assert f"{stats.num_compute_blocks:,}compute blocks" in figures
     page.run("view.mask = 'local'; view.pass = 'backward'; draw()")
@@ -190,7 +175,7 @@ def test_the_keyboard_reaches_everything(page, made, tmp_path):
     focus("timeline")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.press(key)
-    assert shown(page, "said").startswith("rank 1, step 1")
+    assert page.text("said").startswith("rank 1, step 1")
     page.press("+")
     begin, end = page.run("view.time")
     assert end - begin == pytest.approx(1 / 1.6)
@@ -198,7 +183,7 @@ def test_the_keyboard_reaches_everything(page, made, tmp_path):
     assert page.run("view.time") == [0, 1]
     page.press("Enter")
     assert page.run("view.rank") == 1
-    assert "Rank 1 on node 0" in shown(page, "panel")
+    assert "Rank 1 on node 0" in page.text("panel")
     page.press("Escape")
     assert page.run("view.rank") is None
     focus("matrix")
@@ -206,12 +191,12 @@ def test_the_keyboard_reaches_everything(page, made, tmp_path):
         page.press(key)
     starts = np.sort(made.block_position[made.block_sequence == 0])
     q, k = f"{starts[2]}–{starts[3] - 1}", f"0–{starts[1] - 1}"
-    assert shown(page, "said").startswith(f"queries {q} × keys {k}")
+    assert page.text("said").startswith(f"queries {q} × keys {k}")
     page.run("document.querySelector('[data-rank=\\'0\\']').focus()")
     page.press("ArrowRight")
     assert page.run("[view.rank, document.activeElement.dataset.rank]") == [1, "1"]
     page.run("document.querySelector('[data-document=\\'2\\']').click()")
-    assert "document 2" in shown(page, "matrix-says")
+    assert "document 2" in page.text("matrix-says")
     assert page.errors == []
 
 
@@ -225,7 +210,7 @@ def test_the_mouse_points_picks_and_drags(page, made, tmp_path):
     place = page.run("timeline.place({rank: 2, step: 0})")
     x, y = left + place[0], top + place[1]
     page.mouse("moved", x, y)
-    assert shown(page, "tip").startswith("rank 2, step 0")
+    assert page.text("tip").startswith("rank 2, step 0")
     page.click(x, y)
     assert page.run("view.rank") == 2
     page.mouse("wheel", x, y, deltaX=0, deltaY=-250, modifiers=2)  # with Ctrl

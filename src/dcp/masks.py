@@ -299,6 +299,12 @@ class AttnMask:
         width = whole("width", width, least=1, most=1024)
         return picture(self.bands, self.q_len, self.k_len, width)
 
+    def _repr_html_(self) -> str:
+        from dcp.pictures.mask import mask_html
+
+        segments = len(self.segments)
+        return mask_html(self.bands, self.q_len, self.k_len, num_segments=segments)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttnMask) and self._key() == other._key()
 

@@ -317,6 +317,15 @@ class Plan:
         moved: np.ndarray = sends[:, Move.ROWS] * row_bytes[sends[:, Move.BUFFER]]
         return moved
 
+    def received_bytes(self, mask: str) -> np.ndarray:
+        """Bytes that each rank receives in a forward pass of a mask: from its own node, and from
+        others, float ``[2, num_ranks]``."""
+        source, target = self.masks[mask].sends[:, [Move.RANK, Move.PEER]].T
+        crosses = self.cluster.node_of_rank[source] != self.cluster.node_of_rank[target]
+        received = np.zeros((2, self.num_ranks))
+        np.add.at(received, (crosses.astype(np.int64), target), self.moved_bytes(mask))
+        return received
+
     def row_bytes(self, mask: str, *, backward: bool = False) -> np.ndarray:
         """Bytes that one row of each buffer takes on a link: int64 ``[4]``."""
         hop = self.masks[mask].gradients_hop
@@ -325,24 +334,19 @@ class Plan:
     def _measure(self) -> None:
         """Fill in every figure of ``stats`` that follows from the tables."""
         stats, ranks = self.stats, self.num_ranks
-        compute, received, sent = np.zeros((3, ranks))
-        inter = intra = 0.0
-        node = self.cluster.node_of_rank
+        (compute, sent), received = np.zeros((2, ranks)), np.zeros((2, ranks))
         for name, tables in self.masks.items():
-            weight, source, target = self.weights[name], *tables.sends[:, [Move.RANK, Move.PEER]].T
-            volume = weight * self.moved_bytes(name)
+            weight = self.weights[name]
             compute += weight * self.rank_areas(name)
-            sent += _sums(source, volume, ranks)
-            received += _sums(target, volume, ranks)
-            crosses = node[source] != node[target]
-            inter += volume[crosses].sum()
-            intra += volume[~crosses].sum()
+            sent += _sums(tables.sends[:, Move.RANK], weight * self.moved_bytes(name), ranks)
+            received += weight * self.received_bytes(name)
+        intra, inter = received.sum(axis=1)
         stats.num_tokens = self.num_tokens
         stats.block_size = int(self.block_length.max(initial=0))
         stats.num_compute_blocks = sum(len(tables.items) for tables in self.masks.values())
         stats.compute_balance, stats.token_balance = balance(compute), balance(self.rank_tokens)
         stats.inter_node_bytes, stats.intra_node_bytes = round(inter), round(intra)
-        stats.max_rank_recv_bytes = round(received.max())
+        stats.max_rank_recv_bytes = round(received.sum(axis=0).max())
         stats.max_rank_send_bytes = round(sent.max())
         held = [tables.buffer_rows @ self.row_bytes(name) for name, tables in self.masks.items()]
         stats.max_rank_buffer_bytes = int(np.max(held))
@@ -355,6 +359,28 @@ class Plan:
             f"{s.num_compute_blocks} compute blocks, balance {s.compute_balance:.3f} compute "
             f"{s.token_balance:.3f} tokens, {s.inter_node_bytes / 1e6:.1f} MB between nodes, "
             f"{s.intra_node_bytes / 1e6:.1f} MB inside)"
+        )
+
+    def _repr_html_(self) -> str:
+        from dcp.pictures.plan import plan_html
+
+        pairs = np.zeros((self.num_ranks, self.num_blocks))
+        received = np.zeros((2, self.num_ranks))
+        for name, tables in self.masks.items():
+            weight, tile = self.weights[name], tables.items[:, Item.TILE]
+            area = weight * tables.tile_area[tile] / self.num_head_groups
+            np.add.at(pairs, (tables.items[:, Item.RANK], tables.tile_q[tile]), area)
+            received += weight * self.received_bytes(name)
+        with_queries = ~self.is_cached
+        return plan_html(
+            self.stats.to_json(),
+            num_sequences=len(self.seqlens),
+            token=self.block_token[with_queries],
+            length=self.block_length[with_queries],
+            owner=self.owner[with_queries],
+            pairs=pairs[:, with_queries],
+            rank_tokens=self.rank_tokens,
+            received=received,
         )
 
 

@@ -93,6 +93,17 @@ class Timeline:
         names = ("forward_seconds", "backward_seconds", "exposed_comm_seconds")
         return {name: getattr(self, name) for name in names}
 
+    def _repr_html_(self) -> str:
+        from dcp.pictures.plan import timeline_html
+
+        every = {"forward": self.forward, "backward": self.backward}
+        passes = {
+            label if len(masks) == 1 else f"{label}, mask {name}": (p.begin, p.computed, p.arrived)
+            for label, masks in every.items()
+            for name, p in masks.items()
+        }
+        return timeline_html(passes, **self.to_json())
+
 
 def simulate(plan: Timed, cluster: Cluster, *, backward: bool = True) -> Timeline:
     """Predict the passes of ``plan`` on ``cluster`` (which may have other rates than its own).

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 from dcp.checks import shown, whole
+from dcp.ragged import expand
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
 Q0, Q1, K0, K1, LO, HI = range(6)
@@ -126,12 +127,36 @@ def picture(bands: np.ndarray, q_len: int, k_len: int, width: int) -> str:
     rows = max(1, min(width, q_len) // 2)
     q = np.linspace(0, q_len, rows + 1).astype(np.int64)
     k = np.linspace(0, k_len, max(1, min(width, k_len)) + 1).astype(np.int64)
-    area = np.zeros((len(q) - 1, len(k) - 1), dtype=np.int64)
-    for i, j in np.ndindex(area.shape):
-        area[i, j] = slice_area(restrict_slices(bands, q[i], q[i + 1], k[j], k[j + 1])).sum()
+    area = cell_areas(bands, q, k)
     size = np.diff(q)[:, None] * np.diff(k)[None, :]
     cells = np.where(area == 0, "·", np.where(area == size, "█", "░"))
     return "\n".join("".join(row) for row in cells)
+
+
+def cell_areas(bands: np.ndarray, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    """Pairs in every cell of a grid, int64 ``[len(q) - 1, len(k) - 1]``.
+
+    ``q`` and ``k`` are the ascending edges of its cells; all slices lie between the outermost.
+    """
+    area = np.zeros((len(q) - 1, len(k) - 1), dtype=np.int64)
+    first_q, first_k = (
+        np.searchsorted(edges, bands[:, begin], side="right") - 1
+        for edges, begin in ((q, Q0), (k, K0))
+    )
+    num_q = np.searchsorted(q, bands[:, Q1], side="left") - first_q
+    num_k = np.searchsorted(k, bands[:, K1], side="left") - first_k
+    ends = np.cumsum(num_q * num_k)
+    begin = 0
+    while begin < len(bands):  # some slices at a time, with the cells that each reaches into
+        room = (ends[begin - 1] if begin else 0) + _PAIRS
+        stop = max(int(np.searchsorted(ends, room, side="right")), begin + 1)
+        part, cell = expand((num_q * num_k)[begin:stop])
+        one = part + begin
+        row, column = first_q[one] + cell // num_k[one], first_k[one] + cell % num_k[one]
+        inside = restrict_slices(bands[one], q[row], q[row + 1], k[column], k[column + 1])
+        np.add.at(area, (row, column), slice_area(inside))
+        begin = stop
+    return area
 
 
 def check_disjoint(bands: np.ndarray) -> None:

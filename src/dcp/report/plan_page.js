@@ -8,7 +8,7 @@ const mask = () => data.masks[view.mask];
 
 // Nodes differ in hue, their devices in lightness; the devices of one node take the hues. What looks alike to the colour-blind
 // (green and pink, orange and olive) differs in lightness: hue, chroma, darkest, lightest.
-const HUES = [[250, 0.14, 0.42, 0.8], [58, 0.15, 0.5, 0.84], [165, 0.1, 0.33, 0.6], [345, 0.12, 0.68, 0.92],
+const HUES = [[250, 0.14, 0.42, 0.8], [58, 0.15, 0.5, 0.84], [165, 0.1, 0.33, 0.6], [345, 0.12, 0.66, 0.88],
   [105, 0.13, 0.74, 0.94], [300, 0.14, 0.3, 0.56], [30, 0.17, 0.38, 0.66], [215, 0.09, 0.6, 0.9]];
 function rankColour(rank) {
   const many = numNodes > 1, [hue, chroma, low, high] = HUES[(many ? node[rank] : device[rank]) % HUES.length];

@@ -158,10 +158,10 @@ const loads = {
     return [
       { name: "pairs computed", values: mask().rank_area, show: n => count(Math.round(n)) },
       { name: "tokens owned", values: data.rank_tokens, show: n => count(Math.round(n)) },
-      { name: "received, from other nodes solid", values: intra.map((n, r) => n + inter[r]), part: inter, show: bytes },
+      { name: "received", values: intra.map((n, r) => n + inter[r]), part: inter, show: bytes },
     ];
   },
-  get across() { return room(document.body) < 640 ? 1 : 3; },
+  get across() { return room(document.body) < 600 ? 1 : 3; },
   get each() { return (room(document.body) - (this.across - 1) * 28) / this.across - LEFT; },
   get tall() { return this.top + numRanks * this.row + 22; },
   get row() { return clamp(Math.floor((this.across === 1 ? 400 : 560) / numRanks), 4, 18); },
