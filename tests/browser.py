@@ -115,9 +115,10 @@ class Page:
         self.run(f"document.getElementById({name!r}).focus()")
 
     def wait(self, code: str, seconds: float = 20) -> None:
-        """Until an expression is true."""
+        """Until an expression is true; one that throws is not."""
         end = time.monotonic() + seconds
-        while not self.run(code):
+        tried = f"(() => {{ try {{ return Boolean({code}); }} catch {{ return false; }} }})()"
+        while not self.run(tried):
             assert time.monotonic() < end, f"never true: {code}"
             time.sleep(0.02)
 

@@ -17,6 +17,7 @@ pytest.importorskip("accelerate")
 
 from dcp import cli
 from dcp.cluster import Cluster
+from tests.browser import data_of
 from tests.trainer_work import launched
 
 TINY = {
@@ -175,13 +176,20 @@ def test_the_command_trains_and_fine_tunes(gloo_pool, tmp_path, texts, capfd):
     shown = capfd.readouterr().err
     for words in ("loss", "tokens/s", "balance", "MB moved", "waiting for plans"):
         assert words in shown
-    for name in ("model", "metrics.jsonl", "curves.html", "plan.html"):
+    for name in ("model", "metrics.jsonl", "training.html", "plan.html"):
         assert str(tmp_path / "run" / name) in shown
         assert (tmp_path / "run" / name).exists()
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert lines[0]["compute_balance"] >= 1
     assert lines[0]["num_tokens"] <= 600
+    page = data_of((tmp_path / "run/training.html").read_text())
+    assert page["reload_seconds"] is None  # the job is over
+    assert page["step"] == [1, 2]
+    assert page["series"]["loss"]["mean"] == pytest.approx([line["loss"] for line in lines[:2]])
+    assert page["evaluations"]["eval_loss"][-1] == lines[-1]["eval_loss"]
+    assert len(page["ranks"]["memory_bytes"]) == len(page["ranks"]["plan_wait_seconds"]) == 2
+    assert lines[1]["max_rank_memory_bytes"] == max(page["ranks"]["memory_bytes"]) > 1e7
     assert 0 < lines[-1]["eval_loss"] < 10
 
     folder = tmp_path / "run" / "model"

@@ -63,6 +63,7 @@ class Learning:
     Attributes:
         predicted_over_measured: seconds of attention in the last batch that was handed in, as its
             plan predicted them over what this rank measured.
+        attention_wait_share: of that batch's attention, what part this rank waited for messages.
         time_budget: seconds of one core that a batch's plan may take while training computes; None
             where that is left to the plan's options.
     """
@@ -90,6 +91,7 @@ class Learning:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="dcp-rates")
         self._fitting: deque[Future[None]] = deque()
         self.predicted_over_measured: float | None = None
+        self.attention_wait_share: float | None = None
         self.fit = RateFit(cluster, model_width=model_width)
         if executor.group is not None:
             self.fit.probe(**probe_links(executor.group, cluster))
@@ -150,6 +152,7 @@ class Learning:
                 planner, simulated = self._given[fingerprint]
                 by_planner.setdefault(planner, []).extend(figures)
                 self.predicted_over_measured = _ratio(simulated, figures, self._num_layers)
+                self.attention_wait_share = _waited(figures)
         mine = self._exchange.plan_ranks[self._exchange.rank]
         if self._exchange.plan_ranks.index(mine) != self._exchange.rank:
             return  # another rank has the same plan, and hands in the like
@@ -209,6 +212,13 @@ def _ratio(
         predicted += simulated[name] / num_layers * each.num_passes
         measured += each.seconds * each.num_passes
     return predicted / measured if measured > 0 else None
+
+
+def _waited(figures: Sequence[PassFigures]) -> float | None:
+    """Part of the seconds of a batch's passes in which the rank waited for messages."""
+    seconds = sum(each.seconds * each.num_passes for each in figures)
+    waited = sum(part[2] * each.num_passes for each in figures for part in each.transfers)
+    return min(waited / seconds, 1.0) if seconds > 0 else None
 
 
 def _to_bytes(figures: Sequence[PassFigures]) -> bytes:

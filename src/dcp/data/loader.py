@@ -238,6 +238,12 @@ class DCPDataLoader:
         return None if self._learning is None else self._learning.predicted_over_measured
 
     @property
+    def attention_wait_share(self) -> float | None:
+        """Of the attention of a batch lately, the part in which this rank waited for messages; None
+        before one was measured."""
+        return None if self._learning is None else self._learning.attention_wait_share
+
+    @property
     def time_budget(self) -> float | None:
         """Seconds that a plan may take now, after :meth:`learn_from`, by what steps leave; None
         where that is the plan options' own."""

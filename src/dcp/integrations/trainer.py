@@ -41,6 +41,8 @@ from dcp.integrations.trainer_batches import (
     by_sequence,
     figures_of,
     masks_of,
+    over_ranks,
+    rank_figures,
 )
 from dcp.integrations.transformers import attention_of, planned_forward, register_attention
 from dcp.program import RankPlan
@@ -83,6 +85,8 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         self._strategy = ""
         self.rates: RateFit | None = None  # on planning ranks, what training learns of the cluster
         self._evaluated = Evaluated()
+        #: Figures of every rank at the last line of the log, see :func:`rank_figures`.
+        self.rank_figures: dict[str, list[float]] = {}
 
     def _check_arguments(self) -> None:
         args = self.args
@@ -234,6 +238,17 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
         """What there is to say of the last step besides the log's numbers."""
         return {"strategy": self._strategy}
 
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """Trainer's, in which all ranks are together where a line is due."""
+        if self.control.should_log and self._seen:
+            waits = [batch.plan_wait_seconds for batch, _ in self._seen]
+            self.rank_figures = rank_figures(
+                self.args.device,
+                plan_wait_seconds=sum(waits) / len(waits),
+                attention_wait_share=getattr(self.data, "attention_wait_share", None),
+            )
+        super()._maybe_log_save_evaluate(*args, **options)
+
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Trainer's lines, with what planning did since the last one."""
         if "loss" in logs and self._seen:
@@ -246,6 +261,7 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
                 logs["predicted_over_measured"] = ratio
             if (budget := getattr(self.data, "time_budget", None)) is not None:
                 logs["plan_time_budget"] = budget
+            logs |= over_ranks(self.rank_figures)
             self._seen.clear()
         super().log(logs, *args, **options)
 
@@ -260,13 +276,14 @@ class PlannedTrainerMixin(ShardedTrainerMixin, ExactResume):
     ) -> EvalLoopOutput:
         """Trainer's; the loss is the mean over all labels, predictions are those of the samples in
         the dataset's order, ``[samples, longest, vocab]``, the same on every rank."""
-        self._evaluated = Evaluated()
+        self._evaluated, began = Evaluated(), time.perf_counter()
         with ExitStack() as stack:
             stack.callback(dataloader.loader.close)
             self.gather_function = lambda tensor: tensor  # every rank has all of them
             found = super().evaluation_loop(
                 dataloader, *args, metric_key_prefix=metric_key_prefix, **options
             )
+        self._logged += time.perf_counter() - began  # the next step's seconds are its own
         metrics, key = dict(found.metrics or {}), f"{metric_key_prefix}_loss"
         if key in metrics:
             metrics[key] = self._evaluated.mean_loss(self.group, self.args.device)

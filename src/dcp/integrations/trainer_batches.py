@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import isnan, nan
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import numpy as np
@@ -114,6 +116,38 @@ def figures_of(
         "plan_wait_seconds": float(np.mean([batch.plan_wait_seconds for batch in batches])),
         **({"planned_ahead": float(np.mean(ahead))} if ahead else {}),
     }
+
+
+def rank_figures(device: torch.device, **figures: float | None) -> dict[str, list[float]]:
+    """Figures of this rank beside those of all others, by name; NaN for what one does not know.
+
+    All ranks call it together. ``memory_bytes`` comes with them: the peak so far of what torch has
+    allocated on the rank's GPU; elsewhere of the process's memory.
+    """
+    if device.type == "cuda":
+        memory = float(torch.cuda.max_memory_allocated(device))
+    else:
+        memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024.0
+    every: dict[str, float | None] = {"memory_bytes": memory, **figures}
+    mine = torch.tensor([nan if value is None else value for value in every.values()])
+    mine = mine.to(device)  # float32 is exact enough to be drawn
+    found = [mine]
+    if dist.is_initialized():
+        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(found, mine)
+    return dict(zip(every, torch.stack(found).T.tolist(), strict=True))
+
+
+def over_ranks(figures: dict[str, list[float]]) -> dict[str, float]:
+    """Of :func:`rank_figures`, what a line of the log says."""
+    found = {}
+    if memory := figures.get("memory_bytes"):
+        found["max_rank_memory_bytes"] = max(memory)
+    shares = [share for share in figures.get("attention_wait_share", ()) if not isnan(share)]
+    if shares:
+        found["attention_wait_share"] = sum(shares) / len(shares)
+        found["max_rank_attention_wait_share"] = max(shares)
+    return found
 
 
 def masks_of(attention: Attention) -> Any:

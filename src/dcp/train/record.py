@@ -1,17 +1,20 @@
-"""What a job shows and leaves behind: its options, metrics by step, curves, and a progress bar."""
+"""What a job shows and leaves behind: options, metrics by step, a page of them, a progress bar."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from dcp.report.curves import write_curves
+from dcp.report.training_page import write_training_page
 
-METRICS, CURVES, OPTIONS = "metrics.jsonl", "curves.html", "config.json"
+METRICS, PAGE, OPTIONS = "metrics.jsonl", "training.html", "config.json"
+RELOAD_SECONDS = 5.0  # between two writings of the page, and more where one takes long
+PAGE_SHARE = 0.01  # of the time that may go into writing it
 
 
 def record_job(trainer: Any, options: dict[str, Any]) -> None:
@@ -36,37 +39,60 @@ def say_where(trainer: Any, **pages: str) -> None:
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir)
-    places = {"model": "model", "metrics": METRICS, "curves": CURVES, **pages}
+    places = {"model": "model", "metrics": METRICS, "training": PAGE, **pages}
     for what, name in places.items():
         if (folder / name).exists():
             print(f"{what:8} {folder / name}", file=sys.stderr)
 
 
 class Metrics(TrainerCallback):
-    """``metrics.jsonl``, a line of the log each, and its curves at the end.
+    """``metrics.jsonl``, a line of the log each, and a page of them, written anew while training
+    runs.
 
     A job that goes on keeps the lines up to its checkpoint.
     """
 
     def __init__(self, folder: Path, trainer: Any) -> None:
         self._path, self._trainer = folder / METRICS, trainer
+        self._lines: list[dict[str, Any]] = []
+        self._next_page, self._is_over = 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         draft = self._path.with_suffix(".partial")
-        kept = read_metrics(self._path, last=state.global_step)
-        draft.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._lines = read_metrics(self._path, last=state.global_step)
+        draft.write_text("".join(json.dumps(line) + "\n" for line in self._lines))
         draft.replace(self._path)
+        self._is_over = False
+        self._write_page(state)
+        self._next_page = 0.0  # the first step is worth a page
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         is_evaluation = any(name.startswith("eval_") for name in logs)
         if "loss" in logs or is_evaluation:
             more = {} if is_evaluation else self._trainer.details()
+            line = {"step": state.global_step, **logs, **more}
             with self._path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs, **more}) + "\n")
+                file.write(json.dumps(line) + "\n")
+            self._lines.append(line)
+            if self._is_over or time.perf_counter() >= self._next_page:
+                self._write_page(state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        lines = read_metrics(self._path, last=state.global_step)
-        write_curves(lines, self._path.with_name(CURVES))
+        self._is_over = True
+        self._write_page(state)
+
+    def _write_page(self, state: Any) -> None:
+        began = time.perf_counter()
+        write_training_page(
+            self._lines,
+            self._path.with_name(PAGE),
+            title=self._path.parent.name,
+            max_steps=state.max_steps,
+            reload_seconds=None if self._is_over else RELOAD_SECONDS,
+            ranks=getattr(self._trainer, "rank_figures", None),
+        )
+        took = time.perf_counter() - began
+        self._next_page = began + max(RELOAD_SECONDS, took / PAGE_SHARE)
 
 
 def read_metrics(path: Path, *, last: int) -> list[dict[str, Any]]:
