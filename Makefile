@@ -5,6 +5,7 @@
 # make lint    check style
 # make types   check types
 # make packages  build wheel and sdist, and use the wheel in a fresh environment
+# make versions  then use the wheel with every Python and torch that can be had here
 # make clean   remove the virtual environment and everything made here
 #
 # Each sets up .venv by itself, once; PYTHON names the interpreter to make it with.
@@ -15,7 +16,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test test-lab figures lint types packages clean
+.PHONY: train test test-lab figures lint types packages versions clean
 
 train: .venv/.train
 	.venv/bin/dcp train --num-processes $(NUM_PROCESSES) $(TRAIN_ARGS)
@@ -38,6 +39,9 @@ types: .venv/.dev
 
 packages:
 	PYTHON="$(PYTHON)" bash scripts/check_packages.sh dist
+
+versions: packages
+	"$(PYTHON)" scripts/check_versions.py dist/*.whl
 
 .venv/.train: pyproject.toml constraints.txt scripts/make_venv.sh
 	PYTHON="$(PYTHON)" bash scripts/make_venv.sh train

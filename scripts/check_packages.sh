@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Build wheel and sdist into FOLDER, check them, and use the wheel as a stranger would: installed
-# without extras in a fresh environment, outside the checkout; then with the README's extras; then
-# with every Python and torch that can be had here (check_versions.py).
+# without extras in a fresh environment, outside the checkout; then with the README's extras.
+# `make versions` goes on with every Python and torch that can be had here (check_versions.py).
 #
 #   scripts/check_packages.sh [FOLDER]
 set -euo pipefail
@@ -33,4 +33,3 @@ venv/bin/dcp plan --seqlens 4096,1000,17 --nodes 2 --devices-per-node 2 --heads 
 "$python" "$root/scripts/run_readme.py" "$root/README.md" --without transformers
 venv/bin/pip --disable-pip-version-check install --quiet "${wheel}[train]"
 "$python" "$root/scripts/run_readme.py" "$root/README.md"
-"${PYTHON:-python3}" "$root/scripts/check_versions.py" "$wheel"
