@@ -382,3 +382,12 @@ def test_what_the_command_needs_is_named(capsys, monkeypatch):
     monkeypatch.setattr("dcp.inference.server.command.find_spec", lambda name: None)
     assert main(["serve"]) == 2
     assert "pip install 'dynamic-context-parallel[serve]'" in capsys.readouterr().err
+
+
+def test_weights_are_shared_out_by_two_of_four_ranks(model):
+    """Two ranks of attention by two of tensor parallelism answer as one process does."""
+    words = ["--num-processes", "4", "--tensor-parallel", "2", "--dtype", "float64"]
+    wanted = answered(Ask(False, {"prompt": "Once é", "temperature": 0, "max_tokens": 30}), model)
+    with one_server([*words, "--num-pages", "16"]) as (_, _, client):
+        found = ask(client, False, temperature=0, extra_body=IDS)
+    assert found.choices[0].token_ids == wanted.tokens

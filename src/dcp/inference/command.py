@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="PATH", help=text)
     text = "local ranks; under torchrun its processes are used"
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help=text)
-    text = "ranks that share the weights, of each node's; it divides the processes (default: 1)"
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
+    add_tensor_parallel(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="K", help="most tokens of a reply"
     )
@@ -44,8 +43,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-pages", type=int, default=64, help="pages of each rank's KV cache")
     parser.add_argument("--page-size", type=int, default=256, help="tokens of a page")
     text = "pages for layers of windows or chunks, which forget (default: --num-pages)"
-    parser.add_argument("--window-pages", type=int, help=text)
+    parser.add_argument("--window-pages", type=int, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print tokens, text and seconds")
+
+
+def add_tensor_parallel(parser: argparse.ArgumentParser) -> None:
+    """Over how many ranks weights are shared out."""
+    text = "ranks that share the weights, of each node's; it divides the processes (default: 1)"
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=text)
+
+
+def check_tensor_parallel(args: argparse.Namespace) -> None:
+    """``ValueError`` for what no rank could honour of :func:`add_tensor_parallel`."""
+    whole("--tensor-parallel", args.tensor_parallel, least=1)
+    if not is_launched() and args.num_processes % args.tensor_parallel:
+        raise ValueError(
+            f"--tensor-parallel={args.tensor_parallel} does not divide "
+            f"--num-processes={args.num_processes}"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -56,12 +71,7 @@ def _check(args: argparse.Namespace) -> None:
     whole("--seed", args.seed, most=MOST_SEED)
     for name in ("max_new_tokens", "num_pages", "page_size", "num_processes"):
         whole(f"--{name.replace('_', '-')}", getattr(args, name), least=1, most=MOST_COUNT)
-    whole("--tensor-parallel", args.tensor_parallel, least=1)
-    if not is_launched() and args.num_processes % args.tensor_parallel:
-        raise ValueError(
-            f"--tensor-parallel={args.tensor_parallel} does not divide "
-            f"--num-processes={args.num_processes}"
-        )
+    check_tensor_parallel(args)
     if args.top_k is not None:
         whole("--top-k", args.top_k, least=1)
     if args.window_pages is not None:

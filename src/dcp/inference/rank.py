@@ -41,15 +41,10 @@ def meshes(device: torch.device, tensor_parallel: int) -> tuple[DeviceMesh, Devi
     return mesh["attention"], mesh["tensor"]
 
 
-def converse(
-    job: dict[str, Any],
-    device: torch.device,
-    group: dist.ProcessGroup | DeviceMesh | None,
-) -> dict[str, Any]:
-    """What ``dcp generate --json`` prints.
-
-    ``tokens`` and ``text`` are all replies to each prompt; ``turns`` has them turn by turn.
-    """
+def open_engine(
+    job: dict[str, Any], device: torch.device, group: dist.ProcessGroup | DeviceMesh | None
+) -> InferenceEngine:
+    """The engine of a job's model, weights shared out where it says so."""
     tensor_group = None
     if job["tensor_parallel"] > 1:
         group, tensor_group = meshes(device, job["tensor_parallel"])
@@ -60,8 +55,7 @@ def converse(
         device=str(device),
         tensor_group=tensor_group,
     )
-    tokenizer = open_tokenizer(job["model"] or "bytes")
-    engine = InferenceEngine(
+    return InferenceEngine(
         model,
         group=group,
         tensor_group=tensor_group,
@@ -70,6 +64,19 @@ def converse(
         window_pages=job["window_pages"],
         strategy=job["strategy"],
     )
+
+
+def converse(
+    job: dict[str, Any],
+    device: torch.device,
+    group: dist.ProcessGroup | DeviceMesh | None,
+) -> dict[str, Any]:
+    """What ``dcp generate --json`` prints.
+
+    ``tokens`` and ``text`` are all replies to each prompt; ``turns`` has them turn by turn.
+    """
+    engine = open_engine(job, device, group)
+    model, tokenizer = engine.model, open_tokenizer(job["model"] or "bytes")
     options = {name: job[name] for name in SAMPLED}
     ends = model.config.eos_token_id
     end = ends[0] if isinstance(ends, list) else ends

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dcp.batch import DTYPE_BYTES
 from dcp.checks import whole
-from dcp.inference.command import MOST_COUNT, MOST_SEED
+from dcp.inference.command import MOST_COUNT, MOST_SEED, add_tensor_parallel, check_tensor_parallel
 from dcp.inference.turn import STRATEGIES
 from dcp.launch.environment import is_launched
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="what clients call the model (default: its folder's name)")
     text = "local ranks; under torchrun its processes are used"
     parser.add_argument("--num-processes", type=int, default=1, metavar="N", help=text)
+    add_tensor_parallel(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     text = "default: %(default)s; 0 takes a free one"
     parser.add_argument("--port", type=int, default=8000, help=text)
@@ -58,6 +59,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in _COUNTS:
         if (value := getattr(args, name)) is not None:
             whole(f"--{name.replace('_', '-')}", value, least=1, most=MOST_COUNT)
+    check_tensor_parallel(args)
     whole("--max-queue", args.max_queue, least=1, most=MOST_COUNT)
     whole("--max-kept", args.max_kept, most=MOST_COUNT)
     whole("--port", args.port, most=65535)
@@ -70,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM, and then until all that was asked is answered; the exit status."""
     _check(args)
     job = {name: of for name, of in vars(args).items() if name not in ("command", "run")}
+    job["window_pages"] = None  # requests are let in by what global layers need
     job["name"] = args.name or (Path(args.model).resolve().name if args.model else "bytes")
     if is_launched():  # a rank that torchrun started
         from dcp.inference.server.rank import serve

@@ -17,8 +17,7 @@ import uvicorn
 from dcp.data.tokenizers import open_tokenizer
 from dcp.errors import DCPError
 from dcp.inference.batching import Batcher
-from dcp.inference.engine import InferenceEngine
-from dcp.inference.model import open_model
+from dcp.inference.rank import open_engine
 from dcp.inference.server.inbox import Inbox
 from dcp.inference.server.metrics import Metrics
 from dcp.inference.server.prompts import Prompts
@@ -69,15 +68,8 @@ def _lead(
 
 
 def _batcher(job: dict[str, Any], device: torch.device, group: dist.ProcessGroup | None) -> Batcher:
-    engine = InferenceEngine(
-        open_model(job["model"], seed=job["seed"], dtype=job["dtype"], device=str(device)),
-        group=group,
-        num_pages=job["num_pages"],
-        page_size=job["page_size"],
-        strategy=job["strategy"],
-    )
     return Batcher(
-        engine,
+        open_engine(job, device, group),
         token_budget=job["token_budget"],
         most_running=job["max_running"],
         most_kept=job["max_kept"],
