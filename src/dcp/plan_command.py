@@ -14,6 +14,7 @@ from typing import Any
 from dcp.batch import DTYPE_BYTES, AttentionSpec, SequenceBatch
 from dcp.checks import read_json, shown
 from dcp.cluster import PRESETS, Cluster
+from dcp.launch.progress import working
 from dcp.masks import NAMED_MASKS
 from dcp.placement import StrategyError, strategy_names
 from dcp.planner import plan
@@ -114,8 +115,9 @@ def run_plan(args: argparse.Namespace) -> int:
         raise ValueError(
             f"--save, --report and --trace take one batch, {args.batches} has {len(jobs)}"
         )
-    for job in jobs:
-        made = _plan(args, job, spec, args.strategy)
+    for number, job in enumerate(jobs, start=1):
+        with working(f"planning {number}/{len(jobs)}"):
+            made = _plan(args, job, spec, args.strategy)
         figures = made.stats.to_json()
         if args.json:
             print(json.dumps(_named(job, figures)), flush=True)
@@ -148,9 +150,11 @@ def run_compare(args: argparse.Namespace) -> int:
     spec = _spec(args)
     for job in _jobs(args):
         rows, chosen = [], ""
-        for strategy in _with_progress(["auto", *strategy_names()]):
+        names = ["auto", *strategy_names()]
+        for number, strategy in enumerate(names, start=1):
             try:
-                row = _plan(args, job, spec, strategy).stats.to_json()
+                with working(f"planning {number}/{len(names)}: {strategy}"):
+                    row = _plan(args, job, spec, strategy).stats.to_json()
             except StrategyError as error:  # this one cannot serve the case; the others may
                 row = {"strategy": strategy, "error": str(error)}
             if strategy == "auto":
@@ -163,17 +167,6 @@ def run_compare(args: argparse.Namespace) -> int:
         else:
             print(_heading(job, args.mask), _table(rows, wide=args.wide), sep="\n", end="\n\n")
     return 0
-
-
-def _with_progress(names: list[str]) -> Iterator[str]:
-    """The names, each shown on a terminal while it is at work."""
-    shows = sys.stderr.isatty()
-    for number, name in enumerate(names, start=1):
-        if shows:
-            print(f"\r\033[Kplanning {number}/{len(names)}: {name}", end="", file=sys.stderr)
-        yield name
-    if shows:
-        print("\r\033[K", end="", file=sys.stderr)
 
 
 def _plan(args: argparse.Namespace, job: _Job, spec: AttentionSpec, strategy: str) -> Plan:

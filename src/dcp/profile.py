@@ -10,7 +10,9 @@ figures keep the preset's values, and the file says so.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from dcp.bench import rates
 from dcp.cluster import Cluster
 from dcp.kernel_table import fastest_kernel
 from dcp.launch.group import choose_device, joined_group
+from dcp.launch.progress import working
 from dcp.launch.ranks import run_ranks
 
 SMALL_BYTES, LARGE_BYTES = 64, 16 << 20
@@ -43,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{name}", type=kind, nargs="+", default=[default], help=f"{name}s to measure with"
         )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of a rank")
+    parser.add_argument("--json", action="store_true", help="print what the file holds")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,39 +64,51 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    table = rates.measure_table(specs, device)
-    kernel = fastest_kernel(table, spec.dtype, spec.head_dim) or "auto"
-    by_side = rates.measure_kernel(spec, device, kernel=kernel)
-    cluster = replace(
-        cluster,
-        name=args.name,
-        kernel_table=table,
-        kernel_rates=by_side,
-        device_flops=max(rate for _, rate in by_side),
-        kernel_tile=rates.measure_kernel_tile(spec, device, kernel=kernel),
-        backward_ratio=rates.measure_backward_ratio(spec, device, kernel=kernel),
-        memory_bandwidth=measure_memory(device),
-        pack_bandwidth=measure_pack(device),
-        launch_seconds=rates.measure_launch(spec, device, kernel=kernel),
-    )
-    cluster = replace(cluster, **measure_links())
+    with working("measuring kernels, about a minute for a dtype and head_dim"):
+        table = rates.measure_table(specs, device)
+        kernel = fastest_kernel(table, spec.dtype, spec.head_dim) or "auto"
+        by_side = rates.measure_kernel(spec, device, kernel=kernel)
+        tile = rates.measure_kernel_tile(spec, device, kernel=kernel)
+        backward_ratio = rates.measure_backward_ratio(spec, device, kernel=kernel)
+    with working("measuring memory and links"):
+        cluster = replace(
+            cluster,
+            name=args.name,
+            kernel_table=table,
+            kernel_rates=by_side,
+            device_flops=max(rate for _, rate in by_side),
+            kernel_tile=tile,
+            backward_ratio=backward_ratio,
+            memory_bandwidth=measure_memory(device),
+            pack_bandwidth=measure_pack(device),
+            launch_seconds=rates.measure_launch(spec, device, kernel=kernel),
+        )
+        cluster = replace(cluster, **measure_links())
     if int(os.environ.get("RANK", 0)) == 0:
         cluster.save(args.out)
-        print("\n".join(table_text(cluster, specs)))
-        for side, rate in by_side:
-            print(f"attention, {side:5} x {side:<5} {rate / 1e9:12.1f} GFLOP/s")
-        print(f"tile at a mask's edge   {cluster.kernel_tile:12} tokens")
-        print(f"backward ÷ forward      {cluster.backward_ratio:12.2f}")
-        print(f"memory                  {cluster.memory_bandwidth / 1e9:12.1f} GB/s")
-        if cluster.pack_bandwidth:
-            print(f"packing                 {cluster.pack_bandwidth / 1e9:12.1f} GB/s")
-        print(f"launch                  {cluster.launch_seconds * 1e6:12.1f} us")
-        for where in ("intra", "inter"):
-            latency = getattr(cluster, f"{where}_node_latency")
-            bandwidth = getattr(cluster, f"{where}_node_bandwidth")
-            print(f"{where}-node link  {latency * 1e6:9.1f} us {bandwidth / 1e9:12.2f} GB/s")
-        print(f"written to {args.out}")
+        if args.json:
+            print(json.dumps(json.loads(args.out.read_text())))
+        else:
+            print("\n".join(as_text(cluster, specs)))
+        print(f"written to {args.out}", file=sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def as_text(cluster: Cluster, specs: Sequence[AttentionSpec]) -> Iterator[str]:
+    """The figures in lines of at most 80 columns."""
+    yield from table_text(cluster, specs)
+    for side, rate in cluster.kernel_rates:
+        yield f"attention, {side:5} x {side:<5} {rate / 1e9:12.1f} GFLOP/s"
+    yield f"tile at a mask's edge   {cluster.kernel_tile:12} tokens"
+    yield f"backward ÷ forward      {cluster.backward_ratio:12.2f}"
+    yield f"memory                  {cluster.memory_bandwidth / 1e9:12.1f} GB/s"
+    if cluster.pack_bandwidth:
+        yield f"packing                 {cluster.pack_bandwidth / 1e9:12.1f} GB/s"
+    yield f"launch                  {cluster.launch_seconds * 1e6:12.1f} us"
+    for where in ("intra", "inter"):
+        latency = getattr(cluster, f"{where}_node_latency")
+        bandwidth = getattr(cluster, f"{where}_node_bandwidth")
+        yield f"{where}-node link  {latency * 1e6:9.1f} us {bandwidth / 1e9:12.2f} GB/s"
 
 
 def table_text(cluster: Cluster, specs: Sequence[AttentionSpec]) -> Iterator[str]:
