@@ -1,0 +1,153 @@
+"""What mkdocs makes at build time, so that it is never out of date: the names of the reference,
+options read from the parsers, and the examples as pages.
+
+A page asks for a part by a line of its own: ``<!-- names: dcp.data -->``, ``<!-- commands -->``,
+``<!-- options: planned -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.*"))
+PART = re.compile(r"^<!-- (names|commands|options)(?:: (\S+))? -->$", flags=re.MULTILINE)
+ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
+
+
+# ------------------------------------------------------------------------------ what mkdocs calls
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """A page for each example, beside ``docs/``."""
+    for path in EXAMPLES:
+        page = _example_page(path)
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Make the parts that the page asks for, and lead links to examples to their pages."""
+    made = PART.sub(lambda part: PARTS[part[1]](part[2] or ""), markdown)
+    return re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.\w+\)", r"](\1examples/\2.md)", made)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name others in Sphinx's way: make them links, where the reference has them."""
+
+    def link(role: re.Match[str]) -> str:
+        name = role[2].rpartition(".")[2] if role[1] else role[2]
+        return f'<autoref identifier="{role[2]}" optional><code>{name}</code></autoref>'
+
+    return ROLE.sub(link, html)
+
+
+# ------------------------------------------------------------------------------ the parts
+
+
+def _example_page(path: Path) -> str:
+    text = path.read_text(encoding="utf-8")
+    language = {".py": "python", ".yaml": "yaml"}[path.suffix]
+    about = ""
+    if language == "python":
+        about = (ast.get_docstring(ast.parse(text)) or "").replace("``", "`")
+        about = re.sub(r"^(torchrun|python) ", r"    \1 ", about, flags=re.MULTILINE)
+    return f"# {path.name}\n\n{about}\n\n```{language}\n{text}```\n"
+
+
+def public_names(module: str) -> Iterator[str]:
+    """``module.name`` of every name of its ``__all__`` that has a docstring of its own."""
+    return (f"{module}.{name}" for name in sorted(import_module(module).__all__))
+
+
+def home_of(name: str) -> str:
+    """Where a public name is defined."""
+    module, _, last = name.rpartition(".")
+    found = getattr(import_module(module), last)
+    home = getattr(found, "__module__", None) if callable(found) else None
+    return f"{home or module}.{last}"
+
+
+def _names(module: str) -> str:
+    parts = []
+    for name in public_names(module):
+        heading = f"      heading: {name}\n      toc_label: {name.rpartition('.')[2]}\n"
+        parts.append(
+            f'<span id="{name}" class="doc-name"></span>\n\n::: {home_of(name)}\n    options:\n{heading}'
+        )
+    return "\n\n".join(parts)
+
+
+def _commands(_: str) -> str:
+    from dcp.cli import _COMMANDS, _build_parser
+
+    parts = []
+    for name, command in _COMMANDS.items():
+        title = f"## dcp {name}\n\n"
+        if name == "train":
+            parts.append(f"{title}{command.help}: [its options](configuration.md).")
+            continue
+        parser = _build_parser(name.split())
+        for word in name.split():
+            (level,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+            parser = level.choices[word]
+        parts.append(f"{title}```text\n{_help(parser)}```")
+    return "\n\n".join(parts)
+
+
+def _help(parser: argparse.ArgumentParser) -> str:
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "88"  # by which argparse breaks lines
+    try:
+        return parser.format_help()
+    finally:
+        os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _options(job: str) -> str:
+    """A table for each group of a job's options; of other jobs than planned, what that has not."""
+    from dcp.jobs import PLANNED, build_parser
+    from dcp.train.arguments import RunArguments
+
+    planned = {group.title for group in build_parser(PLANNED)._action_groups}
+    parts = []
+    for group in build_parser(job)._action_groups:
+        actions = [each for each in group._group_actions if each.option_strings[-1] != "--help"]
+        if not actions or (job != PLANNED and group.title in planned):
+            continue
+        title, rest = group.title, ""
+        if title == "transformers.TrainingArguments":
+            trainers = [each for each in actions if each.dest not in RunArguments.__annotations__]
+            actions = [each for each in actions if each not in trainers]
+            names = ", ".join(f"`{each.option_strings[-1]}`" for each in trainers)
+            title = "run"
+            rest = f"\n\nAnd Trainer's own {len(trainers)}: {names}."
+        parts.append(f"### {title}\n\n{_table(actions)}{rest}")
+    return "\n\n".join(parts)
+
+
+def _table(actions: list[argparse.Action]) -> str:
+    rows = ["| option | default | |", "|---|---|---|"]
+    for action in actions:
+        names = " ".join(f"`{n}`" for n in action.option_strings if "_" not in n)
+        default = "" if action.default in ("", None, argparse.SUPPRESS) else f"`{action.default}`"
+        said = (action.help or "").replace("%%", "%").replace("|", "\\|")
+        if action.choices:
+            said += f" ({', '.join(f'`{c}`' for c in action.choices)})"
+        rows.append(f"| {names} | {default} | {said} |")
+    return "\n".join(rows)
+
+
+PARTS = {"names": _names, "commands": _commands, "options": _options}
