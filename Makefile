@@ -4,6 +4,7 @@
 # make figures run and draw the paper's experiments, into runs/artifact
 # make lint    check style
 # make types   check types
+# make docs    build the documentation site, into build/site
 # make packages  build wheel and sdist, and use the wheel in a fresh environment
 # make versions  then use the wheel with every Python and torch that can be had here
 # make clean   remove the virtual environment and everything made here
@@ -16,7 +17,7 @@ PYTEST_ARGS ?= -n 3 --dist worksteal
 
 export PIP_CONSTRAINT := constraints.txt
 
-.PHONY: train test test-lab figures lint types packages versions clean
+.PHONY: train test test-lab figures lint types docs packages versions clean
 
 train: .venv/.train
 	.venv/bin/dcp train --num-processes $(NUM_PROCESSES) $(TRAIN_ARGS)
@@ -36,6 +37,9 @@ lint: .venv/.dev
 
 types: .venv/.dev
 	.venv/bin/mypy
+
+docs: .venv/.dev
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 packages:
 	PYTHON="$(PYTHON)" bash scripts/check_packages.sh dist

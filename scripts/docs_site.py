@@ -11,13 +11,13 @@ import argparse
 import ast
 import os
 import re
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.*"))
@@ -36,8 +36,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Make the parts that the page asks for, and lead links to examples to their pages."""
+    if page.parent is None or len(page.parent.children) == 1:
+        page.meta["hide"] = ["navigation"]  # of one line
     made = PART.sub(lambda part: PARTS[part[1]](part[2] or ""), markdown)
     return re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.\w+\)", r"](\1examples/\2.md)", made)
 
@@ -65,12 +67,7 @@ def _example_page(path: Path) -> str:
     return f"# {path.name}\n\n{about}\n\n```{language}\n{text}```\n"
 
 
-def public_names(module: str) -> Iterator[str]:
-    """``module.name`` of every name of its ``__all__`` that has a docstring of its own."""
-    return (f"{module}.{name}" for name in sorted(import_module(module).__all__))
-
-
-def home_of(name: str) -> str:
+def _home_of(name: str) -> str:
     """Where a public name is defined."""
     module, _, last = name.rpartition(".")
     found = getattr(import_module(module), last)
@@ -80,11 +77,11 @@ def home_of(name: str) -> str:
 
 def _names(module: str) -> str:
     parts = []
-    for name in public_names(module):
-        heading = f"      heading: {name}\n      toc_label: {name.rpartition('.')[2]}\n"
-        parts.append(
-            f'<span id="{name}" class="doc-name"></span>\n\n::: {home_of(name)}\n    options:\n{heading}'
-        )
+    for last in sorted(import_module(module).__all__):
+        name = f"{module}.{last}"
+        anchor = f'<span id="{name}" class="doc-name"></span>'
+        options = f"    options:\n      heading: {name}\n      toc_label: {last}"
+        parts.append(f"{anchor}\n\n::: {_home_of(name)}\n{options}")
     return "\n\n".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""The documentation: it builds strictly, names everything, its messages exist, a browser shows it."""
+"""The documentation builds strictly, names everything, runs, and a browser shows it."""
 
 import ast
 import functools
@@ -21,7 +21,7 @@ from scripts.run_readme import run_blocks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PACKAGES = ("dcp", "dcp.data", "dcp.inference")
+PACKAGES = ("dcp", "dcp.data", "dcp.datacentric", "dcp.inference")
 INTEGRATIONS = [
     f"dcp.integrations.{path.stem}"
     for path in sorted((ROOT / "src/dcp/integrations").glob("*.py"))
@@ -200,7 +200,10 @@ def test_a_browser_shows_the_start_page(site, address, width, tmp_path):
     )
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--disable-background-networking", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--enable-logging=stderr"]
+    command += [
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "--enable-logging=stderr",
+    ]
     shown = subprocess.run(
         [*command, "--virtual-time-budget=8000", "--dump-dom", f"{address}/{frame.name}"],
         capture_output=True,

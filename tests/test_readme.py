@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from textwrap import indent
 
@@ -13,9 +12,10 @@ import pytest
 import torch
 
 from dcp.cli import main
-from scripts.run_readme import PYTHON, commands, run_blocks
+from scripts.run_readme import commands, run_blocks
 
 ROOT = Path(__file__).parents[1]
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,6 +43,16 @@ def test_the_readme_shows_the_two_commands():
     for target in ("train", "test"):
         assert f"    make {target}" in README
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE)
+
+
+def test_figures_of_the_readme_are_measured():
+    """Each number of its table is on the page of measurements."""
+    measured = set(NUMBER.findall((ROOT / "docs" / "measured.md").read_text(encoding="utf-8")))
+    table = README.split("## Figures")[1].split("## Limits")[0]
+    rows = re.findall(r"^\|(.+)\|(.+)\| *(measured|emulated|simulated) *\|$", table, re.MULTILINE)
+    assert len(rows) > 5
+    for what, value, _ in rows:
+        assert set(NUMBER.findall(value)) <= measured, what
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/architecture.md", "CONTRIBUTING.md"])
@@ -121,26 +131,6 @@ def test_the_video_example_trains_what_declares_its_split(run_on_two, tmp_path):
     said = run_on_two("data_centric_wan.py", "--output", tmp_path)
     assert "'num_samples'" in said
     assert (tmp_path / "model" / "diffusion_pytorch_model.safetensors").exists()
-
-
-def test_preferences_and_policy_gradients_run_as_the_page_shows(tmp_path, monkeypatch):
-    for package in ("transformers", "accelerate"):
-        pytest.importorskip(package)
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    monkeypatch.chdir(tmp_path)
-    tiny = import_module("tiny")
-    tokenizer = tiny.make_tokenizer()
-    names = {"tokenizer": tokenizer, "model": tiny.make_model(tokenizer)}
-    exec("from transformers import TrainingArguments\nimport torch", names)
-    exec("from dcp.integrations.trainer import PlanningArguments", names)
-    pair = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "five"}
-    Path("pairs.jsonl").write_text(json.dumps(pair) + "\n")
-    page = PYTHON.findall((ROOT / "docs" / "finetune.md").read_text(encoding="utf-8"))
-    for word in ("PreferenceTrainer(", "DCPModel("):
-        (block,) = [block for block in page if word in block]
-        exec(compile(block, word, "exec"), names)
-    assert names["pairs"].tokens_saved == len("2 + 2 = ") - 1
-    assert [len(values) for values in names["by_answer"]] == [2, 1, 3]
 
 
 def run_example(command, wanted):
