@@ -22,6 +22,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.*"))
 PART = re.compile(r"^<!-- (names|commands|options)(?:: (\S+))? -->$", flags=re.MULTILINE)
+FILE = re.compile(r"\[[\w/.]+\.md\]\(([\w/.]+\.md)")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
 
 
@@ -41,6 +42,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if page.parent is None or len(page.parent.children) == 1:
         page.meta["hide"] = ["navigation"]  # of one line
     made = PART.sub(lambda part: PARTS[part[1]](part[2] or ""), markdown)
+    made = FILE.sub(lambda link: f"[{_title(page, link[1])}]({link[1]}", made)
     return re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.\w+\)", r"](\1examples/\2.md)", made)
 
 
@@ -55,6 +57,13 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 # ------------------------------------------------------------------------------ the parts
+
+
+def _title(page: Page, target: str) -> str:
+    """What a page is about, for links that show a file's name."""
+    path = ROOT / "docs" / Path(page.file.src_uri).parent / target
+    heading = path.read_text(encoding="utf-8").partition("\n")[0]
+    return re.split("[:,]", heading.removeprefix("# "))[0]
 
 
 def _example_page(path: Path) -> str:
