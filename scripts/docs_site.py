@@ -76,22 +76,29 @@ def _example_page(path: Path) -> str:
     return f"# {path.name}\n\n{about}\n\n```{language}\n{text}```\n"
 
 
-def _home_of(name: str) -> str:
-    """Where a public name is defined."""
-    module, _, last = name.rpartition(".")
-    found = getattr(import_module(module), last)
-    home = getattr(found, "__module__", None) if callable(found) else None
-    return f"{home or module}.{last}"
-
-
 def _names(module: str) -> str:
     parts = []
-    for last in sorted(import_module(module).__all__):
-        name = f"{module}.{last}"
-        anchor = f'<span id="{name}" class="doc-name"></span>'
-        options = f"    options:\n      heading: {name}\n      toc_label: {last}"
-        parts.append(f"{anchor}\n\n::: {_home_of(name)}\n{options}")
+    for name, home in sorted(_public(module)):
+        full = f"{module}.{name}"
+        if home != full:  # the heading's own anchor is where the name is defined
+            parts.append(f'<span id="{full}" class="doc-name"></span>')
+        parts.append(f"::: {home}\n    options:\n      heading: {full}\n      toc_label: {name}")
     return "\n\n".join(parts)
+
+
+def _public(module: str) -> list[tuple[str, str]]:
+    """Every name of ``__all__``, and where mkdocstrings finds it.
+
+    Integrations are read, not imported: the framework need not be installed.
+    """
+    if ".integrations." in module:
+        path = ROOT / "src" / Path(*module.split(".")).with_suffix(".py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                return [(name, f"{module}.{name}") for name in ast.literal_eval(node.value)]
+    found = import_module(module)
+    homes = ((name, getattr(getattr(found, name), "__module__", None)) for name in found.__all__)
+    return [(name, f"{home or module}.{name}") for name, home in homes]
 
 
 def _commands(_: str) -> str:
