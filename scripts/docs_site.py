@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import re
 from importlib import import_module
@@ -20,8 +21,10 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = sorted((ROOT / "examples").glob("*.*"))
-PART = re.compile(r"^<!-- (names|commands|options)(?:: (\S+))? -->$", flags=re.MULTILINE)
+EXAMPLES = sorted(
+    p for p in (ROOT / "examples").iterdir() if p.suffix in (".py", ".yaml", ".ipynb")
+)
+PART = re.compile(r"^<!-- (names|commands|options|examples)(?:: (\S+))? -->$", flags=re.MULTILINE)
 FILE = re.compile(r"\[[\w/.]+\.md\]\(([\w/.]+\.md)")
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):<code>(~?)([\w.]+)</code>")
 
@@ -68,12 +71,33 @@ def _title(page: Page, target: str) -> str:
 
 def _example_page(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return "\n\n".join(_cell(each) for each in json.loads(text)["cells"])
+    about = _about(path).replace("``", "`")
+    about = re.sub(r"^(torchrun|python) ", r"    \1 ", about, flags=re.MULTILINE)
     language = {".py": "python", ".yaml": "yaml"}[path.suffix]
-    about = ""
-    if language == "python":
-        about = (ast.get_docstring(ast.parse(text)) or "").replace("``", "`")
-        about = re.sub(r"^(torchrun|python) ", r"    \1 ", about, flags=re.MULTILINE)
     return f"# {path.name}\n\n{about}\n\n```{language}\n{text}```\n"
+
+
+def _about(path: Path) -> str:
+    """The docstring of a program."""
+    if path.suffix != ".py":
+        return ""
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    return f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
+
+
+def _examples(_: str) -> str:
+    """A table of the programs, with the first sentence that each says of itself."""
+    rows = ["| program | |", "|---|---|"]
+    for path in EXAMPLES:
+        about = " ".join(_about(path).partition("\n\n")[0].split()).replace("``", "`")
+        rows.append(f"| [{path.name}]({path.stem}.md) | {about} |")
+    return "\n".join(rows)
 
 
 def _names(module: str) -> str:
@@ -163,4 +187,4 @@ def _table(actions: list[argparse.Action]) -> str:
     return "\n".join(rows)
 
 
-PARTS = {"names": _names, "commands": _commands, "options": _options}
+PARTS = {"names": _names, "commands": _commands, "options": _options, "examples": _examples}
