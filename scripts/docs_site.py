@@ -73,17 +73,20 @@ def _example_page(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         return "\n\n".join(_cell(each) for each in json.loads(text)["cells"])
-    about = _about(path).replace("``", "`")
-    about = re.sub(r"^(torchrun|python) ", r"    \1 ", about, flags=re.MULTILINE)
-    language = {".py": "python", ".yaml": "yaml"}[path.suffix]
-    return f"# {path.name}\n\n{about}\n\n```{language}\n{text}```\n"
+    if path.suffix == ".yaml":
+        return f"# {path.name}\n\n```yaml\n{text}```\n"
+    about = re.sub(r"^(torchrun|python) ", r"    \1 ", _about(path), flags=re.MULTILINE)
+    return f"# {path.name}\n\n{about}\n\n```python\n{text}```\n"
 
 
 def _about(path: Path) -> str:
-    """The docstring of a program."""
-    if path.suffix != ".py":
-        return ""
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    """What an example says of itself: docstring, first cell, or first comment."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        return _cell(json.loads(text)["cells"][0]).partition("\n\n")[2]
+    if path.suffix == ".yaml":
+        return f"`{text.partition(chr(10))[0].removeprefix('# ')}`"
+    return (ast.get_docstring(ast.parse(text)) or "").replace("``", "`")
 
 
 def _cell(cell: dict[str, Any]) -> str:
@@ -95,7 +98,7 @@ def _examples(_: str) -> str:
     """A table of the programs, with the first sentence that each says of itself."""
     rows = ["| program | |", "|---|---|"]
     for path in EXAMPLES:
-        about = " ".join(_about(path).partition("\n\n")[0].split()).replace("``", "`")
+        about = " ".join(_about(path).partition("\n\n")[0].split())
         rows.append(f"| [{path.name}]({path.stem}.md) | {about} |")
     return "\n".join(rows)
 
