@@ -313,7 +313,7 @@ def _epoch_figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_text(part: str, found: dict[str, Any]) -> str:
-    """Markdown tables, as docs/data_centric.md shows them."""
+    """Markdown tables, as docs/measured.md shows them."""
     if part == "simulate":
         return "\n".join([*_video_table(found["video"]), "", *_text_table(found["text"])])
     lines = [

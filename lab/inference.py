@@ -178,7 +178,7 @@ def alone(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Markdown tables, as docs/inference.md shows them."""
+    """Markdown tables, as docs/measured.md shows them."""
     lines: list[str] = []
     if "generation" in result:
         lines += ["| | prompt tokens | first token, ms | per token, ms |", "|---" * 4 + "|"]

@@ -34,7 +34,7 @@ from dcp.inference.engine import InferenceEngine
 from dcp.inference.model import open_model
 
 START_SECONDS, END_SECONDS = 120.0, 120.0
-DTYPE = "float64"  # sums in another order change no token: see docs/inference.md
+DTYPE = "float64"  # sums in another order change no token: see docs/tutorials/serving.md
 PAGES, PAGE_SIZE = 96, 16  # fewer than all clients at once need
 LEAVING = 0.05  # of all requests: their client leaves in the middle
 

@@ -124,7 +124,7 @@ def taken_apart(name: str, gains: dict[str, float], imbalance: dict[str, float])
 
 
 def as_text(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table, as docs/data_centric.md shows it: gain = balance x rest."""
+    """A Markdown table, as docs/measured.md shows it: gain = balance x rest."""
     lines = [
         "| | bucket waits | " + " | ".join(WAYS) + " |",
         "|---" * (len(WAYS) + 2) + "|",

@@ -200,8 +200,9 @@ def test_a_rank_that_generates_knows_no_training():
 
 
 def test_the_ten_lines_of_the_documentation_run(capsys):
-    page = (Path(__file__).parents[1] / "docs" / "inference.md").read_text(encoding="utf-8")
-    [code] = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    page = Path(__file__).parents[1] / "docs" / "tutorials" / "serving.md"
+    text = page.read_text(encoding="utf-8")
+    [code] = re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     assert len([line for line in code.splitlines() if line]) <= 10
-    exec(compile(code, "inference.md", "exec"), {})
+    exec(compile(code, page.name, "exec"), {})
     assert "What is a ring?" in capsys.readouterr().out
