@@ -1,5 +1,7 @@
 """Run the Python blocks and ``dcp`` commands of a page, in their order and in one namespace.
 
+A block that opens with ``py`` instead of ``python`` is shown only.
+
     python scripts/run_readme.py README.md [--without PACKAGE]
 
 ``--without``: leave out, and name, the blocks that need PACKAGE and those that build on them.
