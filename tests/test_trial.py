@@ -40,6 +40,18 @@ class Careless(torch_cpu.TorchCpuKernel):
         return dq, dk.index_fill(0, torch.tensor([-1 % len(dk)]), 0.0), dv
 
 
+class Plain(torch_cpu.TorchCpuKernel):
+    """Reads rows one behind the other, as kernels may that take pointers."""
+
+    def backward(self, work, q_side, kv, *rest):
+        assert all(tensor.is_contiguous() for tensor in (*q_side, kv))
+        super().backward(work, q_side, kv, *rest)
+
+
+def test_what_a_kernel_is_given_is_contiguous():
+    assert trial(Plain(), CPU, torch.float32, Options(16, 0.25)) is None
+
+
 def test_a_wrong_kernel_is_passed_over_loudly(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "TRIED_ON", ("cpu",))
     monkeypatch.setattr(torch_cpu, "KERNEL", Careless())
