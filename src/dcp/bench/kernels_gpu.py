@@ -15,13 +15,14 @@ from torch.nn.attention.flex_attention import FlexKernelOptions
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench import rivals
 from dcp.bench.alone import Alone, in_one_launch
-from dcp.bench.rivals import Works, device_medians, host_medians
+from dcp.bench.rivals import host_medians
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask, named_mask
 from dcp.planner import plan
 from dcp.program import RankPlan
 from dcp.runtime import AttentionExecutor, LocalWorld
 from dcp.runtime.kernels import get_kernel
+from dcp.runtime.kernels.device_clock import Works, device_medians
 from dcp.runtime.reference import dense_attention, relative_error
 from dcp.runtime.session import Call
 

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dcp.batch import AttentionSpec, SequenceBatch
-from dcp.bench.rivals import Works, host_medians
+from dcp.bench.rivals import host_medians
 from dcp.cluster import Cluster
 from dcp.launch.group import joined_group
 from dcp.launch.ranks import run_ranks
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
+from dcp.runtime.kernels.device_clock import Works
 from dcp.runtime.reference import dense_attention, relative_error
 
 SEQLENS = (1500, 300, 24)

@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.bench.alone import Alone
-from dcp.bench.rivals import device_medians
 from dcp.cluster import Cluster
 from dcp.kernel_table import BACKWARD_FLOPS, BLOCK_MASKS, FORWARD_FLOPS, KernelRates, KernelTable
 from dcp.masks import AttnMask
 from dcp.planner import plan
 from dcp.runtime import AttentionExecutor
 from dcp.runtime.kernels import KERNELS, Kernel, get_kernel
+from dcp.runtime.kernels.device_clock import device_medians
 from dcp.runtime.kernels.trial import trial
 from dcp.runtime.session import Call
 

@@ -70,7 +70,11 @@ class TritonKernel(Kernel):
     def prepare(
         self, program: MaskProgram, device: torch.device, *, widest: int, dtype: torch.dtype
     ) -> dict[int, Work]:
-        return place_tables(program, device, choose_shapes(device, widest, dtype), forms=self.forms)
+        return place_tables(program, device, self.shapes(device, widest, dtype), forms=self.forms)
+
+    def shapes(self, device: torch.device, widest: int, dtype: torch.dtype) -> Shapes:
+        """The tiles of its launches."""
+        return choose_shapes(device, widest, dtype)
 
     def delta(self, grad_out: Tensor, out: Tensor) -> Tensor:
         """In one pass over memory."""

@@ -21,6 +21,11 @@ class Shape:
         """``"128 64 8 2"``."""
         return cls(*map(int, text.split()))
 
+    def shares_table(self, other: Shape) -> bool:
+        """Whether one table of tiles can serve both: one visits whole parts of the other's."""
+        small, large = sorted((self.inner, other.inner))
+        return self.outer == other.outer and large % small == 0
+
     def __str__(self) -> str:
         return f"{self.outer}×{self.inner}, {self.warps}, {self.stages}"
 
@@ -38,7 +43,7 @@ class Shapes:
 
     def __post_init__(self) -> None:
         for one, two in ((self.forward, self.query_gradient), self._keys):
-            if one.outer != two.outer or max(one.inner, two.inner) % min(one.inner, two.inner):
+            if not one.shares_table(two):
                 raise ValueError(f"tiles {one} and {two} cannot share a table")
 
     @classmethod
