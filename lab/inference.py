@@ -2,7 +2,7 @@
 
 Measured on gloo ranks of this machine: generation beside a single process of transformers, and one
 layer's attention for miss rates of 1 % to 100 %, between network namespaces of a shaped link where
-they can be made. Simulated: Llama3-405B on 4 nodes x 8 H100, beside what arXiv 2411.01783 reports.
+they can be made. Emulated: such turns, and a step of decoding, on 4 x 8 ranks. Simulated: Llama3-405B on 4 nodes x 8 H100, beside what arXiv 2411.01783 reports.
 """
 
 from __future__ import annotations
@@ -68,9 +68,10 @@ def run(args: argparse.Namespace) -> int:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        from lab.inference_plot import draw
+        if {"turns", "simulated"} & result.keys():
+            from lab.inference_plot import draw
 
-        draw(result, args.out / "inference.png")
+            draw(result, args.out / "inference.png")
     print(json.dumps(result) if args.json else as_text(result))
     return 0
 
