@@ -2,7 +2,8 @@
 
 Measured on gloo ranks of this machine: generation beside a single process of transformers, and one
 layer's attention for miss rates of 1 % to 100 %, between network namespaces of a shaped link where
-they can be made. Emulated: such turns, and a step of decoding, on 4 x 8 ranks. Simulated: Llama3-405B on 4 nodes x 8 H100, beside what arXiv 2411.01783 reports.
+they can be made. Emulated: such turns, and a step of decoding, on 4 x 8 ranks. Simulated:
+Llama3-405B on 4 nodes x 8 H100, beside what arXiv 2411.01783 reports.
 """
 
 from __future__ import annotations
