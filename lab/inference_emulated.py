@@ -32,9 +32,10 @@ def emulate(args: argparse.Namespace) -> dict[str, Any]:
     cluster = Cluster.preset("h100", num_nodes=args.nodes, devices_per_node=args.devices_per_node)
     cases = list(_cases(cluster, args.total_tokens))
     plans = {made.fingerprint: made for _, _, made in cases}
-    found, dilation, busy = _run(list(plans.values()), cluster, args)
+    found = _run(list(plans.values()), cluster, args)
     seconds = {
-        each: float(np.median(np.max([rank["passes"][i] for rank in found], axis=0))) / dilation
+        each: float(np.median(np.max([rank["passes"][i] for rank in found], axis=0)))
+        / args.dilation
         for i, each in enumerate(plans)
     }
     rows: dict[str, dict[str, Any]] = {}
@@ -49,8 +50,8 @@ def emulate(args: argparse.Namespace) -> dict[str, Any]:
         "cluster": asdict(cluster),
         "spec": asdict(SPEC),
         "total_tokens": args.total_tokens,
-        "dilation": dilation,
-        "busy": busy,
+        "dilation": args.dilation,
+        "busy": max(busy_shares(found)),
         "rows": list(rows.values()),
         "regret": regret(list(rows.values())),
     }
@@ -76,10 +77,8 @@ def _dealt(tokens: int, ranks: int) -> list[int]:
     return [tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)]
 
 
-def _run(
-    plans: list[Plan], cluster: Cluster, args: argparse.Namespace
-) -> tuple[list[dict[str, Any]], float, float]:
-    """What the ranks found, the dilation, and the share of the cores' time that was used."""
+def _run(plans: list[Plan], cluster: Cluster, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the ranks found, where links and cores were as they should be."""
     alone = argparse.Namespace(layers=0, rounds=args.rounds)
     found = run_ranks(
         plans, cluster, alone, dilation=args.dilation, link_error=LINK_ERROR, backward=False
@@ -87,7 +86,7 @@ def _run(
     if not found[0]["passes"] or max(busy_shares(found)) > MOST_BUSY:
         problem, remedy, slower = problem_of(found, cluster, args.dilation)
         raise ValueError(f"at --dilation {args.dilation:g}, {problem}: {remedy} ({slower:g})")
-    return found, args.dilation, max(busy_shares(found))
+    return found
 
 
 def regret(rows: list[dict[str, Any]]) -> dict[str, float]:

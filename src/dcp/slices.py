@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from dcp.checks import shown, whole
+from dcp.checks import one_of, shown, whole
 from dcp.ragged import expand
 
 KINDS = ("full", "causal", "inv_causal", "bi_causal")
@@ -193,8 +193,7 @@ def slices_of_kinds(
         if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 5:
             raise ValueError(f"a slice is (q0, q1, k0, k1, kind), got {shown(row)}")
         *edges, kind = row
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"slice kind {shown(kind)} is not one of {', '.join(KINDS)}")
+        one_of("slice kind", kind, KINDS)
         if any(type(edge) is not int for edge in edges):
             edges = [
                 whole(f"an edge of slice {shown(row)}", edge, least=-(2**63)) for edge in edges

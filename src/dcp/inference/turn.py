@@ -11,6 +11,7 @@ import numpy as np
 
 from dcp.batch import AttentionSpec, SequenceBatch
 from dcp.blocks import BlockTable
+from dcp.checks import one_of
 from dcp.cluster import Cluster
 from dcp.masks import AttnMask
 from dcp.placement.passing import pass_either, pass_kv, pass_q, place_tokens
@@ -59,8 +60,7 @@ def plan_turn(
         raise ValueError(f"new tokens must be 0 or more, got {tokens.tolist()}")
     if callable(strategy):
         strategy = strategy(int(tokens.sum()), int(held.sum()), spec, cluster)
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    one_of("strategy", strategy, STRATEGIES)
     batch = SequenceBatch(tokens + held.sum(axis=1), masks, cached=held)
     shifts = range(len(tokens)) if shifts is None else shifts
     blocks, owner = place_tokens(batch, spec, cluster.num_ranks, shifts)

@@ -18,6 +18,7 @@ from dcp.runtime.communicator import Communicator
 from dcp.runtime.kernels import Kernel, Options, finite
 from dcp.runtime.packing import Part, in_place, packed, unpacked
 from dcp.runtime.prepared import Division, Exchange, Fold, Message, PreparedPlan, Step
+from dcp.runtime.rows import Rows
 from dcp.runtime.timing import Moment, PassTimes, moment
 from dcp.simulate import COMPUTE, TRANSFER, Span
 from dcp.transfers import DKV, KV, OUT, Q
@@ -146,9 +147,7 @@ class AttentionPass:
             case Fold(_, targets):
                 for peer, buffer, rows in targets:
                     fields = sorted(self.arrived.pop((peer, buffer)).items())
-                    parts = [rows.split(values) for _, values in fields]
-                    for key, *values in zip(rows.keys, *parts, strict=True):
-                        self.reduce(buffer, key, *values)
+                    self.reduce(buffer, rows, *(values for _, values in fields))
             case Copy(direction="store"):
                 self.store()
 
@@ -171,7 +170,7 @@ class AttentionPass:
     def attend(self, work: Any) -> None:
         """One division: one launch of the kernel."""
 
-    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
+    def reduce(self, buffer: int, rows: Rows, *arrived: Tensor) -> None:
         """Fold partial results that arrived, a tensor for each field, into the rank's own."""
 
     # Buffers.
@@ -298,11 +297,12 @@ class ForwardPass(AttentionPass):
     def attend(self, work: Any) -> None:
         self.kernel.forward(work, self.q, self.kv, self.out, self.lse, self.options)
 
-    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
-        out, lse = self.out[target], self.lse[target]
-        self.kernel.merge(out, lse, *arrived)
-        if isinstance(target, Tensor):  # they were gathered
-            self.out[target], self.lse[target] = out, lse
+    def reduce(self, buffer: int, rows: Rows, *arrived: Tensor) -> None:
+        for key, *parts in zip(rows.keys, *map(rows.split, arrived), strict=True):
+            out, lse = self.out[key], self.lse[key]
+            self.kernel.merge(out, lse, *parts)
+            if isinstance(key, Tensor):  # they were gathered
+                self.out[key], self.lse[key] = out, lse
 
     def store(self) -> None:
         if self.sink is None:
@@ -353,12 +353,9 @@ class BackwardPass(AttentionPass):
     def attend(self, work: Any) -> None:
         self.kernel.backward(work, self.q_side, self.kv, self.grad_q, self.grad_kv, self.options)
 
-    def reduce(self, buffer: int, target: Key, *arrived: Tensor) -> None:
+    def reduce(self, buffer: int, rows: Rows, *arrived: Tensor) -> None:
         [(grad, _)], [more] = self.fields[buffer], arrived
-        if isinstance(target, Tensor):  # in which no row is twice
-            grad.index_add_(0, target, more.to(grad.dtype))
-        else:
-            grad[target].add_(more)
+        rows.add(grad, more)
 
     def store(self) -> None:
         self.result_q = self.take(OUT, self.grad_q, self.dtype)

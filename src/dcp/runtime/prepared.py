@@ -21,6 +21,7 @@ from dcp.program import (
     Reduce,
     Wait,
 )
+from dcp.received import own_rows
 from dcp.runtime.kernels import Kernel
 from dcp.runtime.rows import Rows, place_rows
 from dcp.tables import Arrival, Item, Move, Reset
@@ -124,19 +125,18 @@ def tensors_in(held: Any) -> Iterator[Tensor]:
 
 
 def _num_rows(plan: RankPlan, program: MaskProgram) -> list[int]:
-    groups = plan.num_head_groups
-    kv_groups = min(groups, plan.spec.num_kv_heads)
+    tokens, keys = np.array([plan.num_local_tokens]), np.array([plan.num_local_keys])
+    own = own_rows(tokens, keys, plan.num_head_groups, plan.spec)[0]
     items, sums, resets = program.items, program.reduces, program.resets
-    held = [
-        (OUT, groups * plan.num_local_tokens, items[:, [Item.OUT_ROW, Item.Q_ROWS]]),
-        (DKV, kv_groups * plan.num_local_keys, items[:, [Item.DKV_ROW, Item.KV_ROWS]]),
-    ]
     rows: list[int] = program.buffer_rows.tolist()
-    for buffer, own, used in held:
+    for buffer, columns in (
+        (OUT, [Item.OUT_ROW, Item.Q_ROWS]),
+        (DKV, [Item.DKV_ROW, Item.KV_ROWS]),
+    ):
         cleared = resets[resets[:, Reset.BUFFER] == buffer][:, [Reset.ROW, Reset.ROWS]]
         summed = sums[sums[:, Arrival.BUFFER] == buffer][:, [Arrival.TARGET, Arrival.ROWS]]
-        ends = np.concatenate([used, cleared, summed]).sum(axis=1)
-        rows[buffer] = max(own, int(ends.max(initial=0)))
+        ends = np.concatenate([items[:, columns], cleared, summed]).sum(axis=1)
+        rows[buffer] = max(int(own[buffer]), int(ends.max(initial=0)))
     return rows
 
 
@@ -225,13 +225,7 @@ def _targets(moves: np.ndarray, arrivals: np.ndarray) -> np.ndarray:
 
 def _grouped(table: np.ndarray, columns: Sequence[int]) -> list[np.ndarray]:
     """Rows of a table, sorted by ``columns``, that agree in them."""
-    return [table[part] for part in _starts(table, columns)]
-
-
-def _starts(table: np.ndarray, columns: Sequence[int]) -> list[slice]:
-    """Where rows of a table agree in ``columns``, one after the other."""
     if not len(table):
         return []
     key = table[:, list(columns)]
-    first = np.flatnonzero(np.append(True, (key[1:] != key[:-1]).any(axis=1))).tolist()
-    return [slice(a, b) for a, b in zip(first, [*first[1:], len(table)], strict=True)]
+    return np.split(table, np.flatnonzero((key[1:] != key[:-1]).any(axis=1)) + 1)

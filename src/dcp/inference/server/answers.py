@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -16,7 +17,7 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Answer:
+class Answer(ABC):
     """One reply on its way. Subclasses say what the two routes write differently.
 
     Args:
@@ -80,17 +81,17 @@ class Answer:
         }
         return choice | ({"token_ids": [each.token for each in drawn]} if self.with_ids else {})
 
+    @abstractmethod
     def said(self, text: str) -> Json:
         """A whole text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def added(self, text: str) -> Json:
         """A piece of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, drawn: Sequence[Drawn]) -> Json:
         """Log-probabilities of some tokens."""
-        raise NotImplementedError
 
 
 class CompletionAnswer(Answer):

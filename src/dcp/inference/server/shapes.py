@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -44,7 +45,7 @@ class StreamOptions(_Shape):
     include_usage: bool = False
 
 
-class Asked(_Shape):
+class Asked(_Shape, ABC):
     """What both routes take.
 
     ``top_k`` and ``return_token_ids`` are not OpenAI's: clients give them as ``extra_body``.
@@ -78,9 +79,9 @@ class Asked(_Shape):
         return {name: value for name, value in values.items() if name not in _NOT_SERVED}
 
     @property
+    @abstractmethod
     def num_likeliest(self) -> int | None:
         """Log-probabilities wanted beside each token's own; None: none at all."""
-        raise NotImplementedError
 
     @property
     def stops(self) -> tuple[str, ...]:
